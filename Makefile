@@ -1,0 +1,49 @@
+# Everything below installs what it needs into .venv first, and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check format lint types coverage docs wheel bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/close-engine demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest -q -n 2
+
+check: lint types coverage docs wheel
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy --strict close_engine
+
+coverage: $(INSTALLED)
+	$(BIN)/pytest -q -n 2 --cov --cov-report=term --cov-fail-under=95
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
+
+# The wheel as a stranger gets it: a fresh environment, outside the checkout.
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m build --quiet --wheel
+	sh tests/try_wheel.sh "$(PYTHON)" dist/*.whl
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,332 @@
+"""Which database this is: the binding, and the one place that knows what differs between databases.
+
+Everything else asks `current()` for the binding and lets its `dialect` say how a thing is done here:
+
+>>> database = connect("sqlite:///:memory:")
+>>> current().dialect.own_table("history")
+(None, 'close_engine_history')
+>>> Postgres().own_table("history")
+('close_engine', 'history')
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import peewee
+from playhouse import db_url
+
+from close_engine.errors import ConfigurationError
+from close_engine.fields import dump_json
+
+__all__ = ["DEFAULT_URL", "Binding", "Dialect", "Postgres", "Sqlite", "Tables", "bind", "connect", "current"]
+
+DEFAULT_URL = "sqlite:///close_engine.db"
+
+#: Query parameters that Prisma puts into its URLs and libpq does not know.
+_PRISMA_ONLY = {"connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size", "socket_timeout"}
+
+_SQLITE_NEEDED = (3, 35, 0)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The names of the CRM's three tables, which differ between deployments.
+
+    Each defaults to its environment variable (`CLOSE_ENGINE_LEADS_TABLE`, `CLOSE_ENGINE_USERS_TABLE`,
+    `CLOSE_ENGINE_CLIENTS_TABLE`), and that to what Prisma calls it with `@@map`.
+    """
+
+    leads: str
+    users: str
+    clients: str
+
+    @classmethod
+    def named(cls, leads: str | None = None, users: str | None = None, clients: str | None = None) -> Tables:
+        given = {"leads": leads, "users": users, "clients": clients}
+        return cls(
+            **{
+                table: name or os.environ.get(f"CLOSE_ENGINE_{table.upper()}_TABLE") or table
+                for table, name in given.items()
+            }
+        )
+
+
+class Dialect:
+    """What differs between databases, stated once: one subclass a database."""
+
+    #: What Peewee's `atomic()` is given where a transaction begins.
+    begin: tuple[str, ...] = ()
+
+    def own_table(self, name: str) -> tuple[str | None, str]:
+        """Schema and name of one of our tables that Prisma must not see."""
+        raise NotImplementedError
+
+    def sql(self, text: str) -> str:
+        """The statement in this database's words: `%s` for a value, `{history}` for our tables."""
+        raise NotImplementedError
+
+    def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
+        """Text of the one statement that changes a stage; `execute_guarded` runs it."""
+        raise NotImplementedError
+
+    def execute_guarded(
+        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """Run a guarded update, with the context that its history row is to carry.
+
+        Returns:
+            the returned columns and, behind them, the id of the history row; None where no row matched.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
+        """Inside a transaction: what the guard records with the writes made within this block."""
+        raise NotImplementedError
+        yield
+
+    def hold(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        """Inside a transaction: the query, holding the rows it finds against every other writer."""
+        raise NotImplementedError
+
+    def exclusive(self, database: peewee.Database) -> None:
+        """Inside a transaction: wait until no other process migrates this database."""
+        raise NotImplementedError
+
+    def create_schema(self, database: peewee.Database) -> None:
+        """Make room for our tables."""
+
+    def drop_schema(self, database: peewee.Database) -> None:
+        """Take away the room that `create_schema` made."""
+
+
+class Postgres(Dialect):
+    """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
+
+    def own_table(self, name: str) -> tuple[str | None, str]:
+        return "close_engine", name
+
+    def sql(self, text: str) -> str:
+        return text.replace("{", "close_engine.").replace("}", "")
+
+    def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
+        # A condition, so that the context travels in the same statement and the same round trip.
+        return self.sql(
+            f'UPDATE "{table}" SET {assignments} WHERE {conditions} '
+            "AND set_config('close_engine.context', %s, true) IS NOT NULL "
+            f"RETURNING {returning}, currval('close_engine.history_id_seq')"
+        )
+
+    def execute_guarded(
+        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = database.execute_sql(statement, (*values, dump_json(context))).fetchone()
+        return row
+
+    @contextmanager
+    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
+        database.execute_sql("SELECT set_config('close_engine.context', %s, true)", (dump_json(context),))
+        yield
+        database.execute_sql("SELECT set_config('close_engine.context', '', true)")
+
+    def hold(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        # NO KEY: the CRM may go on adding messages and events that refer to a held lead.
+        return query.for_update("FOR NO KEY UPDATE")  # type: ignore[arg-type]
+
+    def exclusive(self, database: peewee.Database) -> None:
+        database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+
+    def create_schema(self, database: peewee.Database) -> None:
+        database.execute_sql("CREATE SCHEMA IF NOT EXISTS close_engine")
+
+    def drop_schema(self, database: peewee.Database) -> None:
+        database.execute_sql("DROP SCHEMA close_engine")
+
+
+class Sqlite(Dialect):
+    """SQLite: our tables carry a prefix, the context is a row that lives for the one write it belongs to."""
+
+    #: Take the write lock at once: a transaction that reads first may be refused it later.
+    begin = ("IMMEDIATE",)
+
+    def own_table(self, name: str) -> tuple[str | None, str]:
+        return None, f"close_engine_{name}"
+
+    def sql(self, text: str) -> str:
+        return text.replace("{", "close_engine_").replace("}", "").replace("%s", "?")
+
+    def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
+        return self.sql(f'UPDATE "{table}" SET {assignments} WHERE {conditions} RETURNING {returning}')
+
+    def execute_guarded(
+        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        with database.atomic(*self.begin), self.context(database, context):
+            rows = database.execute_sql(statement, values).fetchall()
+            if not rows:
+                return None
+            newest = "SELECT max(id) FROM close_engine_history WHERE conversation_id = ?"
+            (history_id,) = database.execute_sql(newest, (context["id"],)).fetchone()
+        return (*rows[0], history_id)
+
+    @contextmanager
+    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
+        database.execute_sql("INSERT OR REPLACE INTO close_engine_context VALUES (1, ?)", (dump_json(context),))
+        yield
+        database.execute_sql("DELETE FROM close_engine_context")
+
+    def hold(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        # Writing anything takes the write lock, of which SQLite has one for the whole file.
+        current().database.execute_sql("DELETE FROM close_engine_context")
+        return query
+
+    def exclusive(self, database: peewee.Database) -> None:
+        """BEGIN IMMEDIATE holds the file already."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The one piece of global state: what the models are bound to."""
+
+    database: peewee.Database
+    tables: Tables
+    clock: Callable[[], datetime]
+    dialect: Dialect
+
+
+#: What the models are bound to, in Peewee's own way; `bind` initializes it.
+database_proxy = peewee.DatabaseProxy()
+
+_binding: Binding | None = None
+
+
+def utc_now() -> datetime:
+    """The clock that is used unless `bind` is given another."""
+    return datetime.now(timezone.utc)
+
+
+def current() -> Binding:
+    """The binding made by `bind` or `connect`.
+
+    Raises:
+        ConfigurationError: there is none yet.
+    """
+    if _binding is None:
+        raise ConfigurationError(
+            "No database is bound: call close_engine.connect(url) or close_engine.bind(database) first."
+        )
+    return _binding
+
+
+def bind(
+    database: peewee.Database,
+    *,
+    leads: str | None = None,
+    users: str | None = None,
+    clients: str | None = None,
+    clock: Callable[[], datetime] = utc_now,
+) -> peewee.Database:
+    """Bind every model of this library to a Peewee database of yours.
+
+    Args:
+        database: a PostgresqlDatabase or SqliteDatabase, pooled or not.
+        leads, users, clients: names of the CRM's tables; see `Tables` for the defaults.
+        clock: returns the current moment, timezone-aware; tests pass one that they can move.
+
+    Returns:
+        the database.
+
+    Raises:
+        ConfigurationError: it is neither PostgreSQL nor SQLite, or a SQLite older than 3.35.
+    """
+    global _binding
+    binding = Binding(database, Tables.named(leads, users, clients), clock, _dialect_of(database))
+    # The migrations read the names from the database object: they import nothing of this package.
+    database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
+    _binding = binding
+    database_proxy.initialize(database)
+    return database
+
+
+def connect(
+    url: str | None = None,
+    *,
+    leads: str | None = None,
+    users: str | None = None,
+    clients: str | None = None,
+    clock: Callable[[], datetime] = utc_now,
+) -> peewee.Database:
+    """Make a Peewee database from a URL and bind every model to it. It opens connections as they are needed.
+
+    Args:
+        url: `postgresql://user:password@host/name`, as in Prisma's DATABASE_URL, or `sqlite:///file.db`; the default
+            is the environment variable CLOSE_ENGINE_DATABASE, and that of it `sqlite:///close_engine.db`.
+            `postgresql+pool://…` keeps a pool of connections (see playhouse.db_url).
+        leads, users, clients, clock: as for `bind`.
+
+    Returns:
+        the database.
+
+    Raises:
+        ConfigurationError: the URL cannot be used.
+    """
+    url = url or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
+    return bind(_database_from(url), leads=leads, users=users, clients=clients, clock=clock)
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    try:
+        parts = urlsplit(url)
+        secret = parts.password
+    except ValueError:
+        return f"{url.partition('://')[0]}://…"
+    netloc = parts.netloc.replace(f":{secret}@", ":***@") if secret else parts.netloc
+    query = urlencode(
+        [(name, "***" if "password" in name else value) for name, value in parse_qsl(parts.query)], safe="/"
+    )
+    return urlunsplit(parts._replace(netloc=netloc, query=query))
+
+
+def _database_from(url: str) -> peewee.Database:
+    scheme, _, rest = url.partition("://")
+    if scheme.partition("+")[0] not in ("sqlite", "postgres", "postgresql") or not rest:
+        raise ConfigurationError(
+            f"The database URL {without_password(url)!r} cannot be used: write "
+            "postgresql://user:password@host/name or sqlite:///file.db."
+        )
+    options: dict[str, Any] = {}
+    if scheme.startswith("sqlite"):
+        options = {"pragmas": {"journal_mode": "wal", "foreign_keys": 1}, "timeout": 60}
+    else:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query))
+        schema = query.pop("schema", "public")
+        if schema != "public":
+            options["options"] = f"-c search_path={schema}"
+        known = {name: value for name, value in query.items() if name not in _PRISMA_ONLY}
+        url = urlunsplit(parts._replace(query=urlencode(known)))
+    try:
+        database: peewee.Database = db_url.connect(url, unquote_password=True, unquote_user=True, **options)
+    except (ValueError, RuntimeError) as error:
+        reason = "it names no database" if "no database name" in str(error) else type(error).__name__
+        raise ConfigurationError(f"The database URL {without_password(url)!r} cannot be used: {reason}.") from None
+    return database
+
+
+def _dialect_of(database: peewee.Database) -> Dialect:
+    if isinstance(database, peewee.PostgresqlDatabase):
+        return Postgres()
+    if isinstance(database, peewee.SqliteDatabase):
+        version = database.server_version
+        if version < _SQLITE_NEEDED:
+            raise ConfigurationError(f"SQLite {'.'.join(map(str, version))} is too old: 3.35 or newer is needed.")
+        return Sqlite()
+    raise ConfigurationError(f"{type(database).__name__} is not supported: bind a PostgreSQL or SQLite database.")

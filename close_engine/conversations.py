@@ -1,0 +1,809 @@
+"""The close conversation: open one, fire its triggers, ask what it may do.
+
+    conversation = open_conversation(lead, EntryPoint.SMS_REPLY)
+    conversation.start_qualifying(actor="worker-7")
+    conversation.may("send_preview").reason      # "… is QUALIFYING, from where send_preview is not allowed; …"
+
+Every trigger is one guarded write: the machine decides on a draft, the row changes only if nobody changed it since
+it was loaded, and the database adds the history row. Refused, conflicting or rolled back, the object stays as it was.
+
+>>> CloseEngineConversation(stage="BUILDING")
+Traceback (most recent call last):
+close_engine.errors.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
+use open_conversation(), and then its triggers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from threading import local
+from typing import Any
+
+import peewee
+from peewee import SQL
+
+from close_engine import hooks
+from close_engine.backend import Binding, current
+from close_engine.errors import (
+    ConversationCompleted,
+    ConversationNotFound,
+    InvalidValue,
+    KeyReused,
+    LeadHasNoPhone,
+    LeadNotFound,
+    StageAssignmentRefused,
+    StageConflict,
+    TransitionRefused,
+)
+from close_engine.fields import (
+    CleaningAccessor,
+    EnumField,
+    JsonField,
+    OneToOneField,
+    TextField,
+    UtcDateTimeField,
+    clean_json,
+    clean_text,
+    milliseconds,
+    stored_time,
+)
+from close_engine.machine import TRANSITIONS, Draft, Stamp, Transition, decide, trigger_between, triggers_from
+from close_engine.models import BaseModel, Lead, StageChange, User
+from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
+from close_engine.transaction import atomic, remember, run_after_commit
+
+__all__ = ["Answer", "CloseEngineConversation", "locked", "open_conversation"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a trigger may be fired; true or false by itself.
+
+    Attributes:
+        allowed: whether it may.
+        reason: the sentence that says why not; empty where it may.
+    """
+
+    allowed: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+
+class _StageAccessor(CleaningAccessor):
+    """Lets a stage be read, loaded and begun, but not assigned."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        stage = instance.__data__.get(self.name)
+        if stage is not None and value != stage:
+            raise instance._refuse_stage(value)
+        super().__set__(instance, value)
+
+
+class _StageField(EnumField[Stage]):
+    accessor_class = _StageAccessor
+
+
+def _now() -> datetime:
+    return milliseconds(current().clock())
+
+
+class CloseEngineConversation(BaseModel):
+    """The one close conversation of a lead: a row of `close_engine_conversations`.
+
+    Attributes:
+        stage: read it; only triggers change it.
+        updated_at: moves with every write, whoever makes it, and so tells whether anyone made one.
+    """
+
+    lead = OneToOneField(
+        Lead,
+        backref="close_conversation",
+        constraint_name="close_engine_conversations_lead_id_fkey",
+        on_update="CASCADE",
+        on_delete="CASCADE",
+    )
+    rep = peewee.ForeignKeyField(
+        User,
+        null=True,
+        index=False,
+        backref="close_engine_conversations",
+        constraint_name="close_engine_conversations_rep_id_fkey",
+        on_update="CASCADE",
+        on_delete="SET NULL",
+    )
+    entry_point = EnumField[EntryPoint](EntryPoint, index=True)
+    stage = _StageField(Stage, default=Stage.INITIATED, index=True, constraints=[SQL("DEFAULT 'INITIATED'")])
+    autonomy_level = EnumField[AutonomyLevel](
+        AutonomyLevel, default=AutonomyLevel.FULL_AUTO, constraints=[SQL("DEFAULT 'FULL_AUTO'")]
+    )
+    questions_asked = JsonField(null=True)
+    collected_data = JsonField(null=True)
+    edit_rounds = peewee.IntegerField(default=0, constraints=[SQL("DEFAULT 0")])
+    payment_link_url = TextField["str | None"](null=True)
+    payment_link_sent_at = UtcDateTimeField["datetime | None"](null=True)
+    stalled_at = UtcDateTimeField["datetime | None"](null=True)
+    completed_at = UtcDateTimeField["datetime | None"](null=True)
+    closed_lost_at = UtcDateTimeField["datetime | None"](null=True)
+    closed_lost_reason = TextField["str | None"](null=True)
+    created_at = UtcDateTimeField[datetime](default=_now, index=True, constraints=[SQL("DEFAULT CURRENT_TIMESTAMP")])
+    updated_at = UtcDateTimeField[datetime](default=_now)
+
+    lead_id: str
+    rep_id: str | None
+
+    class Meta:
+        table_name = "close_engine_conversations"
+
+    # -- triggers ------------------------------------------------------------------------------------------------
+
+    def start_qualifying(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """INITIATED → QUALIFYING: the first message is out. Arguments, result and errors as for `fire`."""
+        return self.fire("start_qualifying", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def collect_info(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """QUALIFYING → COLLECTING_INFO: follow up on gaps. Arguments, result and errors as for `fire`."""
+        return self.fire("collect_info", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def start_building(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """QUALIFYING or COLLECTING_INFO → BUILDING: generate the site. Arguments, result and errors as for `fire`."""
+        return self.fire("start_building", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def send_preview(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """BUILDING or EDIT_LOOP → PREVIEW_SENT: the link is out. Arguments, result and errors as for `fire`."""
+        return self.fire("send_preview", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def request_edits(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """PREVIEW_SENT → EDIT_LOOP, one more of `edit_rounds`. Arguments, result and errors as for `fire`."""
+        return self.fire("request_edits", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def request_approval(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """PREVIEW_SENT or EDIT_LOOP → PENDING_APPROVAL. Arguments, result and errors as for `fire`."""
+        return self.fire("request_approval", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def withdraw_approval(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """PENDING_APPROVAL → PREVIEW_SENT. Arguments, result and errors as for `fire`."""
+        return self.fire("withdraw_approval", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def send_payment_link(
+        self,
+        payment_link_url: str,
+        *,
+        approved_by: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """PREVIEW_SENT, EDIT_LOOP or PENDING_APPROVAL → PAYMENT_SENT: the payment link is out.
+
+        Args:
+            payment_link_url: the link that was sent.
+            approved_by: who approved it; needed unless the autonomy level is FULL_AUTO. Joins the metadata.
+            actor, reason, metadata, key: as for `fire`, as are the result and the errors.
+        """
+        return self.fire(
+            "send_payment_link",
+            payment_link_url=payment_link_url,
+            approved_by=approved_by,
+            actor=actor,
+            reason=reason,
+            metadata=metadata,
+            key=key,
+        )
+
+    def complete(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """Any stage → COMPLETED, once a payment link was sent: paid. Arguments, result and errors as for `fire`."""
+        return self.fire("complete", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def stall(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """Any active stage → STALLED: the lead is silent. Arguments, result and errors as for `fire`."""
+        return self.fire("stall", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def resume(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """STALLED → the stage it stalled in (QUALIFYING where unknown). Arguments, result and errors as for `fire`."""
+        return self.fire("resume", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def close_lost(
+        self,
+        reason: str,
+        *,
+        actor: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """Any active stage or STALLED → CLOSED_LOST: the lead did not convert.
+
+        Args:
+            reason: why; it stands in `closed_lost_reason` and in the history.
+            actor, metadata, key: as for `fire`, as are the result and the errors.
+        """
+        return self.fire("close_lost", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def reopen(
+        self,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> StageChange:
+        """CLOSED_LOST → INITIATED, with its history kept. Arguments, result and errors as for `fire`."""
+        return self.fire("reopen", actor=actor, reason=reason, metadata=metadata, key=key)
+
+    def fire(
+        self,
+        trigger: str,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+        payment_link_url: str | None = None,
+        approved_by: str | None = None,
+    ) -> StageChange:
+        """Fire a trigger by its name; each has a method of its own as well.
+
+        Args:
+            trigger: a name of the transition table.
+            actor: who does it, for the history.
+            reason: why, for the history; for `close_lost` it is required.
+            metadata: anything JSON can hold, for the history.
+            key: idempotency key of the event behind it, unique within the conversation: the same key again returns
+                the first history row and changes nothing.
+            payment_link_url, approved_by: see `send_payment_link`.
+
+        Returns:
+            the history row.
+
+        Raises:
+            TransitionNotAllowed: the table has no such trigger from this stage.
+            GuardRefused: it does, but a guard fails.
+            StageConflict: somebody changed the conversation since it was loaded.
+            ConversationNotFound: it was deleted.
+            KeyReused: the key was used for another trigger.
+            InvalidValue: an argument cannot be stored.
+        """
+        given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
+        if approved_by is not None:
+            metadata = {**(metadata or {}), "approved_by": approved_by}
+        context = _context(trigger, actor, reason, metadata, key)
+        return _fire(self, trigger, given, context)
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def may(
+        self,
+        trigger: str,
+        *,
+        reason: str | None = None,
+        payment_link_url: str | None = None,
+        approved_by: str | None = None,
+    ) -> Answer:
+        """Whether a trigger may be fired now, with these arguments; nothing is read or written.
+
+        Returns:
+            an Answer, which is true or false and has the reason when not.
+
+        Raises:
+            UnknownTrigger: there is no such trigger.
+        """
+        given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
+        try:
+            decide(trigger, self._draft(given))
+        except TransitionRefused as refusal:
+            return Answer(False, str(refusal))
+        return Answer(True)
+
+    def allowed_triggers(self) -> list[str]:
+        """The triggers that can be fired now, given the arguments they ask for; in the table's order."""
+        draft = self._draft({})
+        return [
+            transition.trigger
+            for transition in TRANSITIONS
+            if self.stage in transition.sources
+            and all(guard.on_arguments or guard.holds(draft) for guard in transition.guards)
+        ]
+
+    def history(self) -> list[StageChange]:
+        """Its stage changes, oldest first."""
+        return list(StageChange.select().where(StageChange.conversation_id == self.id).order_by(StageChange.id))
+
+    @classmethod
+    def in_stages(cls, *stages: Stage) -> peewee.ModelSelect[CloseEngineConversation]:
+        """A query for the conversations in any of these stages."""
+        return cls.select().where(cls.stage.in_([Stage(stage) for stage in stages]))
+
+    @classmethod
+    def not_in_stages(cls, *stages: Stage) -> peewee.ModelSelect[CloseEngineConversation]:
+        """A query for the conversations in none of these stages."""
+        return cls.select().where(cls.stage.not_in([Stage(stage) for stage in stages]))
+
+    @classmethod
+    def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> peewee.ModelSelect[CloseEngineConversation]:
+        """A query for the conversations that entered this stage longer ago than the duration and are still in it."""
+        cutoff = _now() - duration
+        later = StageChange.select(peewee.SQL("1")).where(
+            (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)
+        )
+        return cls.in_stages(stage).where(~peewee.fn.EXISTS(later))
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Take over the row as it is now; unsaved changes are lost.
+
+        Raises:
+            ConversationNotFound: it was deleted.
+        """
+        fresh = type(self).get_or_none(type(self).id == self.id)
+        if fresh is None:
+            raise ConversationNotFound(self.id)
+        self.__data__, self.__rel__ = fresh.__data__, {}
+        self._dirty.clear()
+
+    def save(self, force_insert: bool = False, only: Any = None) -> Any:
+        """Write the unsaved changes of fields other than the stage.
+
+        Raises:
+            StageAssignmentRefused: the stage was changed by hand.
+            StageConflict: somebody changed the conversation since it was loaded.
+        """
+        if force_insert:
+            return super().save(force_insert=True, only=only)
+        fields = [self._meta.combined[f] if isinstance(f, str) else f for f in only or self.dirty_fields]
+        values = {field.name: self.__data__.get(field.name) for field in fields if field.name != "id"}
+        if "stage" in values:
+            raise self._refuse_stage(self.stage)
+        if not values:
+            return 0
+        values["updated_at"] = self._next_version()
+        changed = (
+            super().update(**values).where((type(self).id == self.id) & (type(self).updated_at == self.updated_at))
+        )
+        rows = changed.execute()
+        if not rows:
+            raise _conflict(self, "save()")
+        remember(self, list(values))
+        self.__data__["updated_at"] = values["updated_at"]
+        self._dirty.difference_update(values)
+        return rows
+
+    @classmethod
+    def update(cls, data: Any = None, /, **update: Any) -> peewee.ModelUpdate:
+        """Peewee's `update`, which does not take the stage.
+
+        Raises:
+            StageAssignmentRefused: the stage is among the values.
+        """
+        named = [
+            cls._meta.combined.get(field) if isinstance(field, str) else field for field in (*(data or ()), *update)
+        ]
+        if any(field is cls.stage for field in named):
+            raise StageAssignmentRefused(
+                "update() cannot write the stage: load the conversation and fire a trigger, "
+                f"one of {', '.join(transition.trigger for transition in TRANSITIONS)}.",
+                update.get("stage"),
+            )
+        return super().update(data, **update)
+
+    def _draft(self, given: Mapping[str, Any]) -> Draft:
+        return Draft(self.stage, self.id, self.autonomy_level, self.payment_link_sent_at is not None, given)
+
+    def _next_version(self) -> datetime:
+        return max(_now(), self.updated_at + timedelta(milliseconds=1))
+
+    def _refuse_stage(self, wanted: Any) -> StageAssignmentRefused:
+        dest = type(self).stage.clean(wanted)
+        if "id" in self._dirty:  # not a row yet
+            return StageAssignmentRefused(
+                f"A conversation begins INITIATED and cannot be made {dest}: "
+                "use open_conversation(), and then its triggers.",
+                dest,
+            )
+        stage = self.__data__["stage"]
+        trigger = trigger_between(stage, dest)
+        instead = (
+            f"call {trigger}()" if trigger else f"allowed from {stage}: {', '.join(triggers_from(stage)) or 'none'}"
+        )
+        return StageAssignmentRefused(
+            f"The stage of conversation {self.id!r} cannot be written as {dest}, only triggers change it: {instead}.",
+            dest,
+        )
+
+
+def _context(
+    trigger: str, actor: str | None, reason: str | None, metadata: Mapping[str, Any] | None, key: str | None
+) -> dict[str, Any]:
+    """What the history row says besides the stages, checked."""
+    texts = {"actor": actor, "reason": reason, "key": key}
+    for name, text in texts.items():
+        if text is not None:
+            texts[name] = clean_text(name, text)
+    if key is not None and not key.strip():
+        raise InvalidValue("key", key, "an idempotency key must not be empty")
+    if metadata is not None:
+        if not isinstance(metadata, Mapping):
+            raise InvalidValue("metadata", metadata, "it must be a mapping")
+        metadata = clean_json("metadata", metadata)
+    return {"trigger": trigger, **texts, "metadata": metadata}
+
+
+def _fire(
+    conversation: CloseEngineConversation,
+    trigger: str,
+    given: Mapping[str, Any],
+    context: dict[str, Any],
+    also: Mapping[str, Any] | None = None,
+) -> StageChange:
+    """One stage change: ask the machine, write with the guard, name the failure; memory follows last.
+
+    `also` are further columns to write with it.
+    """
+    source = conversation.stage
+    try:
+        transition = decide(trigger, conversation._draft(given))
+    except TransitionRefused:
+        if change := _earlier(conversation.id, trigger, context["key"]):
+            return change
+        raise
+    hooked = hooks.hooks_for(source, transition.dests)
+    with atomic() if hooked else nullcontext():
+        if hooked:
+            hooks.run_on_exit(conversation, transition)
+        values = _values(conversation, transition, given, also or {})
+        row = _write(current(), conversation, transition, values, context)
+        if row is None:
+            if change := _earlier(conversation.id, trigger, context["key"]):
+                return change
+            raise _conflict(conversation, trigger)
+        change = _take_over(conversation, source, values, row, context)
+        if hooked:
+            hooks.run_on_enter(conversation, change)
+        _announce(conversation, change)
+    return change
+
+
+def _values(
+    conversation: CloseEngineConversation, transition: Transition, given: Mapping[str, Any], also: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Column name to the value that the transition writes there."""
+    now = conversation._next_version()
+    values: dict[str, Any] = {"stage": transition.dest, "updated_at": now}
+    for column, stamp in transition.stamps.items():
+        if stamp is Stamp.NOW:
+            values[column] = now
+        elif stamp is Stamp.CLEARED:
+            values[column] = None
+        elif stamp is Stamp.GIVEN:
+            values[column] = given[column]
+        else:
+            values[column] = 1
+    return {**values, **also}
+
+
+_statements: dict[tuple[Any, ...], str] = {}
+
+
+def _write(
+    binding: Binding,
+    conversation: CloseEngineConversation,
+    transition: Transition,
+    values: Mapping[str, Any],
+    context: dict[str, Any],
+) -> tuple[Any, ...] | None:
+    key, fields = context["key"], CloseEngineConversation._meta.fields
+    shape = (type(binding.dialect), transition.trigger, key is None, *values)
+    statement = _statements.get(shape)
+    if statement is None:
+        statement = _statements[shape] = _statement(binding, transition, values, key is not None)
+    parameters = [fields[name].db_value(value) for name, value in values.items()]
+    if transition.dest is None:
+        parameters[0] = conversation.id
+    parameters += [conversation.id, conversation.stage.value, stored_time(conversation.updated_at)]
+    if key is not None:
+        parameters += [conversation.id, key]
+    context = {**context, "id": conversation.id, "updated_at": stored_time(values["updated_at"])}
+    return binding.dialect.execute_guarded(binding.database, statement, parameters, context)
+
+
+_STALLED_IN = (
+    "COALESCE((SELECT source FROM {history} WHERE conversation_id = %s AND dest = 'STALLED' "
+    "ORDER BY id DESC LIMIT 1), 'QUALIFYING')"
+)
+
+
+def _statement(binding: Binding, transition: Transition, values: Mapping[str, Any], keyed: bool) -> str:
+    """The text of a transition's one write, made once for each shape it comes in."""
+    fields = CloseEngineConversation._meta.fields
+    assignments = []
+    for name in values:
+        column = f'"{fields[name].column_name}"'
+        value = "%s"
+        if name == "stage" and transition.dest is None:
+            value = _STALLED_IN
+        elif transition.stamps.get(name) is Stamp.INCREMENTED:
+            value = f"{column} + %s"
+        assignments.append(f"{column} = {value}")
+    conditions = '"id" = %s AND "stage" = %s AND "updated_at" = %s'
+    if keyed:
+        conditions += " AND NOT EXISTS (SELECT 1 FROM {history} WHERE conversation_id = %s AND key = %s)"
+    return binding.dialect.guarded_update(
+        CloseEngineConversation._meta.table_name,
+        ", ".join(assignments),
+        conditions,
+        ", ".join(f'"{fields[name].column_name}"' for name in values),
+    )
+
+
+def _take_over(
+    conversation: CloseEngineConversation,
+    source: Stage,
+    values: Mapping[str, Any],
+    row: tuple[Any, ...],
+    context: dict[str, Any],
+) -> StageChange:
+    """Copy what was written into the object, and say what the history row holds."""
+    fields = conversation._meta.fields
+    remember(conversation, list(values))
+    for name, value in zip(values, row[:-1], strict=True):
+        conversation.__data__[name] = fields[name].python_value(value)
+    conversation._dirty.difference_update(values)
+    change = StageChange(
+        __no_default__=True,
+        id=row[-1],
+        conversation_id=conversation.id,
+        lead_id=conversation.lead_id,
+        source=source,
+        dest=conversation.stage,
+        created_at=conversation.updated_at,
+        **context,
+    )
+    change._dirty.clear()
+    return change
+
+
+def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:
+    """The history row that this key made already."""
+    if key is None:
+        return None
+    change: StageChange | None = StageChange.get_or_none(
+        (StageChange.conversation_id == conversation_id) & (StageChange.key == key)
+    )
+    if change is not None and change.trigger != trigger:
+        raise KeyReused(conversation_id, key, change.trigger, trigger)
+    return change
+
+
+def _conflict(conversation: CloseEngineConversation, trigger: str) -> StageConflict | ConversationNotFound:
+    found = (
+        CloseEngineConversation.select(CloseEngineConversation.stage)
+        .where(CloseEngineConversation.id == conversation.id)
+        .first()
+    )
+    if found is None:
+        return ConversationNotFound(conversation.id)
+    return StageConflict(conversation.id, trigger, conversation.stage, found.stage)
+
+
+class _Uncommitted(local):
+    """History rows whose hooks wait for the commit, by id: SQLite gives a rolled-back id out again."""
+
+    def __init__(self) -> None:
+        self.changes: weakref.WeakValueDictionary[int, StageChange] = weakref.WeakValueDictionary()
+
+
+_uncommitted = _Uncommitted()
+
+
+def _announce(conversation: CloseEngineConversation, change: StageChange) -> None:
+    """See to it that the after-commit hooks of this change run, if it is committed."""
+    waiting = hooks.committed_hooks(change.dest)
+    if not waiting:
+        return
+    in_transaction = current().database.in_transaction()
+    _uncommitted.changes[change.id] = change
+
+    def run(hook: hooks.Hook) -> None:
+        # A savepoint may have been rolled back meanwhile: the history knows.
+        rolled_back = in_transaction and (
+            _uncommitted.changes.get(change.id) is not change
+            or StageChange.get_or_none(StageChange.id == change.id) is None
+        )
+        if not rolled_back:
+            hook(conversation, change)
+
+    for hook in waiting:
+        run_after_commit(partial(run, hook))
+
+
+@contextmanager
+def locked(conversation_id: str) -> Iterator[CloseEngineConversation]:
+    """Hold a conversation for the length of a transaction: other writers wait instead of conflicting.
+
+    Args:
+        conversation_id: its id.
+
+    Yields:
+        the conversation as it is now.
+
+    Raises:
+        ConversationNotFound: there is none.
+    """
+    with atomic():
+        query = CloseEngineConversation.select().where(CloseEngineConversation.id == conversation_id)
+        conversation = current().dialect.hold(query).first()
+        if conversation is None:
+            raise ConversationNotFound(conversation_id)
+        yield conversation
+
+
+def open_conversation(
+    lead: Lead | str,
+    entry_point: EntryPoint,
+    rep: User | str | None = None,
+    key: str | None = None,
+    *,
+    actor: str | None = None,
+    reason: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> CloseEngineConversation:
+    """Open the close conversation of a lead, in one transaction; or get the one it has.
+
+    An active conversation is returned as it is, also to the later of two callers at once. A STALLED one is resumed.
+    A CLOSED_LOST one is reopened with its history kept. Opening and reopening take the lead's autonomy level and set
+    the lead's `close_entry_point`.
+
+    Args:
+        lead: the lead or its id.
+        entry_point: what brought the lead here.
+        rep: the user who looks after it, or his id.
+        key: idempotency key: the same key again returns the conversation and changes nothing.
+        actor, reason, metadata: for the history.
+
+    Returns:
+        the conversation.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+        LeadHasNoPhone: it cannot be texted.
+        ConversationCompleted: the lead has paid.
+    """
+    lead_id = lead.id if isinstance(lead, Lead) else lead
+    rep_id = rep.id if isinstance(rep, User) else rep
+    entry_point = CloseEngineConversation.entry_point.clean(entry_point)
+    context = partial(_context, actor=actor, reason=reason, metadata=metadata, key=key)
+    with atomic():
+        held = Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)
+        row = current().dialect.hold(held).first()
+        if row is None:
+            raise LeadNotFound(lead_id)
+        conversation: CloseEngineConversation | None = row.close_conversation
+        if conversation is not None:
+            if _opened_by(conversation, key) or conversation.stage in ACTIVE_STAGES:
+                return conversation
+            if conversation.stage is Stage.COMPLETED:
+                raise ConversationCompleted(conversation.id, lead_id)
+            if conversation.stage is Stage.STALLED:
+                _fire(conversation, "resume", {}, context("resume"))
+                return conversation
+        if not (row.phone or "").strip():
+            raise LeadHasNoPhone(lead_id)
+        if conversation is not None:
+            entered = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
+            _fire(conversation, "reopen", {}, context("reopen"), {**entered, "rep": rep_id or conversation.rep_id})
+        else:
+            conversation = _insert(row, entry_point, rep_id, context("open"))
+            if conversation is None:  # a writer who does not hold the lead was first
+                return open_conversation(lead, entry_point, rep, key, actor=actor, reason=reason, metadata=metadata)
+        Lead.update(close_entry_point=entry_point).where(Lead.id == lead_id).execute()
+        if isinstance(lead, Lead):
+            remember(lead, ["close_entry_point"])
+            lead.__data__["close_entry_point"] = entry_point
+            lead._dirty.discard("close_entry_point")
+    return conversation
+
+
+def _opened_by(conversation: CloseEngineConversation, key: str | None) -> bool:
+    """Whether this key opened, reopened or resumed it already."""
+    mine = (StageChange.conversation_id == conversation.id) & (StageChange.key == key)
+    return key is not None and StageChange.get_or_none(mine) is not None
+
+
+def _insert(
+    lead: Lead, entry_point: EntryPoint, rep_id: str | None, context: dict[str, Any]
+) -> CloseEngineConversation | None:
+    """A new conversation, or None where the lead has got one meanwhile."""
+    now = _now()
+    conversation = CloseEngineConversation(
+        lead=lead,
+        rep=rep_id,
+        entry_point=entry_point,
+        autonomy_level=lead.autonomy_level,
+        created_at=now,
+        updated_at=now,
+    )
+    insert = CloseEngineConversation.insert(conversation.__data__).on_conflict(
+        action="nothing", conflict_target=[CloseEngineConversation.lead]
+    )
+    binding = current()
+    with binding.dialect.context(binding.database, {**context, "id": conversation.id, "updated_at": stored_time(now)}):
+        if not insert.as_rowcount().execute():
+            return None
+    return CloseEngineConversation.get_by_id(conversation.id)

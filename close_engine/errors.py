@@ -1,0 +1,267 @@
+"""Every refusal of this library: one base class, a sentence to act on, its data as attributes.
+
+>>> try:
+...     raise LeadHasNoPhone("lead_1")
+... except CloseEngineError as error:
+...     print(error, error.lead_id)
+Lead 'lead_1' has no phone number, so no conversation by text message can be opened: add one first. lead_1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from close_engine.stages import Stage
+
+__all__ = [
+    "AfterCommitError",
+    "CloseEngineError",
+    "ConfigurationError",
+    "ConversationCompleted",
+    "ConversationNotFound",
+    "GuardRefused",
+    "InvalidValue",
+    "KeyReused",
+    "LeadHasNoPhone",
+    "LeadNotFound",
+    "SchemaError",
+    "StageAssignmentRefused",
+    "StageConflict",
+    "TransitionNotAllowed",
+    "TransitionRefused",
+    "UnknownTrigger",
+]
+
+
+class CloseEngineError(Exception):
+    """Base class of every error that this library raises."""
+
+
+class ConfigurationError(CloseEngineError):
+    """The library is not told, or told wrongly, which database and tables to use."""
+
+
+class SchemaError(CloseEngineError):
+    """The database's tables are not what the library needs.
+
+    Attributes:
+        problems: list of str, one sentence each.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = list(problems)
+        super().__init__("\n  - ".join([message, *self.problems]))
+
+
+class InvalidValue(CloseEngineError, ValueError):
+    """A value that a column cannot hold faithfully, refused before the database sees it.
+
+    Attributes:
+        field: name of the field.
+        value: the refused value.
+    """
+
+    def __init__(self, field: str, value: Any, why: str) -> None:
+        self.field = field
+        self.value = value
+        super().__init__(f"{field} cannot be {_shown(value)}: {why}")
+
+
+class UnknownTrigger(CloseEngineError, LookupError):
+    """A trigger that the transition table does not have.
+
+    Attributes:
+        trigger: the name that was asked for.
+        known: list of the names that exist.
+    """
+
+    def __init__(self, trigger: str, known: Sequence[str]) -> None:
+        self.trigger = trigger
+        self.known = list(known)
+        super().__init__(f"There is no trigger {trigger!r}; the triggers are {', '.join(known)}.")
+
+
+class TransitionRefused(CloseEngineError):
+    """The machine refuses this trigger now; nothing was written.
+
+    Attributes:
+        conversation_id: the conversation, or None where the question was asked of the bare machine.
+        trigger: the refused trigger.
+        stage: the stage it was refused in.
+    """
+
+    def __init__(self, message: str, conversation_id: str | None, trigger: str, stage: Stage) -> None:
+        self.conversation_id = conversation_id
+        self.trigger = trigger
+        self.stage = stage
+        super().__init__(message)
+
+
+class TransitionNotAllowed(TransitionRefused):
+    """The transition table has no such trigger from this stage.
+
+    Attributes:
+        allowed: list of the triggers that the table has from this stage.
+    """
+
+    def __init__(self, conversation_id: str | None, trigger: str, stage: Stage, allowed: Sequence[str]) -> None:
+        self.allowed = list(allowed)
+        instead = f"allowed from here: {', '.join(allowed)}" if allowed else f"{stage} is final"
+        super().__init__(
+            f"{_conversation(conversation_id)} is {stage}, from where {trigger} is not allowed; {instead}.",
+            conversation_id,
+            trigger,
+            stage,
+        )
+
+
+class GuardRefused(TransitionRefused):
+    """The table allows the trigger from this stage, but its guard does not.
+
+    Attributes:
+        guard: the sentence that says what is missing.
+    """
+
+    def __init__(self, conversation_id: str | None, trigger: str, stage: Stage, guard: str) -> None:
+        self.guard = guard
+        super().__init__(
+            f"{_conversation(conversation_id)} is {stage}, and {trigger} is refused: {guard}.",
+            conversation_id,
+            trigger,
+            stage,
+        )
+
+
+class StageConflict(CloseEngineError):
+    """Somebody else changed the conversation since it was loaded; nothing was written.
+
+    Attributes:
+        conversation_id: the conversation.
+        trigger: what was to be fired.
+        expected: the Stage that the object in memory has.
+        found: the Stage that the row has now.
+    """
+
+    def __init__(self, conversation_id: str, trigger: str, expected: Stage, found: Stage) -> None:
+        self.conversation_id = conversation_id
+        self.trigger = trigger
+        self.expected = expected
+        self.found = found
+        moved = f"expected {expected} and found {found}"
+        if expected is found:
+            moved = f"expected {expected} and found {found} again, but changed since it was loaded"
+        super().__init__(
+            f"Conversation {conversation_id!r} was changed by somebody else: {trigger} {moved}; "
+            "reload it and decide again, or hold it with locked()."
+        )
+
+
+class KeyReused(CloseEngineError):
+    """An idempotency key came back with another trigger than the one it was first used for.
+
+    Attributes:
+        conversation_id: the conversation.
+        key: the key.
+        first: the trigger it was first used for.
+        trigger: the trigger it came back with.
+    """
+
+    def __init__(self, conversation_id: str, key: str, first: str, trigger: str) -> None:
+        self.conversation_id = conversation_id
+        self.key = key
+        self.first = first
+        self.trigger = trigger
+        super().__init__(
+            f"Key {key!r} was used for {first} of conversation {conversation_id!r} and cannot be used "
+            f"for {trigger}: give every event a key of its own."
+        )
+
+
+class StageAssignmentRefused(CloseEngineError, AttributeError):
+    """The stage was to be written past the machine.
+
+    Attributes:
+        stage: the Stage that was to be written.
+    """
+
+    def __init__(self, message: str, stage: Any) -> None:
+        self.stage = stage
+        super().__init__(message)
+
+
+class ConversationNotFound(CloseEngineError, LookupError):
+    """There is no such conversation (any more).
+
+    Attributes:
+        conversation_id: what was looked for.
+    """
+
+    def __init__(self, conversation_id: str) -> None:
+        self.conversation_id = conversation_id
+        super().__init__(f"There is no conversation {conversation_id!r}; it may have been deleted with its lead.")
+
+
+class ConversationCompleted(CloseEngineError):
+    """The lead has paid already: its conversation is final and cannot be opened again.
+
+    Attributes:
+        conversation_id: the completed conversation.
+        lead_id: its lead.
+    """
+
+    def __init__(self, conversation_id: str, lead_id: str) -> None:
+        self.conversation_id = conversation_id
+        self.lead_id = lead_id
+        super().__init__(
+            f"Conversation {conversation_id!r} of lead {lead_id!r} is COMPLETED, which is final; "
+            "it cannot be opened again."
+        )
+
+
+class LeadNotFound(CloseEngineError, LookupError):
+    """There is no such lead.
+
+    Attributes:
+        lead_id: what was looked for.
+    """
+
+    def __init__(self, lead_id: str) -> None:
+        self.lead_id = lead_id
+        super().__init__(f"There is no lead {lead_id!r}.")
+
+
+class LeadHasNoPhone(CloseEngineError):
+    """A lead without a phone number cannot be texted.
+
+    Attributes:
+        lead_id: the lead.
+    """
+
+    def __init__(self, lead_id: str) -> None:
+        self.lead_id = lead_id
+        super().__init__(
+            f"Lead {lead_id!r} has no phone number, so no conversation by text message can be opened: add one first."
+        )
+
+
+class AfterCommitError(CloseEngineError):
+    """Functions that were to run after the commit failed. The change itself IS committed.
+
+    Attributes:
+        errors: list of the exceptions, in the order in which they were raised.
+    """
+
+    def __init__(self, errors: Sequence[Exception]) -> None:
+        self.errors = list(errors)
+        told = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
+        super().__init__(f"The change is committed, but what was to run after it failed: {told}")
+
+
+def _conversation(conversation_id: str | None) -> str:
+    return "The conversation" if conversation_id is None else f"Conversation {conversation_id!r}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

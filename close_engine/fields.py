@@ -1,0 +1,243 @@
+"""Column types that Peewee lacks: values are checked where they are assigned, not where they fail.
+
+What an object holds is always what a reload gives: times are timezone-aware UTC with milliseconds (stored as
+naive UTC, as Prisma stores them), words are enum members, JSON is plain lists, dicts and scalars.
+
+>>> from datetime import datetime, timezone
+>>> moment = UtcDateTimeField().clean(datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone.utc))
+>>> moment.microsecond
+678000
+>>> UtcDateTimeField().db_value(moment)
+'2026-01-02 03:04:05.678'
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import peewee
+from cuid2 import Cuid
+
+from close_engine.errors import InvalidValue
+
+__all__ = [
+    "EnumField",
+    "JsonField",
+    "OneToOneField",
+    "TextField",
+    "UtcDateTimeField",
+    "clean_json",
+    "clean_text",
+    "create_id",
+    "milliseconds",
+    "stored_time",
+]
+
+_cuid = Cuid()
+
+
+def create_id() -> str:
+    """A new id. The CRM's own ids come from Prisma's cuid(); cuid2 is its maintained successor."""
+    return _cuid.generate()
+
+
+V = TypeVar("V")
+
+if TYPE_CHECKING:
+    FieldOf = peewee.Field
+else:
+
+    class FieldOf(peewee.Field):
+        """Peewee's stubs make Field generic, Peewee itself does not: this lets `Field[type]` run."""
+
+        def __class_getitem__(cls, item):
+            return cls
+
+
+class CleaningAccessor(peewee.FieldAccessor):
+    """Checks and normalises a value as it is assigned."""
+
+    def __set__(self, instance: peewee.Model, value: Any) -> None:
+        if value is not None and not isinstance(value, peewee.Node):
+            value = self.field.clean(value)
+        super().__set__(instance, value)
+
+
+class CleanField(FieldOf[V]):
+    """A field whose values pass through `clean` when assigned and when used in a query."""
+
+    accessor_class = CleaningAccessor
+
+    def clean(self, value: Any) -> Any:
+        """The value as it will come back from the database, or InvalidValue."""
+        raise NotImplementedError
+
+    def adapt(self, value: Any) -> Any:
+        return self.clean(value)
+
+    @property
+    def label(self) -> str:
+        model = getattr(self, "model", None)
+        return f"{model.__name__}.{self.name}" if model is not None else type(self).__name__
+
+
+class TextField(CleanField[V], Generic[V]):
+    """Text as PostgreSQL can hold it: no NUL character, no half of a surrogate pair."""
+
+    field_type = "TEXT"
+
+    def clean(self, value: Any) -> str:
+        return clean_text(self.label, value)
+
+
+class EnumField(CleanField[V], Generic[V]):
+    """Text that is one of an enum's values.
+
+    Args:
+        words: the enum class; a value outside it is refused, also when it comes from the database.
+    """
+
+    field_type = "TEXT"
+
+    def __init__(self, words: type[Enum], **options: Any) -> None:
+        self.words = words
+        super().__init__(**options)
+
+    def clean(self, value: Any) -> Any:
+        try:
+            return self.words(value)
+        except ValueError:
+            known = ", ".join(str(word.value) for word in self.words)
+            raise InvalidValue(self.label, value, f"it must be one of {known}") from None
+
+    def db_value(self, value: Any) -> Any:
+        return value if value is None else str(self.clean(value).value)
+
+
+class UtcDateTimeField(CleanField[V], Generic[V]):
+    """A moment: timezone-aware UTC with milliseconds in Python, `timestamp(3)` of naive UTC in the database."""
+
+    field_type = "TIMESTAMP(3)"
+
+    def clean(self, value: Any) -> datetime:
+        if not isinstance(value, datetime):
+            raise InvalidValue(self.label, value, "it must be a datetime with a timezone")
+        if value.tzinfo is None:
+            raise InvalidValue(
+                self.label, value, "it has no timezone; write datetime.now(timezone.utc) or .replace(tzinfo=…)"
+            )
+        return milliseconds(value)
+
+    def db_value(self, value: Any) -> Any:
+        return value if value is None else stored_time(self.clean(value))
+
+    def python_value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        return value if value is None else milliseconds(value.replace(tzinfo=timezone.utc))
+
+
+class JsonField(peewee.JSONField):
+    """JSON that comes back as it went in: refuses NaN, NUL characters, keys that are not text, and other types."""
+
+    accessor_class = CleaningAccessor
+
+    def clean(self, value: Any) -> Any:
+        return clean_json(f"{self.model.__name__}.{self.name}", value)
+
+    def db_value(self, value: Any) -> Any:
+        if value is not None and not isinstance(value, peewee.Node):
+            value = self.clean(value)
+        return super().db_value(value)  # type: ignore[no-untyped-call]
+
+
+class _OneOrNone(peewee.BackrefAccessor):
+    def __get__(self, instance: peewee.Model | None, instance_type: type | None = None) -> Any:
+        rows = super().__get__(instance, instance_type)  # type: ignore[no-untyped-call]
+        return rows if instance is None else rows.first()
+
+
+class OneToOneField(peewee.ForeignKeyField):
+    """A unique foreign key, whose back-reference is the one row or None.
+
+    (Not generic: the type that an object's attribute has comes from Peewee's stubs for ForeignKeyField.)
+    """
+
+    backref_accessor_class = _OneOrNone
+
+    def __init__(self, model: type[peewee.Model], **options: Any) -> None:
+        super().__init__(model, unique=True, **options)
+
+
+def milliseconds(moment: datetime) -> datetime:
+    """The moment in UTC, without what a `timestamp(3)` cannot hold."""
+    utc = moment if moment.tzinfo is timezone.utc else moment.astimezone(timezone.utc)
+    surplus = utc.microsecond % 1000
+    return utc.replace(microsecond=utc.microsecond - surplus) if surplus else utc
+
+
+def stored_time(moment: datetime) -> str:
+    """The text by which both databases know this moment: naive UTC with milliseconds."""
+    return moment.isoformat(sep=" ", timespec="milliseconds")[:23]
+
+
+def clean_text(label: str, value: Any) -> str:
+    """The text, if PostgreSQL can hold it.
+
+    Raises:
+        InvalidValue: it is not a str, or has a NUL character or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise InvalidValue(label, value, "it must be text")
+    if "\x00" in value:
+        raise InvalidValue(label, value, "PostgreSQL cannot hold a NUL character")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidValue(label, value, "it has half of a surrogate pair, which is no character") from None
+    return value.value if isinstance(value, Enum) else value
+
+
+def clean_json(label: str, value: Any) -> Any:
+    """A copy of the value made of what JSON has, with tuples as lists.
+
+    Raises:
+        InvalidValue: JSON cannot hold it: other types, NaN or infinity, keys that are not text, or a cycle.
+    """
+    try:
+        return _clean_json(label, value)
+    except RecursionError:
+        raise InvalidValue(label, "…", "it is nested too deeply, or contains itself") from None
+
+
+def _clean_json(label: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return clean_text(label, value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if value - value != 0:
+            raise InvalidValue(label, value, "JSON has no NaN and no infinity")
+        return float(value)
+    if isinstance(value, Mapping):
+        copy = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise InvalidValue(label, key, "a key in JSON must be text")
+            copy[clean_text(label, key)] = _clean_json(label, item)
+        return copy
+    if isinstance(value, (list, tuple)):
+        return [_clean_json(label, item) for item in value]
+    raise InvalidValue(label, value, f"JSON cannot hold a {type(value).__name__}")
+
+
+def dump_json(value: Any) -> str:
+    """The text of a clean value, as both databases take it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

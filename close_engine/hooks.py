@@ -1,0 +1,99 @@
+"""Your own functions at a stage's edges.
+
+>>> from close_engine import Stage, on_enter
+>>> @on_enter(Stage.BUILDING)
+... def order_site(conversation, change):
+...     '''Runs in the transaction of the stage change: if it raises, nothing of it happened.'''
+>>> order_site.remove()
+
+Registrations belong to the process, as Peewee's signals do: register where your worker starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from close_engine.machine import Transition
+from close_engine.stages import Stage
+
+if TYPE_CHECKING:
+    from close_engine.conversations import CloseEngineConversation
+    from close_engine.models import StageChange
+
+__all__ = ["Hook", "after_commit", "hooks_for", "on_enter", "on_exit"]
+
+
+class Hook:
+    """A registered function; call it as before, or `remove()` it."""
+
+    def __init__(self, registry: dict[Stage, list[Hook]], stages: tuple[Stage, ...], function: Callable[..., Any]):
+        self._registry = registry
+        self._stages = stages
+        self.function = function
+        for stage in stages:
+            registry.setdefault(stage, []).append(self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def remove(self) -> None:
+        """Stop running it."""
+        for stage in self._stages:
+            self._registry[stage].remove(self)
+            if not self._registry[stage]:
+                del self._registry[stage]
+
+
+_on_exit: dict[Stage, list[Hook]] = {}
+_on_enter: dict[Stage, list[Hook]] = {}
+_after_commit: dict[Stage, list[Hook]] = {}
+
+
+def on_exit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, Transition], object]], Hook]:
+    """Run the function before one of these stages is left, in the same transaction.
+
+    It gets the conversation and the Transition about to be made; if it raises, the stage stays.
+    """
+    return lambda function: Hook(_on_exit, _checked(stages), function)
+
+
+def on_enter(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
+    """Run the function after one of these stages is entered, in the same transaction.
+
+    It gets the conversation and the StageChange just written; if it raises, the stage change is undone.
+    """
+    return lambda function: Hook(_on_enter, _checked(stages), function)
+
+
+def after_commit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
+    """Run the function once the entering of one of these stages is committed; never if it is rolled back.
+
+    It gets the conversation and the StageChange. For what must not be lost in a crash, use the outbox instead.
+    """
+    return lambda function: Hook(_after_commit, _checked(stages), function)
+
+
+def hooks_for(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
+    """Whether a function is to run in the transaction of such a change."""
+    return bool(_on_exit or _on_enter) and (source in _on_exit or any(dest in _on_enter for dest in dests))
+
+
+def run_on_exit(conversation: CloseEngineConversation, transition: Transition) -> None:
+    for hook in tuple(_on_exit.get(conversation.stage, ())):
+        hook(conversation, transition)
+
+
+def run_on_enter(conversation: CloseEngineConversation, change: StageChange) -> None:
+    for hook in tuple(_on_enter.get(change.dest, ())):
+        hook(conversation, change)
+
+
+def committed_hooks(dest: Stage) -> tuple[Hook, ...]:
+    return tuple(_after_commit.get(dest, ()))
+
+
+def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    if not stages:
+        raise TypeError("name at least one stage, as in @on_enter(Stage.BUILDING)")
+    return tuple(Stage(stage) for stage in stages)

@@ -1,0 +1,246 @@
+"""The transition table as data, and the pure question it answers: where does this trigger lead?
+
+One table serves Python, the database's guard (a test compares them), the diagram and the documentation.
+It is run by one `transitions.Machine` for the whole process, on a draft, never on a row:
+
+>>> decide("collect_info", Draft(Stage.QUALIFYING)).dest
+<Stage.COLLECTING_INFO: 'COLLECTING_INFO'>
+>>> decide("close_lost", Draft(Stage.BUILDING))
+Traceback (most recent call last):
+close_engine.errors.GuardRefused: The conversation is BUILDING, and close_lost is refused: a reason must be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, cast
+
+from transitions import EventData, Machine, MachineError
+
+from close_engine.errors import GuardRefused, TransitionNotAllowed, UnknownTrigger
+from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, Stage
+
+__all__ = ["TRANSITIONS", "TRIGGERS", "Draft", "Stamp", "Transition", "decide", "mermaid", "pairs", "trigger_between"]
+
+
+class Stamp(Enum):
+    """What a transition does to a column besides the stage."""
+
+    NOW = "set to now"
+    CLEARED = "cleared"
+    INCREMENTED = "plus one"
+    GIVEN = "set to the argument of the same name"
+
+
+@dataclass
+class Draft:
+    """What the machine decides on: a conversation's facts, and what the caller gives with the trigger."""
+
+    stage: Stage
+    conversation_id: str | None = None
+    autonomy_level: AutonomyLevel = AutonomyLevel.FULL_AUTO
+    payment_link_sent: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on top of the table.
+
+    Attributes:
+        sentence: what is missing where it fails.
+        holds: whether it does; gets the draft.
+        on_arguments: True where the caller can satisfy it with what he gives.
+    """
+
+    sentence: str
+    holds: Callable[[Draft], bool]
+    on_arguments: bool
+
+    def __call__(self, event: EventData) -> bool:
+        draft = cast(Draft, event.model)
+        if self.holds(draft):
+            return True
+        draft.refusal = self.sentence
+        return False
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One row of the table.
+
+    Attributes:
+        dest: where it leads; None is "the stage it stalled in", which the history knows.
+        stamps: column name to what happens to it.
+        meaning: what the trigger says, for the documentation.
+    """
+
+    trigger: str
+    sources: tuple[Stage, ...]
+    dest: Stage | None
+    meaning: str
+    guards: tuple[Guard, ...] = ()
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+
+    @property
+    def dests(self) -> tuple[Stage, ...]:
+        """Every stage it may lead to."""
+        return ACTIVE_STAGES if self.dest is None else (self.dest,)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+LINK_GIVEN = Guard("a payment link URL must be given", lambda d: _is_text(d.given.get("payment_link_url")), True)
+MAY_SEND_LINK = Guard(
+    "its autonomy level asks for an approval first (give approved_by)",
+    lambda d: d.autonomy_level is AutonomyLevel.FULL_AUTO or _is_text(d.given.get("approved_by")),
+    True,
+)
+LINK_SENT = Guard("no payment link was sent", lambda d: d.payment_link_sent, False)
+REASON_GIVEN = Guard("a reason must be given", lambda d: _is_text(d.given.get("closed_lost_reason")), True)
+
+S = Stage
+
+TRANSITIONS: tuple[Transition, ...] = (
+    Transition("start_qualifying", (S.INITIATED,), S.QUALIFYING, "the first message is out, ask the core questions"),
+    Transition("collect_info", (S.QUALIFYING,), S.COLLECTING_INFO, "follow up on gaps"),
+    Transition("start_building", (S.QUALIFYING, S.COLLECTING_INFO), S.BUILDING, "enough is known, generate the site"),
+    Transition("send_preview", (S.BUILDING, S.EDIT_LOOP), S.PREVIEW_SENT, "the preview link is out"),
+    Transition(
+        "request_edits",
+        (S.PREVIEW_SENT,),
+        S.EDIT_LOOP,
+        "the lead asks for changes",
+        stamps={"edit_rounds": Stamp.INCREMENTED},
+    ),
+    Transition(
+        "request_approval", (S.PREVIEW_SENT, S.EDIT_LOOP), S.PENDING_APPROVAL, "a human must approve the next message"
+    ),
+    Transition("withdraw_approval", (S.PENDING_APPROVAL,), S.PREVIEW_SENT, "the approval is no longer asked for"),
+    Transition(
+        "send_payment_link",
+        (S.PREVIEW_SENT, S.EDIT_LOOP, S.PENDING_APPROVAL),
+        S.PAYMENT_SENT,
+        "the payment link is out",
+        (LINK_GIVEN, MAY_SEND_LINK),
+        {"payment_link_url": Stamp.GIVEN, "payment_link_sent_at": Stamp.NOW},
+    ),
+    Transition(
+        "complete",
+        tuple(stage for stage in Stage if stage is not S.COMPLETED),
+        S.COMPLETED,
+        "the lead paid; money is never refused because of the stage",
+        (LINK_SENT,),
+        {"completed_at": Stamp.NOW},
+    ),
+    Transition("stall", ACTIVE_STAGES, S.STALLED, "the lead stopped responding", stamps={"stalled_at": Stamp.NOW}),
+    Transition(
+        "resume",
+        (S.STALLED,),
+        None,
+        "the lead is back: on from the stage it stalled in (QUALIFYING where unknown)",
+        stamps={"stalled_at": Stamp.CLEARED},
+    ),
+    Transition(
+        "close_lost",
+        (*ACTIVE_STAGES, S.STALLED),
+        S.CLOSED_LOST,
+        "the lead did not convert",
+        (REASON_GIVEN,),
+        {"closed_lost_at": Stamp.NOW, "closed_lost_reason": Stamp.GIVEN},
+    ),
+    Transition(
+        "reopen",
+        (S.CLOSED_LOST,),
+        S.INITIATED,
+        "a lost lead comes back",
+        stamps={"closed_lost_at": Stamp.CLEARED, "closed_lost_reason": Stamp.CLEARED},
+    ),
+)
+
+TRIGGERS: dict[str, Transition] = {transition.trigger: transition for transition in TRANSITIONS}
+
+
+def _build_machine() -> Machine:
+    machine = Machine(
+        model=None,
+        states=list(Stage),
+        initial=S.INITIATED,
+        auto_transitions=False,
+        send_event=True,
+        model_attribute="stage",
+    )
+    for transition in TRANSITIONS:
+        # One internal transition: where `resume` leads is the history's to say.
+        machine.add_transition(
+            transition.trigger, list(transition.sources), transition.dest, conditions=list(transition.guards)
+        )
+    return machine
+
+
+_machine = _build_machine()
+
+
+def decide(trigger: str, draft: Draft) -> Transition:
+    """Where a trigger leads from a draft's stage.
+
+    Args:
+        trigger: its name.
+        draft: the facts; its `stage` becomes the destination.
+
+    Returns:
+        the row of the table that applies.
+
+    Raises:
+        UnknownTrigger: the table has no such trigger.
+        TransitionNotAllowed: not from this stage.
+        GuardRefused: from this stage, but a guard fails.
+    """
+    transition = TRIGGERS.get(trigger)
+    if transition is None:
+        raise UnknownTrigger(trigger, list(TRIGGERS))
+    stage = draft.stage
+    try:
+        fired = _machine.events[trigger].trigger(draft)
+    except MachineError:
+        raise TransitionNotAllowed(draft.conversation_id, trigger, stage, triggers_from(stage)) from None
+    if not fired:
+        raise GuardRefused(draft.conversation_id, trigger, stage, draft.refusal or "a guard fails")
+    return transition
+
+
+def triggers_from(stage: Stage) -> list[str]:
+    """The triggers that the table has from a stage, in the table's order."""
+    return [transition.trigger for transition in TRANSITIONS if stage in transition.sources]
+
+
+def pairs() -> Iterator[tuple[str, Stage, Stage]]:
+    """Every (trigger, source, dest) that the database's guard allows."""
+    for transition in TRANSITIONS:
+        for source in transition.sources:
+            for dest in transition.dests:
+                yield transition.trigger, source, dest
+
+
+def trigger_between(source: Stage, dest: Stage) -> str | None:
+    """The trigger that leads from one stage to another; there is at most one."""
+    return next((trigger for trigger, *ends in pairs() if ends == [source, dest]), None)
+
+
+def mermaid() -> str:
+    """The state diagram in Mermaid's words, without the triggers that every active stage has (they are noted)."""
+    everywhere = [t for t in TRANSITIONS if set(ACTIVE_STAGES) <= set(t.sources) and t.dest is not None]
+    lines = ["stateDiagram-v2", f"    [*] --> {S.INITIATED}", '    state "any active stage" as ACTIVE']
+    for transition in TRANSITIONS:
+        sources = ["ACTIVE", *(s for s in transition.sources if s not in ACTIVE_STAGES)]
+        dests = ["ACTIVE" if transition.dest is None else transition.dest]
+        if transition not in everywhere:
+            sources = list(transition.sources)
+        for source in sources:
+            lines.extend(f"    {source} --> {dest}: {transition.trigger}" for dest in dests)
+    return "\n".join([*lines, f"    {S.COMPLETED} --> [*]"])

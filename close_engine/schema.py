@@ -1,0 +1,197 @@
+"""The schema: run the migrations, list them, take them back.
+
+    close_engine.connect("postgresql://…")
+    close_engine.migrate()           # safe from many workers at once; all of it or nothing
+
+The scripts stand in `migrations/` and are run by `playhouse.migrations`; which of them ran is recorded in
+`close_engine.migrations` on PostgreSQL and in `close_engine_migrations` on SQLite.
+
+>>> from close_engine.backend import connect
+>>> database = connect("sqlite:///:memory:")
+>>> migrate(standalone=True)[0]
+'0001_conversations'
+>>> migrate()
+[]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from playhouse.migrations import MigrationError, Runner
+
+from close_engine.backend import Binding, current
+from close_engine.errors import SchemaError
+from close_engine.transaction import atomic
+
+__all__ = ["MigrationStatus", "migrate", "migration_sql", "rollback", "status"]
+
+
+@dataclass(frozen=True)
+class MigrationStatus:
+    """One migration.
+
+    Attributes:
+        name: the script's name.
+        applied_at: when it was applied, in the local time of the machine that did; None where it is pending.
+        known: False where the database has it, but this version of the library does not.
+    """
+
+    name: str
+    applied_at: datetime | None
+    known: bool
+
+
+def directory() -> Path:
+    """Where the migration scripts are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
+
+
+def migrate(*, standalone: bool = False) -> list[str]:
+    """Apply every pending migration to the bound database, in one transaction.
+
+    Many processes may do so at once: one migrates, the others wait and find nothing left to do.
+
+    Args:
+        standalone: first make minimal leads, users and clients tables where there are none; for a database without
+            a CRM.
+
+    Returns:
+        the names of the migrations that were applied.
+
+    Raises:
+        SchemaError: the CRM's tables are missing, or something there does not match; nothing was changed.
+    """
+    binding = current()
+    if not standalone and not _pending(binding):
+        return []
+    with atomic(), _schema_errors():
+        return _apply(binding, standalone)
+
+
+def migration_sql(*, standalone: bool = False) -> list[str]:
+    """The statements that `migrate` would run now, without leaving a trace: they are run and rolled back.
+
+    Returns:
+        one SQL statement each, with its values in it.
+    """
+    binding = current()
+    statements: list[str] = []
+
+    def record(event: Any) -> None:
+        if event.sql.lstrip().split(None, 1)[0].upper() not in ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE"):
+            statements.append(_with_values(event.sql, event.params or ()))
+
+    binding.database.query_hooks.append(record)
+    try:
+        with atomic() as transaction, _schema_errors():
+            _apply(binding, standalone)
+            transaction.rollback()
+    finally:
+        binding.database.query_hooks.remove(record)
+    return [statement for statement in statements if not statement.startswith("ROLLBACK")]
+
+
+def rollback(target: str | None = None) -> list[str]:
+    """Take migrations back, in one transaction. What they made is dropped, WITH THE DATA IN IT.
+
+    What Prisma had made before, and the migrations only adopted, stays.
+
+    Args:
+        target: go back through this migration; the default is the newest alone.
+
+    Returns:
+        the names of the migrations that were taken back.
+
+    Raises:
+        SchemaError: there is no such migration to take back, or it is in use.
+    """
+    binding = current()
+    with atomic(), _schema_errors():
+        binding.dialect.exclusive(binding.database)
+        runner = _runner(binding)
+        reverted: list[str] = runner.down(target) if runner.applied() else []
+        if reverted and not runner.applied():
+            # Nothing of ours is left but the record of it.
+            runner.History.drop_table()
+            binding.dialect.drop_schema(binding.database)
+    return reverted
+
+
+def status() -> list[MigrationStatus]:
+    """Every migration, applied or pending, in order."""
+    return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
+
+
+def rows_at_stake() -> dict[str, int]:
+    """What a complete rollback would drop: table name to number of rows, for tables that have any."""
+    binding = current()
+    database = binding.database
+    counted = {}
+    for name in ("close_engine_conversations", "pending_actions", "{history}"):
+        table = binding.dialect.sql(name)
+        schema, _, bare = table.rpartition(".")
+        if bare in database.get_tables(schema or None):
+            (count,) = database.execute_sql(f"SELECT count(*) FROM {table}").fetchone()
+            if count:
+                counted[table] = count
+    return counted
+
+
+def _runner(binding: Binding) -> Any:
+    schema, table = binding.dialect.own_table("migrations")
+    return Runner(binding.database, str(directory()), table_name=table, schema=schema)
+
+
+def _pending(binding: Binding) -> bool:
+    return any(m.applied is None for m in _runner(binding).status())
+
+
+def _apply(binding: Binding, standalone: bool) -> list[str]:
+    binding.dialect.exclusive(binding.database)
+    if standalone:
+        _create_crm_tables(binding)
+    binding.dialect.create_schema(binding.database)
+    applied: list[str] = _runner(binding).up()
+    return applied
+
+
+def _create_crm_tables(binding: Binding) -> None:
+    """The least that the migrations and the models ask of a CRM."""
+    definitions = {
+        binding.tables.users: "name TEXT",
+        binding.tables.leads: "phone TEXT, name TEXT",
+        binding.tables.clients: "lead_id TEXT",
+    }
+    for table, columns in definitions.items():
+        binding.database.execute_sql(f'CREATE TABLE IF NOT EXISTS "{table}" (id TEXT NOT NULL PRIMARY KEY, {columns})')
+
+
+@contextmanager
+def _schema_errors() -> Iterator[None]:
+    try:
+        yield
+    except MigrationError as error:
+        summary, *problems = str(error).split("\n  - ")
+        raise SchemaError(f"Nothing was migrated: {summary}", problems) from error
+
+
+def _with_values(sql: str, values: Any) -> str:
+    """For reading: the statement with its values in place of the marks."""
+    text = sql.strip()
+    for value in values:
+        if value is None or isinstance(value, (int, float)):
+            shown = "NULL" if value is None else str(value)
+        else:
+            shown = "'" + str(value).replace("'", "''") + "'"
+        marks = [at for at in (text.find("%s"), text.find("?")) if at >= 0]
+        at = min(marks)
+        text = text[:at] + shown + text[at + (2 if text.startswith("%s", at) else 1) :]
+    return text

@@ -1,0 +1,91 @@
+"""The vocabulary: every word that is stored in a column of ours.
+
+Each member is a string and equal to what the database holds:
+
+>>> Stage.PREVIEW_SENT == "PREVIEW_SENT"
+True
+>>> Stage.STALLED in ACTIVE_STAGES
+False
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = [
+    "ACTIVE_STAGES",
+    "ActionStatus",
+    "ActionType",
+    "AutonomyLevel",
+    "EntryPoint",
+    "Stage",
+]
+
+
+class Word(str, Enum):
+    """A stored word: the name of each member is its value, and prints as such."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Stage(Word):
+    """Where a close conversation stands."""
+
+    INITIATED = "INITIATED"
+    QUALIFYING = "QUALIFYING"
+    COLLECTING_INFO = "COLLECTING_INFO"
+    BUILDING = "BUILDING"
+    PREVIEW_SENT = "PREVIEW_SENT"
+    EDIT_LOOP = "EDIT_LOOP"
+    PENDING_APPROVAL = "PENDING_APPROVAL"
+    PAYMENT_SENT = "PAYMENT_SENT"
+    COMPLETED = "COMPLETED"
+    STALLED = "STALLED"
+    CLOSED_LOST = "CLOSED_LOST"
+
+
+ACTIVE_STAGES: tuple[Stage, ...] = (
+    Stage.INITIATED,
+    Stage.QUALIFYING,
+    Stage.COLLECTING_INFO,
+    Stage.BUILDING,
+    Stage.PREVIEW_SENT,
+    Stage.EDIT_LOOP,
+    Stage.PENDING_APPROVAL,
+    Stage.PAYMENT_SENT,
+)
+
+
+class EntryPoint(Word):
+    """What brought the lead into a close conversation."""
+
+    INSTANTLY_REPLY = "INSTANTLY_REPLY"
+    SMS_REPLY = "SMS_REPLY"
+    REP_CLOSE = "REP_CLOSE"
+    PREVIEW_CTA = "PREVIEW_CTA"
+
+
+class AutonomyLevel(Word):
+    """How much the AI may send without a human."""
+
+    FULL_AUTO = "FULL_AUTO"
+    SEMI_AUTO = "SEMI_AUTO"
+    MANUAL = "MANUAL"
+
+
+class ActionType(Word):
+    """What a message to the lead is for."""
+
+    SEND_PAYMENT_LINK = "SEND_PAYMENT_LINK"
+    SEND_MESSAGE = "SEND_MESSAGE"
+    SEND_PREVIEW = "SEND_PREVIEW"
+
+
+class ActionStatus(Word):
+    """Where a pending action stands in the approval queue."""
+
+    PENDING = "PENDING"
+    APPROVED = "APPROVED"
+    REJECTED = "REJECTED"
+    EXPIRED = "EXPIRED"

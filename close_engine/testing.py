@@ -1,0 +1,110 @@
+"""Fixtures for the tests of those who use this library, and for its own.
+
+In your `conftest.py`:
+
+    pytest_plugins = ["close_engine.testing"]
+
+and in a test:
+
+    def test_a_building_conversation_can_be_previewed(conversation_in):
+        conversation = conversation_in(Stage.BUILDING)
+        conversation.send_preview()
+
+`close_engine_database` is a migrated SQLite file of the test's own; override the fixture to test on another database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import peewee
+import pytest
+
+from close_engine.backend import connect
+from close_engine.conversations import CloseEngineConversation, open_conversation
+from close_engine.models import Lead
+from close_engine.schema import migrate
+from close_engine.stages import AutonomyLevel, EntryPoint, Stage
+
+__all__ = ["MovableClock", "bring_to", "close_engine_clock", "close_engine_database", "conversation_in", "new_lead"]
+
+#: The triggers that lead from INITIATED to each stage.
+_WAY: dict[Stage, tuple[str, ...]] = {
+    Stage.INITIATED: (),
+    Stage.QUALIFYING: ("start_qualifying",),
+    Stage.COLLECTING_INFO: ("start_qualifying", "collect_info"),
+    Stage.BUILDING: ("start_qualifying", "start_building"),
+    Stage.PREVIEW_SENT: ("start_qualifying", "start_building", "send_preview"),
+    Stage.EDIT_LOOP: ("start_qualifying", "start_building", "send_preview", "request_edits"),
+    Stage.PENDING_APPROVAL: ("start_qualifying", "start_building", "send_preview", "request_approval"),
+    Stage.PAYMENT_SENT: ("start_qualifying", "start_building", "send_preview", "send_payment_link"),
+    Stage.COMPLETED: ("start_qualifying", "start_building", "send_preview", "send_payment_link", "complete"),
+    Stage.STALLED: ("start_qualifying", "stall"),
+    Stage.CLOSED_LOST: ("start_qualifying", "close_lost"),
+}
+
+
+class MovableClock:
+    """A clock that stands still until it is moved: pass it to `close_engine.bind` or use `close_engine_clock`."""
+
+    def __init__(self, now: datetime | None = None) -> None:
+        self.now = now or datetime.now(timezone.utc)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def move(self, by: timedelta) -> datetime:
+        """Move it and return the new moment."""
+        self.now += by
+        return self.now
+
+
+@pytest.fixture
+def close_engine_clock() -> MovableClock:
+    """The clock that `close_engine_database` is bound with."""
+    return MovableClock()
+
+
+@pytest.fixture
+def close_engine_database(tmp_path: Path, close_engine_clock: MovableClock) -> Iterator[peewee.Database]:
+    """A migrated database of the test's own, bound to the models."""
+    database = connect(f"sqlite:///{tmp_path}/close_engine.db", clock=close_engine_clock)
+    migrate(standalone=True)
+    yield database
+    database.close()
+
+
+def new_lead(phone: str | None = "+15550100", **values: Any) -> Lead:
+    """Write a lead, with a phone number unless told otherwise."""
+    return Lead.create(phone=phone, **values)
+
+
+def bring_to(conversation: CloseEngineConversation, stage: Stage) -> CloseEngineConversation:
+    """Lead an INITIATED conversation to a stage through the real triggers."""
+    for trigger in _WAY[stage]:
+        conversation.fire(
+            trigger,
+            reason="no answer" if trigger == "close_lost" else None,
+            payment_link_url="https://pay.example.com/1" if trigger == "send_payment_link" else None,
+            approved_by="a tester" if trigger == "send_payment_link" else None,
+        )
+    return conversation
+
+
+@pytest.fixture
+def conversation_in(close_engine_database: peewee.Database) -> Callable[..., CloseEngineConversation]:
+    """A factory: `conversation_in(Stage.BUILDING)` is a conversation that came there through the real triggers.
+
+    `autonomy_level=` sets the level of its lead, any other argument a column of the lead.
+    """
+
+    def make(
+        stage: Stage, autonomy_level: AutonomyLevel = AutonomyLevel.FULL_AUTO, **lead: Any
+    ) -> CloseEngineConversation:
+        conversation = open_conversation(new_lead(autonomy_level=autonomy_level, **lead), EntryPoint.SMS_REPLY)
+        return bring_to(conversation, stage)
+
+    return make

@@ -1,0 +1,125 @@
+"""Transactions that Python objects follow: what is rolled back in the database is rolled back in memory.
+
+>>> from close_engine.backend import connect
+>>> database = connect("sqlite:///:memory:")
+>>> told = []
+>>> with atomic():
+...     run_after_commit(lambda: told.append("committed"))
+...     told
+[]
+>>> told
+['committed']
+
+`close_engine.atomic()` nests like Peewee's own, in it and around it. Peewee's `database.atomic()` works as well, but
+does not restore the objects in memory when it rolls back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from types import TracebackType
+from typing import Any
+
+from close_engine.backend import current
+from close_engine.errors import AfterCommitError
+
+__all__ = ["atomic", "remember", "run_after_commit"]
+
+
+class _Scopes(threading.local):
+    """The open `atomic` blocks of this thread: a Peewee connection belongs to one thread, too."""
+
+    def __init__(self) -> None:
+        self.open: list[atomic] = []
+
+
+_scopes = _Scopes()
+
+
+class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
+    """A transaction, or a savepoint inside one: all of it is written, or none of it, and objects in memory follow.
+
+    Use it as a context manager or a decorator. `with atomic() as transaction:` offers `transaction.rollback()`.
+
+    Raises:
+        AfterCommitError: what was to run after the commit failed; the commit stands.
+    """
+
+    def _recreate_cm(self) -> atomic:
+        return atomic()
+
+    def __enter__(self) -> atomic:
+        binding = current()
+        self._before: list[tuple[Any, dict[str, Any], set[str]]] = []
+        self._errors: list[Exception] = []
+        self._inner = binding.database.atomic(*(() if binding.database.in_transaction() else binding.dialect.begin))
+        self._transaction = self._inner.__enter__()
+        _scopes.open.append(self)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._inner.__exit__(exc_type, exc, traceback)
+        except BaseException:
+            self._restore()
+            raise
+        else:
+            if exc_type is not None:
+                self._restore()
+        finally:
+            _scopes.open.remove(self)
+        if _scopes.open and exc_type is None:
+            _scopes.open[-1]._before.extend(self._before)
+        if self._errors:
+            raise AfterCommitError(self._errors)
+
+    def rollback(self) -> None:
+        """Undo everything since the block began, in the database and in memory, and go on in the block."""
+        self._transaction.rollback()
+        self._restore()
+
+    def _restore(self) -> None:
+        for instance, data, dirty in reversed(self._before):
+            for name, value in data.items():
+                if value is _ABSENT:
+                    instance.__data__.pop(name, None)
+                else:
+                    instance.__data__[name] = value
+            instance._dirty.difference_update(data)
+            instance._dirty.update(dirty)
+        self._before.clear()
+
+
+_ABSENT = object()
+
+
+def remember(instance: Any, names: list[str]) -> None:
+    """Before fields of an object are overwritten with what was just written: note them, should it be rolled back."""
+    if _scopes.open:
+        data = {name: instance.__data__.get(name, _ABSENT) for name in names}
+        _scopes.open[-1]._before.append((instance, data, instance._dirty.intersection(names)))
+
+
+def run_after_commit(function: Callable[[], object]) -> None:
+    """Run a function once the outermost transaction is committed: at once where none is open, never if rolled back.
+
+    Args:
+        function: takes no arguments. If it fails, the commit stands, the other functions run all the same, and the
+            outermost `atomic()` raises AfterCommitError.
+    """
+    database = current().database
+    outermost = _scopes.open[0] if _scopes.open else None
+
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            if outermost is None:
+                raise AfterCommitError([error]) from error
+            outermost._errors.append(error)
+
+    database.after_commit(run)

@@ -1,0 +1,335 @@
+"""The tables and columns that Prisma declares too: conversations, pending actions, and what leads and clients gain.
+
+What Prisma has pushed already is adopted after checking that it matches; what is missing is added exactly as
+`prisma db push` would. What this migration added, and so may drop again, is listed in a table `created`.
+
+The CRM's table names come from the database object (close_engine.bind sets them) or from the environment variables
+CLOSE_ENGINE_LEADS_TABLE, CLOSE_ENGINE_USERS_TABLE and CLOSE_ENGINE_CLIENTS_TABLE.
+"""
+
+import os
+
+import peewee
+from playhouse.migrations import MigrationError
+
+REQUIRED, NULLABLE = True, False
+
+# Column: (name, PostgreSQL type, required, default as PostgreSQL prints it, or None).
+CONVERSATIONS = [
+    ("id", "text", REQUIRED, None),
+    ("lead_id", "text", REQUIRED, None),
+    ("rep_id", "text", NULLABLE, None),
+    ("entry_point", "text", REQUIRED, None),
+    ("stage", "text", REQUIRED, "'INITIATED'::text"),
+    ("autonomy_level", "text", REQUIRED, "'FULL_AUTO'::text"),
+    ("questions_asked", "jsonb", NULLABLE, None),
+    ("collected_data", "jsonb", NULLABLE, None),
+    ("edit_rounds", "integer", REQUIRED, "0"),
+    ("payment_link_url", "text", NULLABLE, None),
+    ("payment_link_sent_at", "timestamp(3) without time zone", NULLABLE, None),
+    ("stalled_at", "timestamp(3) without time zone", NULLABLE, None),
+    ("completed_at", "timestamp(3) without time zone", NULLABLE, None),
+    ("closed_lost_at", "timestamp(3) without time zone", NULLABLE, None),
+    ("closed_lost_reason", "text", NULLABLE, None),
+    ("created_at", "timestamp(3) without time zone", REQUIRED, "CURRENT_TIMESTAMP"),
+    ("updated_at", "timestamp(3) without time zone", REQUIRED, None),
+]
+ACTIONS = [
+    ("id", "text", REQUIRED, None),
+    ("conversation_id", "text", REQUIRED, None),
+    ("lead_id", "text", REQUIRED, None),
+    ("type", "text", REQUIRED, None),
+    ("draft_message", "text", REQUIRED, None),
+    ("metadata", "jsonb", NULLABLE, None),
+    ("status", "text", REQUIRED, "'PENDING'::text"),
+    ("approved_by", "text", NULLABLE, None),
+    ("approved_at", "timestamp(3) without time zone", NULLABLE, None),
+    ("expires_at", "timestamp(3) without time zone", NULLABLE, None),
+    ("created_at", "timestamp(3) without time zone", REQUIRED, "CURRENT_TIMESTAMP"),
+]
+TABLES = {"close_engine_conversations": CONVERSATIONS, "pending_actions": ACTIONS}
+
+# Table: its indexes, as (name, column, unique).
+INDEXES = {
+    "close_engine_conversations": [
+        ("close_engine_conversations_lead_id_key", "lead_id", True),
+        ("close_engine_conversations_entry_point_idx", "entry_point", False),
+        ("close_engine_conversations_stage_idx", "stage", False),
+        ("close_engine_conversations_created_at_idx", "created_at", False),
+    ],
+    "pending_actions": [
+        ("pending_actions_status_idx", "status", False),
+        ("pending_actions_lead_id_idx", "lead_id", False),
+        ("pending_actions_conversation_id_idx", "conversation_id", False),
+    ],
+}
+
+# (constraint, column, the CRM table it refers to, what happens here when the row there is deleted)
+FOREIGN_KEYS = [
+    ("close_engine_conversations_lead_id_fkey", "lead_id", "leads", "CASCADE"),
+    ("close_engine_conversations_rep_id_fkey", "rep_id", "users", "SET NULL"),
+]
+
+# The CRM's table: what it gains.
+ADDED = {
+    "leads": [
+        ("autonomy_level", "text", REQUIRED, "'FULL_AUTO'::text"),
+        ("close_entry_point", "text", NULLABLE, None),
+        ("qualification_data", "jsonb", NULLABLE, None),
+    ],
+    "clients": [("autonomy_level", "text", REQUIRED, "'FULL_AUTO'::text")],
+}
+
+
+def up(migrator, db):
+    catalog = Postgres(db) if isinstance(db, peewee.PostgresqlDatabase) else Sqlite(db)
+    names = crm_tables(db)
+    problems = missing_crm_tables(catalog, names)
+    for table in TABLES:
+        if catalog.columns(table):
+            problems += table_mismatches(catalog, table, names)
+    for table, columns in ADDED.items():
+        present = catalog.columns(names[table])
+        problems += column_mismatches(names[table], [c for c in columns if c[0] in present], present, catalog)
+    if problems:
+        raise MigrationError("the database does not match:\n  - " + "\n  - ".join(problems))
+
+    db.execute_sql(catalog.create_schema)
+    db.execute_sql(
+        f"CREATE TABLE IF NOT EXISTS {catalog.created} "
+        "(table_name TEXT NOT NULL, column_name TEXT NOT NULL, PRIMARY KEY (table_name, column_name))"
+    )
+    for table, columns in TABLES.items():
+        if not catalog.columns(table):
+            for statement in catalog.create_table(table, columns, names):
+                db.execute_sql(statement)
+            remember(catalog, table, "")
+    for table, columns in ADDED.items():
+        present = catalog.columns(names[table])
+        for column in columns:
+            if column[0] not in present:
+                db.execute_sql(f"ALTER TABLE {quoted(names[table])} ADD COLUMN {catalog.definition(*column)}")
+                remember(catalog, names[table], column[0])
+
+
+def down(migrator, db):
+    catalog = Postgres(db) if isinstance(db, peewee.PostgresqlDatabase) else Sqlite(db)
+    created = db.execute_sql(f"SELECT table_name, column_name FROM {catalog.created}").fetchall()
+    for table, column in created:
+        if column:
+            db.execute_sql(f"ALTER TABLE {quoted(table)} DROP COLUMN {quoted(column)}")
+        else:
+            db.execute_sql(f"DROP TABLE {quoted(table)}")
+    db.execute_sql(f"DROP TABLE {catalog.created}")
+
+
+def crm_tables(db):
+    given = getattr(db, "close_engine_tables", None) or {}
+    return {
+        table: given.get(table) or os.environ.get(variable(table)) or table for table in ("leads", "users", "clients")
+    }
+
+
+def variable(table):
+    return f"CLOSE_ENGINE_{table.upper()}_TABLE"
+
+
+def quoted(name):
+    return '"' + name.replace('"', '""') + '"'
+
+
+def remember(catalog, table, column):
+    mark = catalog.mark
+    catalog.db.execute_sql(f"INSERT INTO {catalog.created} VALUES ({mark}, {mark})", (table, column))
+
+
+def missing_crm_tables(catalog, names):
+    found = catalog.tables()
+    problems = []
+    for table, name in names.items():
+        if name not in found:
+            told = ", ".join(found) or "none at all"
+            problems.append(
+                f"the CRM's table {name!r} ({table}) was looked for and not found; the tables there are: {told}. "
+                f"Name it with connect(..., {table}=...) or {variable(table)}, "
+                "or make minimal CRM tables with close-engine migrate --standalone"
+            )
+        elif "id" not in catalog.columns(name):
+            problems.append(f"the CRM's table {name!r} has no column id")
+        elif not catalog.is_text(catalog.columns(name)["id"][0]):
+            problems.append(
+                f"column {name}.id is {catalog.columns(name)['id'][0]}; expected text or varchar, as Prisma's String is"
+            )
+    return problems
+
+
+def column_mismatches(table, expected, present, catalog):
+    problems = []
+    for name, kind, required, default in expected:
+        if name not in present:
+            problems.append(
+                f"column {table}.{name} is missing; expected {catalog.definition(name, kind, required, default)}"
+            )
+            continue
+        found_kind, found_required, found_default = present[name]
+        wanted = (kind, required, default) if catalog.exact else (found_kind, required, found_default)
+        if (found_kind, found_required, found_default) != wanted:
+            problems.append(
+                f"column {table}.{name} is {described(found_kind, found_required, found_default)}; "
+                f"expected {described(kind, required, default)}"
+            )
+    return problems
+
+
+def described(kind, required, default):
+    return f"{kind}{' not null' if required else ''}{f' default {default}' if default else ''}"
+
+
+def table_mismatches(catalog, table, names):
+    present = catalog.columns(table)
+    problems = column_mismatches(table, TABLES[table], present, catalog)
+    known = {column[0] for column in TABLES[table]}
+    for name, (_kind, required, default) in present.items():
+        if name not in known and required and default is None:
+            problems.append(f"column {table}.{name} is not ours and must always be given; make it nullable")
+    if catalog.exact:
+        indexes = catalog.indexes(table)
+        wanted = {name: (column, unique) for name, column, unique in INDEXES[table]}
+        wanted[f"{table}_pkey"] = ("id", True)
+        for name, (column, unique) in wanted.items():
+            if indexes.get(name) != (column, unique):
+                kind = "a unique index" if unique else "an index"
+                problems.append(f"{table} should have {kind} {name} on {column}")
+        if table == "close_engine_conversations":
+            keys = catalog.foreign_keys(table)
+            for name, column, target, on_delete in FOREIGN_KEYS:
+                if keys.get(name) != (column, names[target], on_delete, "CASCADE"):
+                    problems.append(
+                        f"{table} should have a foreign key {name} from {column} to {names[target]}(id) "
+                        f"ON DELETE {on_delete} ON UPDATE CASCADE"
+                    )
+    return problems
+
+
+class Postgres:
+    """What PostgreSQL's catalog says, and how things are made there."""
+
+    exact = True
+    mark = "%s"
+    create_schema = "CREATE SCHEMA IF NOT EXISTS close_engine"
+    created = "close_engine.created"
+
+    def __init__(self, db):
+        self.db = db
+
+    def is_text(self, kind):
+        return kind == "text" or kind.startswith("character varying")
+
+    def tables(self):
+        return self.db.get_tables()
+
+    def columns(self, table):
+        rows = self.db.execute_sql(
+            """
+            SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                   pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+            FROM pg_catalog.pg_class c
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+            WHERE c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum
+            """,
+            (table,),
+        ).fetchall()
+        return {name: (kind, required, default) for name, kind, required, default in rows}
+
+    def indexes(self, table):
+        return {
+            index.name: (",".join(index.columns), index.unique)
+            for index in self.db.get_indexes(table)
+            if " WHERE " not in index.sql
+        }
+
+    def foreign_keys(self, table):
+        rows = self.db.execute_sql(
+            """
+            SELECT k.conname, a.attname, t.relname, k.confdeltype::text, k.confupdtype::text
+            FROM pg_catalog.pg_constraint k
+            JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+            JOIN pg_catalog.pg_class t ON t.oid = k.confrelid
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
+            WHERE c.relname = %s AND k.contype = 'f'
+            """,
+            (table,),
+        ).fetchall()
+        actions = {"c": "CASCADE", "n": "SET NULL", "a": "NO ACTION", "r": "RESTRICT", "d": "SET DEFAULT"}
+        return {name: (column, target, actions[d], actions[u]) for name, column, target, d, u in rows}
+
+    def definition(self, name, kind, required, default):
+        parts = [quoted(name), kind]
+        if required:
+            parts.append("NOT NULL")
+        if default is not None:
+            parts.append(f"DEFAULT {default}")
+        return " ".join(parts)
+
+    def create_table(self, table, columns, names):
+        definitions = [self.definition(*column) for column in columns]
+        yield (
+            f"CREATE TABLE {quoted(table)} ({', '.join(definitions)}, "
+            f'CONSTRAINT {quoted(table + "_pkey")} PRIMARY KEY ("id"))'
+        )
+        for index, column, unique in INDEXES[table]:
+            yield f"CREATE {'UNIQUE ' if unique else ''}INDEX {quoted(index)} ON {quoted(table)} ({quoted(column)})"
+        if table == "close_engine_conversations":
+            for constraint, column, target, on_delete in FOREIGN_KEYS:
+                yield (
+                    f"ALTER TABLE {quoted(table)} ADD CONSTRAINT {quoted(constraint)} FOREIGN KEY ({quoted(column)}) "
+                    f'REFERENCES {quoted(names[target])} ("id") ON DELETE {on_delete} ON UPDATE CASCADE'
+                )
+
+
+class Sqlite:
+    """What SQLite's catalog says, and how things are made there: the names and nullability of PostgreSQL."""
+
+    exact = False
+    mark = "?"
+    create_schema = "SELECT 1"
+    created = "close_engine_created"
+
+    def __init__(self, db):
+        self.db = db
+
+    def is_text(self, kind):
+        return not kind.upper().startswith("INT")
+
+    def tables(self):
+        return [name for name in self.db.get_tables() if not name.startswith("sqlite_")]
+
+    def columns(self, table):
+        return {
+            column.name: (column.data_type, not column.null or column.primary_key, column.default)
+            for column in self.db.get_columns(table)
+        }
+
+    def definition(self, name, kind, required, default):
+        parts = [quoted(name), "INTEGER" if kind == "integer" else "TEXT"]
+        if required:
+            parts.append("NOT NULL")
+        if default is not None:
+            parts.append(f"DEFAULT {default.removesuffix('::text')}")
+        return " ".join(parts)
+
+    def create_table(self, table, columns, names):
+        definitions = [self.definition(*column) for column in columns]
+        definitions[0] += " PRIMARY KEY"
+        if table == "close_engine_conversations":
+            definitions += [
+                f"CONSTRAINT {quoted(constraint)} FOREIGN KEY ({quoted(column)}) "
+                f'REFERENCES {quoted(names[target])} ("id") ON DELETE {on_delete} ON UPDATE CASCADE'
+                for constraint, column, target, on_delete in FOREIGN_KEYS
+            ]
+        yield f"CREATE TABLE {quoted(table)} ({', '.join(definitions)})"
+        for index, column, unique in INDEXES[table]:
+            yield f"CREATE {'UNIQUE ' if unique else ''}INDEX {quoted(index)} ON {quoted(table)} ({quoted(column)})"

@@ -1,0 +1,229 @@
+"""The guard: triggers that refuse every stage change outside the table, fill forgotten stamps and write the history.
+
+They hold for every writer. A writer that goes through close_engine leaves a context (who, why, under which key) for
+the row it is about to write; the guard takes it up only for exactly that write, recognised by the row's id and the
+new `updated_at`. On PostgreSQL the functions run with their owner's rights, so the Prisma application's role needs
+none on our schema.
+
+Conversations that exist already get one history row each, with the trigger `adopted`.
+"""
+
+import peewee
+
+GUARD = r"""
+CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    moment timestamp(3) := clock_timestamp() AT TIME ZONE 'UTC';
+    context jsonb;
+    fired text;
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        IF NOT EXISTS (SELECT FROM close_engine.transitions
+                       WHERE machine = 'conversation' AND NEW.stage IN (source, dest)) THEN
+            RAISE EXCEPTION USING ERRCODE = 'check_violation',
+                MESSAGE = 'close_engine: ' || coalesce(NEW.stage, 'NULL') || ' is no stage';
+        END IF;
+        IF NEW.stage = 'PAYMENT_SENT' THEN
+            NEW.payment_link_sent_at := coalesce(NEW.payment_link_sent_at, moment);
+        ELSIF NEW.stage = 'COMPLETED' THEN
+            NEW.completed_at := coalesce(NEW.completed_at, moment);
+        ELSIF NEW.stage = 'STALLED' THEN
+            NEW.stalled_at := coalesce(NEW.stalled_at, moment);
+        ELSIF NEW.stage = 'CLOSED_LOST' THEN
+            NEW.closed_lost_at := coalesce(NEW.closed_lost_at, moment);
+        END IF;
+        RETURN NEW;
+    END IF;
+
+    IF NEW.stage IS DISTINCT FROM OLD.stage AND NEW.updated_at IS DISTINCT FROM OLD.updated_at THEN
+        context := nullif(current_setting('close_engine.context', true), '')::jsonb;
+        IF coalesce(context ->> 'id', NEW.id) <> NEW.id
+            OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
+            context := NULL;
+        END IF;
+    END IF;
+    IF NEW.updated_at <= OLD.updated_at THEN
+        NEW.updated_at := greatest(moment, OLD.updated_at + interval '1 millisecond');
+    END IF;
+    IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN
+        RETURN NEW;
+    END IF;
+
+    SELECT t.trigger INTO fired FROM close_engine.transitions t
+    WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: conversation ' || OLD.id || ' cannot go from ' || OLD.stage || ' to '
+                || coalesce(NEW.stage, 'NULL'),
+            HINT = 'The allowed stage changes are in close_engine.transitions.';
+    END IF;
+
+    IF fired = 'request_edits' AND NEW.edit_rounds = OLD.edit_rounds THEN
+        NEW.edit_rounds := OLD.edit_rounds + 1;
+    ELSIF fired = 'send_payment_link' AND NEW.payment_link_sent_at IS NOT DISTINCT FROM OLD.payment_link_sent_at THEN
+        NEW.payment_link_sent_at := moment;
+    ELSIF fired = 'complete' AND NEW.completed_at IS NOT DISTINCT FROM OLD.completed_at THEN
+        NEW.completed_at := moment;
+    ELSIF fired = 'stall' AND NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
+        NEW.stalled_at := moment;
+    ELSIF fired = 'resume' AND NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
+        NEW.stalled_at := NULL;
+    ELSIF fired = 'close_lost' AND NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
+        NEW.closed_lost_at := moment;
+    ELSIF fired = 'reopen' THEN
+        IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
+            NEW.closed_lost_at := NULL;
+        END IF;
+        IF NEW.closed_lost_reason IS NOT DISTINCT FROM OLD.closed_lost_reason THEN
+            NEW.closed_lost_reason := NULL;
+        END IF;
+    END IF;
+
+    INSERT INTO close_engine.history
+        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
+    VALUES (NEW.id, NEW.lead_id, coalesce(context ->> 'trigger', fired), OLD.stage, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key',
+        CASE WHEN context IS NULL THEN moment ELSE NEW.updated_at END);
+    RETURN NEW;
+END
+$body$
+"""
+
+RECORD_OPENING = r"""
+CREATE OR REPLACE FUNCTION close_engine.record_opening() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    context jsonb := nullif(current_setting('close_engine.context', true), '')::jsonb;
+BEGIN
+    IF coalesce(context ->> 'id', NEW.id) <> NEW.id
+        OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
+        context := NULL;
+    END IF;
+    INSERT INTO close_engine.history
+        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
+    VALUES (NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key',
+        CASE WHEN context IS NULL THEN clock_timestamp() AT TIME ZONE 'UTC' ELSE NEW.updated_at END);
+    RETURN NULL;
+END
+$body$
+"""
+
+# PostgreSQL fires a table's triggers in the order of their names: the guard is to see the row as it will be written.
+POSTGRES_TRIGGERS = [
+    "CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON close_engine_conversations "
+    "FOR EACH ROW EXECUTE FUNCTION close_engine.guard_conversation()",
+    "CREATE OR REPLACE TRIGGER zz_close_engine_opening AFTER INSERT ON close_engine_conversations "
+    "FOR EACH ROW EXECUTE FUNCTION close_engine.record_opening()",
+]
+
+NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+CONTEXT = """(SELECT context FROM close_engine_context
+    WHERE coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+      AND json_extract(context, '$.updated_at') = NEW.updated_at{and_written})"""
+FIRED = """(SELECT "trigger" FROM close_engine_transitions
+    WHERE machine = 'conversation' AND source = OLD.stage AND dest = NEW.stage)"""
+RECORD = """
+    INSERT INTO close_engine_history
+        (conversation_id, lead_id, "trigger", source, dest, actor, reason, metadata, "key", created_at)
+    SELECT NEW.id, NEW.lead_id, coalesce(json_extract(context, '$.trigger'), {fired}), {source}, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
+        json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
+        CASE WHEN context IS NULL THEN {now} ELSE NEW.updated_at END
+    FROM (SELECT {context} AS context);
+"""
+UNCHANGED = "NEW.{0} IS OLD.{0}"
+SQLITE_TRIGGERS = {
+    "close_engine_guard_insert": """
+BEFORE INSERT ON close_engine_conversations WHEN NOT EXISTS
+    (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation' AND NEW.stage IN (source, dest))
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this is no stage');
+END""",
+    "close_engine_guard_update": f"""
+BEFORE UPDATE OF stage ON close_engine_conversations WHEN NEW.stage IS NOT OLD.stage AND {FIRED} IS NULL
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this stage change is not in close_engine_transitions');
+END""",
+    "close_engine_opening": f"""
+AFTER INSERT ON close_engine_conversations
+BEGIN
+    {RECORD.format(fired="'open'", source="NULL", now=NOW, context=CONTEXT.format(and_written=""))}
+    UPDATE close_engine_conversations SET
+        payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN {NOW} ELSE payment_link_sent_at END,
+        completed_at = CASE WHEN stage = 'COMPLETED' THEN {NOW} ELSE completed_at END,
+        stalled_at = CASE WHEN stage = 'STALLED' THEN {NOW} ELSE stalled_at END,
+        closed_lost_at = CASE WHEN stage = 'CLOSED_LOST' THEN {NOW} ELSE closed_lost_at END
+    WHERE id = NEW.id AND CASE stage
+        WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
+        WHEN 'STALLED' THEN stalled_at WHEN 'CLOSED_LOST' THEN closed_lost_at ELSE '' END IS NULL;
+END""",
+    "close_engine_record": f"""
+AFTER UPDATE OF stage ON close_engine_conversations WHEN NEW.stage IS NOT OLD.stage
+BEGIN
+    {
+        RECORD.format(
+            fired=FIRED,
+            source="OLD.stage",
+            now=NOW,
+            context=CONTEXT.format(and_written=" AND NEW.updated_at IS NOT OLD.updated_at"),
+        )
+    }
+    UPDATE close_engine_conversations SET edit_rounds = OLD.edit_rounds + 1
+        WHERE id = NEW.id AND {FIRED} = 'request_edits' AND {UNCHANGED.format("edit_rounds")};
+    UPDATE close_engine_conversations SET payment_link_sent_at = {NOW}
+        WHERE id = NEW.id AND {FIRED} = 'send_payment_link' AND {UNCHANGED.format("payment_link_sent_at")};
+    UPDATE close_engine_conversations SET completed_at = {NOW}
+        WHERE id = NEW.id AND {FIRED} = 'complete' AND {UNCHANGED.format("completed_at")};
+    UPDATE close_engine_conversations SET stalled_at = CASE {FIRED} WHEN 'stall' THEN {NOW} END
+        WHERE id = NEW.id AND {FIRED} IN ('stall', 'resume') AND {UNCHANGED.format("stalled_at")};
+    UPDATE close_engine_conversations SET closed_lost_at = CASE {FIRED} WHEN 'close_lost' THEN {NOW} END
+        WHERE id = NEW.id AND {FIRED} IN ('close_lost', 'reopen') AND {UNCHANGED.format("closed_lost_at")};
+    UPDATE close_engine_conversations SET closed_lost_reason = NULL
+        WHERE id = NEW.id AND {FIRED} = 'reopen' AND {UNCHANGED.format("closed_lost_reason")};
+END""",
+    # A stamp that this guard fills in leaves updated_at alone; only the writer's own statement is to move it.
+    "close_engine_version": f"""
+AFTER UPDATE ON close_engine_conversations WHEN NEW.updated_at <= OLD.updated_at
+BEGIN
+    UPDATE close_engine_conversations
+    SET updated_at = max({NOW}, strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at, '+0.001 seconds'))
+    WHERE id = NEW.id AND updated_at = NEW.updated_at;
+END""",
+}
+
+
+# After the triggers, which keep other writers out until this is committed: no change goes unrecorded in between.
+ADOPT = """
+INSERT INTO {history} (conversation_id, lead_id, "trigger", dest, created_at)
+SELECT c.id, c.lead_id, 'adopted', c.stage, {now} FROM close_engine_conversations c
+WHERE NOT EXISTS (SELECT 1 FROM {history} h WHERE h.conversation_id = c.id) ORDER BY c.created_at, c.id
+"""
+
+
+def up(migrator, db):
+    if isinstance(db, peewee.PostgresqlDatabase):
+        statements = [GUARD, RECORD_OPENING, *POSTGRES_TRIGGERS]
+        statements.append(ADOPT.format(history="close_engine.history", now="clock_timestamp() AT TIME ZONE 'UTC'"))
+    else:
+        statements = [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]
+        statements.append(ADOPT.format(history="close_engine_history", now=NOW))
+    for statement in statements:
+        db.execute_sql(statement)
+
+
+def down(migrator, db):
+    if isinstance(db, peewee.PostgresqlDatabase):
+        statements = [
+            "DROP TRIGGER zz_close_engine_guard ON close_engine_conversations",
+            "DROP TRIGGER zz_close_engine_opening ON close_engine_conversations",
+            "DROP FUNCTION close_engine.guard_conversation()",
+            "DROP FUNCTION close_engine.record_opening()",
+        ]
+    else:
+        statements = [f"DROP TRIGGER {name}" for name in SQLITE_TRIGGERS]
+    for statement in statements:
+        db.execute_sql(statement)

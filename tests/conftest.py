@@ -1,0 +1,121 @@
+"""One behaviour suite, run on every database.
+
+`database` is a migrated, empty database of the test's own, bound to the models; a test that uses it (or anything
+made from it) runs once for each of SQLite in a file, SQLite in memory, and PostgreSQL. `postgres` is the PostgreSQL
+one alone, `empty_url` a database without any tables.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import peewee
+import pytest
+
+import close_engine
+from tests.servers import postgres_database, postgres_server
+
+if TYPE_CHECKING:
+    from close_engine.testing import MovableClock
+
+pytest_plugins = ["close_engine.testing"]
+
+SERVER = "CLOSE_ENGINE_TEST_SERVER"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # one server for all the processes of a run
+        server = postgres_server()
+        os.environ[SERVER] = server.__enter__()
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
+
+
+@pytest.fixture(scope="session")
+def server() -> str:
+    """The URL of the PostgreSQL server's maintenance database."""
+    return os.environ[SERVER]
+
+
+@pytest.fixture(scope="session")
+def postgres_template(server: str) -> Iterator[str]:
+    """The name of a migrated PostgreSQL database to copy."""
+    with postgres_database(server) as url:
+        database = close_engine.connect(url)
+        close_engine.migrate(standalone=True)
+        database.close()
+        yield urlsplit(url).path.removeprefix("/")
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file to copy."""
+    path = tmp_path_factory.mktemp("template") / "close_engine.db"
+    database = close_engine.connect(f"sqlite:///{path}")
+    close_engine.migrate(standalone=True)
+    database.close()
+    return path
+
+
+@pytest.fixture(params=["sqlite-file", "sqlite-memory", "postgresql"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def database_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a migrated database; one in memory has yet to be."""
+    if kind == "sqlite-memory":
+        yield "sqlite:///:memory:"
+    elif kind == "sqlite-file":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "test.db")
+        yield f"sqlite:///{tmp_path}/test.db"
+    else:
+        template = request.getfixturevalue("postgres_template")
+        with postgres_database(request.getfixturevalue("server"), template) as url:
+            yield url
+
+
+@pytest.fixture
+def database(database_url: str, close_engine_clock: MovableClock) -> Iterator[peewee.Database]:
+    """A migrated database of the test's own, bound to the models, with the movable clock."""
+    database = close_engine.connect(database_url, clock=close_engine_clock)
+    if database_url.endswith(":memory:"):
+        close_engine.migrate(standalone=True)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def close_engine_database(database: peewee.Database) -> peewee.Database:
+    """What the fixtures of close_engine.testing are made from: here, every database in turn."""
+    return database
+
+
+@pytest.fixture
+def postgres_url(server: str, postgres_template: str) -> Iterator[str]:
+    """The URL of a migrated PostgreSQL database."""
+    with postgres_database(server, postgres_template) as url:
+        yield url
+
+
+@pytest.fixture
+def postgres(postgres_url: str) -> Iterator[peewee.Database]:
+    """A migrated PostgreSQL database of the test's own, bound to the models, with the real clock."""
+    database = close_engine.connect(postgres_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture(params=["sqlite-file", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a database without any tables."""
+    if request.param == "sqlite-file":
+        yield f"sqlite:///{tmp_path}/empty.db"
+    else:
+        with postgres_database(request.getfixturevalue("server")) as url:
+            yield url
