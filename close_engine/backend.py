@@ -12,6 +12,7 @@ Everything else asks `current()` for the binding and lets its `dialect` say how 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import peewee
 from playhouse import db_url
 
+from close_engine.catalog import Catalog, PostgresCatalog, SqliteCatalog
 from close_engine.errors import ConfigurationError
 from close_engine.fields import dump_json
 
@@ -63,6 +65,9 @@ class Dialect:
 
     #: What Peewee's `atomic()` is given where a transaction begins.
     begin: tuple[str, ...] = ()
+
+    #: What reads the database's own description of itself.
+    catalog: type[Catalog]
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         """Schema and name of one of our tables that Prisma must not see."""
@@ -110,6 +115,8 @@ class Dialect:
 class Postgres(Dialect):
     """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
 
+    catalog = PostgresCatalog
+
     def own_table(self, name: str) -> tuple[str | None, str]:
         return "close_engine", name
 
@@ -128,6 +135,9 @@ class Postgres(Dialect):
         self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
     ) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = database.execute_sql(statement, (*values, dump_json(context))).fetchone()
+        if row is None and database.in_transaction():
+            # A write that lost its row while it waited for it has set the context all the same.
+            database.execute_sql("SELECT set_config('close_engine.context', '', true)")
         return row
 
     @contextmanager
@@ -144,7 +154,10 @@ class Postgres(Dialect):
         database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
 
     def create_schema(self, database: peewee.Database) -> None:
-        database.execute_sql("CREATE SCHEMA IF NOT EXISTS close_engine")
+        # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+        found = database.execute_sql("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'")
+        if not found.fetchall():
+            database.execute_sql("CREATE SCHEMA close_engine")
 
     def drop_schema(self, database: peewee.Database) -> None:
         database.execute_sql("DROP SCHEMA close_engine")
@@ -155,6 +168,8 @@ class Sqlite(Dialect):
 
     #: Take the write lock at once: a transaction that reads first may be refused it later.
     begin = ("IMMEDIATE",)
+
+    catalog = SqliteCatalog
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return None, f"close_engine_{name}"
@@ -310,7 +325,9 @@ def _database_from(url: str) -> peewee.Database:
         query = dict(parse_qsl(parts.query))
         schema = query.pop("schema", "public")
         if schema != "public":
-            options["options"] = f"-c search_path={schema}"
+            quoted = '"' + schema.replace('"', '""') + '"'
+            search_path = "-c search_path=" + re.sub(r"([\\ ])", r"\\\1", quoted)
+            options["options"] = f"{query.pop('options', '')} {search_path}"
         known = {name: value for name, value in query.items() if name not in _PRISMA_ONLY}
         url = urlunsplit(parts._replace(query=urlencode(known)))
     try:

@@ -114,6 +114,10 @@ class StageChange(BaseModel):
         return f"<StageChange {self.id}: {self.source} → {self.dest} by {self.trigger}>"
 
 
+StageChange.add_index(StageChange.conversation_id, StageChange.id)
+StageChange.add_index(StageChange.conversation_id, StageChange.key, unique=True, where=StageChange.key.is_null(False))
+
+
 def _follow_binding(database: peewee.Database) -> None:
     binding = current()
     Lead._meta.set_table_name(binding.tables.leads)

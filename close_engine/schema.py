@@ -16,17 +16,19 @@ The scripts stand in `migrations/` and are run by `playhouse.migrations`; which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import peewee
 from playhouse.migrations import MigrationError, Runner
 
 from close_engine.backend import Binding, current
 from close_engine.errors import SchemaError
+from close_engine.models import BaseModel
 from close_engine.transaction import atomic
 
 __all__ = ["MigrationStatus", "migrate", "migration_sql", "rollback", "status"]
@@ -67,7 +69,8 @@ def migrate(*, standalone: bool = False) -> list[str]:
         the names of the migrations that were applied.
 
     Raises:
-        SchemaError: the CRM's tables are missing, or something there does not match; nothing was changed.
+        SchemaError: the CRM's tables are missing, something there does not match, or the database refuses a
+            statement (no right to make tables, say); nothing was changed.
     """
     binding = current()
     if not standalone and not _pending(binding):
@@ -80,29 +83,33 @@ def migration_sql(*, standalone: bool = False) -> list[str]:
     """The statements that `migrate` would run now, without leaving a trace: they are run and rolled back.
 
     Returns:
-        one SQL statement each, with its values in it.
+        one SQL statement each, with its values in it: a script to run in one transaction. It records the migrations
+        as applied, too.
+
+    Raises:
+        SchemaError: as for `migrate`.
     """
     binding = current()
     statements: list[str] = []
 
     def record(event: Any) -> None:
-        if event.sql.lstrip().split(None, 1)[0].upper() not in ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE"):
-            statements.append(_with_values(event.sql, event.params or ()))
+        if event.sql.split(None, 1)[0].upper() not in _LEAVE_NO_TRACE:
+            statements.append(_with_values(event.sql.strip(), event.params or (), binding.database.param))
 
-    binding.database.query_hooks.append(record)
-    try:
-        with atomic() as transaction, _schema_errors():
+    with atomic() as transaction, _schema_errors():
+        binding.database.query_hooks.append(record)
+        try:
             _apply(binding, standalone)
-            transaction.rollback()
-    finally:
-        binding.database.query_hooks.remove(record)
-    return [statement for statement in statements if not statement.startswith("ROLLBACK")]
+        finally:
+            binding.database.query_hooks.remove(record)
+        transaction.rollback()
+    return statements
 
 
 def rollback(target: str | None = None) -> list[str]:
     """Take migrations back, in one transaction. What they made is dropped, WITH THE DATA IN IT.
 
-    What Prisma had made before, and the migrations only adopted, stays.
+    What Prisma had made before, and the migrations only adopted, stays; so do minimal tables of a CRM.
 
     Args:
         target: go back through this migration; the default is the newest alone.
@@ -111,13 +118,14 @@ def rollback(target: str | None = None) -> list[str]:
         the names of the migrations that were taken back.
 
     Raises:
-        SchemaError: there is no such migration to take back, or it is in use.
+        SchemaError: there is no such migration to take back, or something depends on what it made; nothing was
+            changed.
     """
     binding = current()
     with atomic(), _schema_errors():
         binding.dialect.exclusive(binding.database)
         runner = _runner(binding)
-        reverted: list[str] = runner.down(target) if runner.applied() else []
+        reverted: list[str] = runner.down(target)
         if reverted and not runner.applied():
             # Nothing of ours is left but the record of it.
             runner.History.drop_table()
@@ -131,18 +139,29 @@ def status() -> list[MigrationStatus]:
 
 
 def rows_at_stake() -> dict[str, int]:
-    """What a complete rollback would drop: table name to number of rows, for tables that have any."""
+    """What a complete rollback would drop.
+
+    Returns:
+        name of a table, or of a column added to one of the CRM's, to the number of rows that have something in it;
+        what is empty is left out.
+    """
     binding = current()
-    database = binding.database
+    schema, record = binding.dialect.own_table("created")
+    if not binding.database.table_exists(record, schema):
+        return {}
+    created = set(binding.database.execute_sql(binding.dialect.sql("SELECT * FROM {created}")).fetchall())
     counted = {}
-    for name in ("close_engine_conversations", "pending_actions", "{history}"):
-        table = binding.dialect.sql(name)
-        schema, _, bare = table.rpartition(".")
-        if bare in database.get_tables(schema or None):
-            (count,) = database.execute_sql(f"SELECT count(*) FROM {table}").fetchone()
-            if count:
-                counted[table] = count
-    return counted
+    for model in BaseModel.__subclasses__():
+        meta = model._meta
+        if not binding.database.table_exists(meta.table_name, meta.schema):
+            continue
+        if hasattr(meta, "own_table") or (meta.table_name, "") in created:
+            counted[".".join(filter(None, (meta.schema, meta.table_name)))] = model.select().count()
+        for field in meta.sorted_fields:
+            if (meta.table_name, field.column_name) in created:
+                filled = field.is_null(False) if field.default is None else field != field.default
+                counted[f"{meta.table_name}.{field.column_name}"] = model.select().where(filled).count()
+    return {name: count for name, count in counted.items() if count}
 
 
 def _runner(binding: Binding) -> Any:
@@ -158,6 +177,8 @@ def _apply(binding: Binding, standalone: bool) -> list[str]:
     binding.dialect.exclusive(binding.database)
     if standalone:
         _create_crm_tables(binding)
+    if not _pending(binding):
+        return []
     binding.dialect.create_schema(binding.database)
     applied: list[str] = _runner(binding).up()
     return applied
@@ -171,7 +192,8 @@ def _create_crm_tables(binding: Binding) -> None:
         binding.tables.clients: "lead_id TEXT",
     }
     for table, columns in definitions.items():
-        binding.database.execute_sql(f'CREATE TABLE IF NOT EXISTS "{table}" (id TEXT NOT NULL PRIMARY KEY, {columns})')
+        quoted = '"' + table.replace('"', '""') + '"'
+        binding.database.execute_sql(f"CREATE TABLE IF NOT EXISTS {quoted} (id TEXT NOT NULL PRIMARY KEY, {columns})")
 
 
 @contextmanager
@@ -180,18 +202,22 @@ def _schema_errors() -> Iterator[None]:
         yield
     except MigrationError as error:
         summary, *problems = str(error).split("\n  - ")
-        raise SchemaError(f"Nothing was migrated: {summary}", problems) from error
+        raise SchemaError(f"Nothing was changed: {summary}", problems) from error
+    except peewee.DatabaseError as error:
+        raise SchemaError(f"Nothing was changed: the database refuses, {str(error).partition(chr(10))[0]}.") from error
 
 
-def _with_values(sql: str, values: Any) -> str:
-    """For reading: the statement with its values in place of the marks."""
-    text = sql.strip()
-    for value in values:
-        if value is None or isinstance(value, (int, float)):
-            shown = "NULL" if value is None else str(value)
-        else:
-            shown = "'" + str(value).replace("'", "''") + "'"
-        marks = [at for at in (text.find("%s"), text.find("?")) if at >= 0]
-        at = min(marks)
-        text = text[:at] + shown + text[at + (2 if text.startswith("%s", at) else 1) :]
-    return text
+_LEAVE_NO_TRACE = ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE")
+
+
+def _with_values(sql: str, values: Sequence[Any], mark: str) -> str:
+    """The statement with its values in place of the marks."""
+    texts = sql.split(mark) if values else [sql]
+    literals = [_literal(value) for value in values]
+    return "".join(part for pair in zip(texts, [*literals, ""], strict=True) for part in pair)
+
+
+def _literal(value: Any) -> str:
+    if value is None or isinstance(value, (int, float)):
+        return "NULL" if value is None else str(value)
+    return "'" + str(value).replace("'", "''") + "'"

@@ -1,7 +1,309 @@
-"""Whether the database is what this library needs."""
+"""Whether the bound database is what this library needs: the checklist of an installation, as a function.
+
+    for problem in close_engine.verify():
+        print(problem)
+
+The models say what there must be; the database's catalog and its rows say what there is. Nothing is written.
+
+>>> from close_engine.backend import connect
+>>> from close_engine.schema import migrate
+>>> database = connect("sqlite:///:memory:")
+>>> verify()
+['The database is not migrated: run close-engine migrate, or close_engine.migrate().']
+>>> _ = migrate(standalone=True)
+>>> verify()
+[]
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import peewee
+
+from close_engine import approvals  # noqa: F401 - its tables are checked, too
+from close_engine.backend import current
+from close_engine.catalog import Catalog, Column, ForeignKey, Guard, Index
+from close_engine.conversations import CloseEngineConversation
+from close_engine.fields import EnumField
+from close_engine.machine import pairs
+from close_engine.models import BaseModel, Client, Lead, StageChange, User
+from close_engine.schema import status
+
+__all__ = ["Check", "checks", "verify"]
+
+#: What the CRM had before: there the column must be there, and the rest is the CRM's affair.
+_CRMS_OWN: dict[type[BaseModel], set[str]] = {Lead: {"id", "phone"}, User: {"id"}, Client: {"id"}}
+
+_BACK_REFERENCES = ((Lead, "close_conversation"), (User, "close_engine_conversations"))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist.
+
+    Attributes:
+        subject: what was looked at.
+        problems: list of str, a sentence each: what was expected, what was found, what to do. Empty where all is well.
+    """
+
+    subject: str
+    problems: list[str]
+
 
 def verify() -> list[str]:
-    return []
+    """Everything that is wrong with the bound database.
+
+    Returns:
+        one sentence for each problem; none where all is well.
+
+    Raises:
+        ConfigurationError: no database is bound.
+    """
+    return [problem for check in checks() for problem in check.problems]
+
+
+def checks() -> list[Check]:
+    """The checklist that `verify` goes through, with what was found.
+
+    Returns:
+        every check, in order; of a database that is not migrated at all, one.
+
+    Raises:
+        ConfigurationError: no database is bound.
+    """
+    migrations = status()
+    if not any(migration.applied_at for migration in migrations):
+        problem = "The database is not migrated: run close-engine migrate, or close_engine.migrate()."
+        return [Check("migrations", [problem])]
+    pending = [migration.name for migration in migrations if migration.applied_at is None]
+    unknown = [migration.name for migration in migrations if not migration.known]
+    found = [f"The migration {name} is pending: run close-engine migrate." for name in pending]
+    found += [f"The migration {name} is applied but not known here: upgrade close-engine." for name in unknown]
+
+    catalog = current().dialect.catalog(current().database)
+    models = BaseModel.__subclasses__()
+    readable = {model for model in models if not _missing_columns(catalog, model)}
+    made = [Check("migrations", found)]
+    made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
+    made += [Check(f"triggers on {guard.table}", list(_trigger_problems(catalog, guard))) for guard in catalog.guards]
+    made.append(Check("allowed stage changes", list(_transition_problems("conversation", pairs()))))
+    made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
+    if {Lead, User, CloseEngineConversation} <= readable:
+        made.append(Check("back-references", list(_reference_problems())))
+    if {StageChange, CloseEngineConversation} <= readable:
+        made.append(Check("history", list(_history_problems())))
+    return made
+
+
+def _missing_columns(catalog: Catalog, model: type[BaseModel]) -> list[Any]:
+    found = catalog.columns(model._meta.table_name, model._meta.schema)
+    return [field for field in model._meta.sorted_fields if field.column_name not in found]
+
+
+def _table_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
+    meta = model._meta
+    table = _name(model)
+    found = catalog.columns(meta.table_name, meta.schema)
+    if not found:
+        configured = f" or say what it is called (connect(…, {meta.name}s=…))" if model in _CRMS_OWN else ""
+        yield f"The table {table} is missing: restore it, or migrate again{configured}."
+        return
+    for field in meta.sorted_fields:
+        yield from _column_problems(catalog, model, field, found.get(field.column_name))
+    if model not in _CRMS_OWN:
+        yield from _index_problems(catalog, model)
+        yield from _foreign_key_problems(catalog, model)
+    known = {field.column_name for field in meta.sorted_fields}
+    for name, column in found.items():
+        if model not in _CRMS_OWN and name not in known and column.required and column.default is None:
+            yield (
+                f"The column {table}.{name} is not known here and must always be given, so nothing can be inserted: "
+                "make it nullable or give it a default."
+            )
+
+
+def _column_problems(catalog: Catalog, model: type[BaseModel], field: Any, found: Column | None) -> Iterator[str]:
+    where, expected = f"{_name(model)}.{field.column_name}", catalog.expected(field)
+    if found is None:
+        add = f"ALTER TABLE {_name(model)} ADD COLUMN {field.column_name} {expected}"
+        yield f"The column {where} is missing: add it ({add})."
+    elif field.column_name in _CRMS_OWN.get(model, ()):
+        return
+    elif found.required != expected.required:
+        null = "refuse NULL" if expected.required else "allow NULL"
+        yield f"The column {where} must {null} and does not: found {found}, expected {expected}; alter it."
+    elif catalog.exact and found.type != expected.type:
+        yield f"The column {where} is of type {found.type}, expected {expected.type}: alter it."
+    elif catalog.exact and found.default != expected.default and not isinstance(field, peewee.AutoField):
+        yield (
+            f"The column {where} has the default {found.default or 'none'}, expected {expected.default or 'none'}: "
+            "alter it."
+        )
+
+
+def _index_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
+    meta = model._meta
+    found = catalog.indexes(meta.table_name, meta.schema)
+    expected = {}
+    if catalog.exact:
+        expected[f"{meta.table_name}_pkey"] = Index((_primary_key(model),), unique=True)
+    for index in meta.fields_to_index():
+        columns = tuple(field.column_name for field in index._expressions)
+        suffix = "key" if index._unique else "idx"
+        expected["_".join((meta.table_name, *columns, suffix))] = Index(
+            columns, bool(index._unique), index._where is not None
+        )
+    for name, index in expected.items():
+        # Names matter to Prisma alone, and it does not see our own tables.
+        if index not in found.values() if hasattr(meta, "own_table") else found.get(name) != index:
+            there = found.get(name, "none of that name")
+            yield f"The table {_name(model)} must have the {index} named {name}, found {there}: create it so."
+
+
+def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
+    meta = model._meta
+    if not meta.refs:
+        return
+    found = catalog.foreign_keys(meta.table_name)
+    for field in meta.refs:
+        expected = ForeignKey(
+            field.constraint_name if catalog.exact else None,
+            field.column_name,
+            field.rel_model._meta.table_name,
+            field.on_delete,
+            field.on_update,
+        )
+        if expected not in found:
+            there = ", ".join(map(str, found)) or "none"
+            yield f"The table {_name(model)} must have the foreign key {expected}, found {there}: add it so."
+
+
+def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
+    found = catalog.triggers(guard.table)
+    for name in guard.triggers:
+        trigger = found.get(name)
+        if trigger is None:
+            yield (
+                f"The trigger {name} on {guard.table} is missing, so the table is not guarded: delete the row "
+                f"{guard.migration} from {current().dialect.sql('{migrations}')} and run close-engine migrate, "
+                "which makes it again."
+            )
+        elif not trigger.enabled:
+            yield (
+                f"The trigger {name} on {guard.table} is disabled, so the table is not guarded: "
+                f"ALTER TABLE {guard.table} ENABLE TRIGGER {name}."
+            )
+        elif not trigger.protected:
+            yield (
+                f"The function of the trigger {name} on {guard.table} must be SECURITY DEFINER with "
+                "search_path = pg_catalog, pg_temp, so that it works for every role: alter it."
+            )
+        later = list(found)[list(found).index(name) + 1 :] if trigger and trigger.rewrites else []
+        for other in later:
+            if found[other].rewrites and found[other].enabled and other not in guard.triggers:
+                yield (
+                    f"The trigger {other} on {guard.table} fires after {name} and may change or drop the row that was "
+                    f"recorded: rename it so that it sorts before (ALTER TRIGGER {other} ON {guard.table} RENAME TO …)."
+                )
+
+
+def _transition_problems(machine: str, expected: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    binding = current()
+    table = binding.dialect.sql("{transitions}")
+    schema, name = binding.dialect.own_table("transitions")
+    if not binding.database.table_exists(name, schema):
+        yield f"The table {table} is missing, so every stage change is refused: restore it, or migrate again."
+        return
+    found = set(_rows('SELECT "trigger", source, dest FROM {transitions} WHERE machine = %s', [machine]))
+    allowed = {(trigger, str(source), str(dest)) for trigger, source, dest in expected}
+    for verb, differing in (("refuses", allowed - found), ("allows", found - allowed)):
+        for trigger, source, dest in sorted(differing):
+            against = "allows" if verb == "refuses" else "refuses"
+            yield (
+                f"The database {verb} {trigger} from {source} to {dest}, which the machine {against}: "
+                f"make {table} agree, with the migrations of this version of close-engine."
+            )
+
+
+def _unknown_words(model: type[BaseModel]) -> Iterator[str]:
+    table, primary_key = _quoted(model), _primary_key(model)
+    for field in model._meta.sorted_fields:
+        if isinstance(field, EnumField):
+            words = [str(word.value) for word in field.words]
+            marks = ", ".join(["%s"] * len(words))
+            # Past the field, which would refuse to give such a word back.
+            strange = _rows(
+                f'SELECT "{field.column_name}", count(*), min("{primary_key}") FROM {table} '
+                f'WHERE "{field.column_name}" NOT IN ({marks}) GROUP BY 1 ORDER BY 1',
+                words,
+            )
+            for word, count, example in strange:
+                yield (
+                    f"{count} of {_name(model)} have the unknown {field.column_name} {word!r}, "
+                    f"for example {example!r}: correct them to one of {', '.join(words)}."
+                )
+
+
+def _reference_problems() -> Iterator[str]:
+    for model, name in _BACK_REFERENCES:
+        if name not in {key.backref for key in model._meta.backrefs}:
+            yield f"{model.__name__} must have the back-reference {name} and has not: import close_engine as a whole."
+    for key in CloseEngineConversation._meta.refs:
+        column, target = key.column_name, key.rel_model._meta.table_name
+        dangling = _rows(
+            f"SELECT count(*) OVER (), c.id, c.{column} FROM close_engine_conversations c "
+            f"LEFT JOIN {_quoted(key.rel_model)} t ON t.id = c.{column} "
+            f"WHERE c.{column} IS NOT NULL AND t.id IS NULL ORDER BY c.id LIMIT 1"
+        )
+        for count, example, missing in dangling:
+            yield (
+                f"{count} of close_engine_conversations refer to {target} that do not exist, for example {example!r} "
+                f"to {missing!r}: delete them, or restore what they refer to."
+            )
+
+
+def _history_problems() -> Iterator[str]:
+    history = _name(StageChange)
+    unrecorded = _rows(
+        "SELECT count(*) OVER (), c.id, c.stage FROM close_engine_conversations c "
+        "WHERE NOT EXISTS (SELECT 1 FROM {history} h WHERE h.conversation_id = c.id) ORDER BY c.id LIMIT 1"
+    )
+    for count, example, stage in unrecorded:
+        yield (
+            f"{count} of close_engine_conversations have no row in {history}, for example {example!r}, which is "
+            f"{stage}: they were written past the guard; insert a row with the trigger 'adopted' for each."
+        )
+    differing = _rows(
+        "SELECT count(*) OVER (), id, stage, dest FROM (SELECT c.id, c.stage, (SELECT h.dest FROM {history} h "
+        "WHERE h.conversation_id = c.id ORDER BY h.id DESC LIMIT 1) AS dest FROM close_engine_conversations c) newest "
+        "WHERE stage <> dest ORDER BY id LIMIT 1"
+    )
+    for count, example, stage, dest in differing:
+        yield (
+            f"{count} of close_engine_conversations are in another stage than their newest row in {history} says, for "
+            f"example {example!r}, which is {stage} after {dest}: they were written past the guard; insert the row "
+            "that is missing for each."
+        )
+
+
+def _rows(sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    binding = current()
+    rows: list[tuple[Any, ...]] = binding.database.execute_sql(binding.dialect.sql(sql), values).fetchall()
+    return rows
+
+
+def _name(model: type[BaseModel]) -> str:
+    return ".".join(filter(None, (model._meta.schema, model._meta.table_name)))
+
+
+def _primary_key(model: type[BaseModel]) -> str:
+    field: Any = model._meta.primary_key
+    return str(field.column_name)
+
+
+def _quoted(model: type[BaseModel]) -> str:
+    names = filter(None, (model._meta.schema, model._meta.table_name))
+    return ".".join('"' + name.replace('"', '""') + '"' for name in names)

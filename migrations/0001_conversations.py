@@ -1,7 +1,8 @@
 """The tables and columns that Prisma declares too: conversations, pending actions, and what leads and clients gain.
 
 What Prisma has pushed already is adopted after checking that it matches; what is missing is added exactly as
-`prisma db push` would. What this migration added, and so may drop again, is listed in a table `created`.
+`prisma db push` would. What this migration added, and so may drop again, is listed in a table `created`. Nothing is
+added where anything does not match.
 
 The CRM's table names come from the database object (close_engine.bind sets them) or from the environment variables
 CLOSE_ENGINE_LEADS_TABLE, CLOSE_ENGINE_USERS_TABLE and CLOSE_ENGINE_CLIENTS_TABLE.
@@ -92,9 +93,11 @@ def up(migrator, db):
         present = catalog.columns(names[table])
         problems += column_mismatches(names[table], [c for c in columns if c[0] in present], present, catalog)
     if problems:
-        raise MigrationError("the database does not match:\n  - " + "\n  - ".join(problems))
+        raise MigrationError(
+            "the tables there are not what is needed; make them so and migrate again:\n  - " + "\n  - ".join(problems)
+        )
 
-    db.execute_sql(catalog.create_schema)
+    catalog.create_schema()
     db.execute_sql(
         f"CREATE TABLE IF NOT EXISTS {catalog.created} "
         "(table_name TEXT NOT NULL, column_name TEXT NOT NULL, PRIMARY KEY (table_name, column_name))"
@@ -116,11 +119,12 @@ def down(migrator, db):
     catalog = Postgres(db) if isinstance(db, peewee.PostgresqlDatabase) else Sqlite(db)
     created = db.execute_sql(f"SELECT table_name, column_name FROM {catalog.created}").fetchall()
     for table, column in created:
-        if column:
+        if not column:
+            db.execute_sql(f"DROP TABLE IF EXISTS {quoted(table)}")
+        elif column in catalog.columns(table):
             db.execute_sql(f"ALTER TABLE {quoted(table)} DROP COLUMN {quoted(column)}")
-        else:
-            db.execute_sql(f"DROP TABLE {quoted(table)}")
     db.execute_sql(f"DROP TABLE {catalog.created}")
+    catalog.drop_schema()
 
 
 def crm_tables(db):
@@ -147,19 +151,21 @@ def missing_crm_tables(catalog, names):
     found = catalog.tables()
     problems = []
     for table, name in names.items():
-        if name not in found:
-            told = ", ".join(found) or "none at all"
+        columns = catalog.columns(name)
+        if not columns:
             problems.append(
-                f"the CRM's table {name!r} ({table}) was looked for and not found; the tables there are: {told}. "
-                f"Name it with connect(..., {table}=...) or {variable(table)}, "
-                "or make minimal CRM tables with close-engine migrate --standalone"
+                f"the CRM's table of {table} was looked for as {name!r}{catalog.place()} and not found: "
+                f"say what it is called with connect(..., {table}=...) or the environment variable {variable(table)}"
             )
-        elif "id" not in catalog.columns(name):
-            problems.append(f"the CRM's table {name!r} has no column id")
-        elif not catalog.is_text(catalog.columns(name)["id"][0]):
-            problems.append(
-                f"column {name}.id is {catalog.columns(name)['id'][0]}; expected text or varchar, as Prisma's String is"
-            )
+        elif "id" not in columns:
+            problems.append(f"the CRM's table {name!r} of {table} has no column id; expected text or varchar")
+        elif not catalog.is_text(columns["id"][0]):
+            problems.append(f"column {name}.id is {columns['id'][0]}; expected text or varchar, as Prisma's String is")
+    if any("not found" in problem for problem in problems):
+        problems.append(
+            f"the tables found{catalog.place()} are: {', '.join(found) or 'none at all'}; a database that is to have "
+            "no CRM gets minimal tables with close-engine migrate --standalone"
+        )
     return problems
 
 
@@ -191,23 +197,22 @@ def table_mismatches(catalog, table, names):
     known = {column[0] for column in TABLES[table]}
     for name, (_kind, required, default) in present.items():
         if name not in known and required and default is None:
-            problems.append(f"column {table}.{name} is not ours and must always be given; make it nullable")
-    if catalog.exact:
-        indexes = catalog.indexes(table)
-        wanted = {name: (column, unique) for name, column, unique in INDEXES[table]}
-        wanted[f"{table}_pkey"] = ("id", True)
-        for name, (column, unique) in wanted.items():
-            if indexes.get(name) != (column, unique):
-                kind = "a unique index" if unique else "an index"
-                problems.append(f"{table} should have {kind} {name} on {column}")
-        if table == "close_engine_conversations":
-            keys = catalog.foreign_keys(table)
-            for name, column, target, on_delete in FOREIGN_KEYS:
-                if keys.get(name) != (column, names[target], on_delete, "CASCADE"):
-                    problems.append(
-                        f"{table} should have a foreign key {name} from {column} to {names[target]}(id) "
-                        f"ON DELETE {on_delete} ON UPDATE CASCADE"
-                    )
+            problems.append(
+                f"column {table}.{name} is not known here and must always be given; "
+                "make it nullable or give it a default"
+            )
+    indexes = catalog.indexes(table)
+    for name, column, unique in [*catalog.primary_key(table), *INDEXES[table]]:
+        if indexes.get(name) != (column, unique):
+            problems.append(f"{table} should have {'a unique' if unique else 'an'} index {name} on {column}")
+    if catalog.exact and table == "close_engine_conversations":
+        keys = catalog.foreign_keys(table)
+        for name, column, target, on_delete in FOREIGN_KEYS:
+            if keys.get(name) != (column, names[target], on_delete, "CASCADE"):
+                problems.append(
+                    f"{table} should have a foreign key {name} from {column} to {names[target]}(id) "
+                    f"ON DELETE {on_delete} ON UPDATE CASCADE"
+                )
     return problems
 
 
@@ -216,23 +221,40 @@ class Postgres:
 
     exact = True
     mark = "%s"
-    create_schema = "CREATE SCHEMA IF NOT EXISTS close_engine"
     created = "close_engine.created"
 
     def __init__(self, db):
         self.db = db
 
+    def create_schema(self):
+        # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+        if not self.rows("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"):
+            self.db.execute_sql("CREATE SCHEMA close_engine")
+
+    def drop_schema(self):
+        # The log of migrations may still be in it.
+        inside = "SELECT 1 FROM pg_catalog.pg_class WHERE relnamespace = 'close_engine'::pg_catalog.regnamespace"
+        if not self.rows(inside):
+            self.db.execute_sql("DROP SCHEMA close_engine")
+
+    def place(self):
+        ((schema,),) = self.rows("SELECT coalesce(current_schema(), current_setting('search_path'))")
+        return f" in schema {schema}"
+
     def is_text(self, kind):
         return kind == "text" or kind.startswith("character varying")
+
+    def rows(self, query, values=()):
+        return self.db.execute_sql(query, values).fetchall()
 
     def tables(self):
         return self.db.get_tables()
 
     def columns(self, table):
-        rows = self.db.execute_sql(
+        rows = self.rows(
             """
             SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull,
-                   pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+                   coalesce(pg_catalog.pg_get_expr(d.adbin, d.adrelid), nullif(a.attidentity::text, ''))
             FROM pg_catalog.pg_class c
             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
             JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -240,7 +262,7 @@ class Postgres:
             WHERE c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum
             """,
             (table,),
-        ).fetchall()
+        )
         return {name: (kind, required, default) for name, kind, required, default in rows}
 
     def indexes(self, table):
@@ -250,8 +272,11 @@ class Postgres:
             if " WHERE " not in index.sql
         }
 
+    def primary_key(self, table):
+        return [(f"{table}_pkey", "id", True)]
+
     def foreign_keys(self, table):
-        rows = self.db.execute_sql(
+        rows = self.rows(
             """
             SELECT k.conname, a.attname, t.relname, k.confdeltype::text, k.confupdtype::text
             FROM pg_catalog.pg_constraint k
@@ -262,7 +287,7 @@ class Postgres:
             WHERE c.relname = %s AND k.contype = 'f'
             """,
             (table,),
-        ).fetchall()
+        )
         actions = {"c": "CASCADE", "n": "SET NULL", "a": "NO ACTION", "r": "RESTRICT", "d": "SET DEFAULT"}
         return {name: (column, target, actions[d], actions[u]) for name, column, target, d, u in rows}
 
@@ -295,11 +320,19 @@ class Sqlite:
 
     exact = False
     mark = "?"
-    create_schema = "SELECT 1"
     created = "close_engine_created"
 
     def __init__(self, db):
         self.db = db
+
+    def create_schema(self):
+        """There are none."""
+
+    def drop_schema(self):
+        """There are none."""
+
+    def place(self):
+        return ""
 
     def is_text(self, kind):
         return not kind.upper().startswith("INT")
@@ -312,6 +345,12 @@ class Sqlite:
             column.name: (column.data_type, not column.null or column.primary_key, column.default)
             for column in self.db.get_columns(table)
         }
+
+    def indexes(self, table):
+        return {index.name: (",".join(index.columns), index.unique) for index in self.db.get_indexes(table)}
+
+    def primary_key(self, table):
+        return []
 
     def definition(self, name, kind, required, default):
         parts = [quoted(name), "INTEGER" if kind == "integer" else "TEXT"]

@@ -1,4 +1,7 @@
-"""The history of stage changes and the table of allowed ones: ours alone, where Prisma does not look."""
+"""The history of stage changes, the table of allowed ones, and since when each active conversation is silent.
+
+They are ours alone, where Prisma does not look.
+"""
 
 import peewee
 
@@ -50,6 +53,11 @@ CREATE TABLE IF NOT EXISTS close_engine.history (
 );
 CREATE INDEX IF NOT EXISTS history_conversation_id_idx ON close_engine.history (conversation_id, id);
 CREATE UNIQUE INDEX IF NOT EXISTS history_key_key ON close_engine.history (conversation_id, key) WHERE key IS NOT NULL;
+CREATE TABLE IF NOT EXISTS close_engine.silence (
+    conversation_id text PRIMARY KEY,
+    since timestamp(3) without time zone NOT NULL
+);
+CREATE INDEX IF NOT EXISTS silence_since_idx ON close_engine.silence (since);
 """
 
 SQLITE = """
@@ -74,6 +82,8 @@ CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (i
 CREATE INDEX IF NOT EXISTS close_engine_history_conversation_id_idx ON close_engine_history (conversation_id, id);
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
     ON close_engine_history (conversation_id, "key") WHERE "key" IS NOT NULL;
+CREATE TABLE IF NOT EXISTS close_engine_silence (conversation_id TEXT NOT NULL PRIMARY KEY, since TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS close_engine_silence_since_idx ON close_engine_silence (since);
 """
 
 
@@ -81,8 +91,6 @@ def up(migrator, db):
     postgres = isinstance(db, peewee.PostgresqlDatabase)
     prefix = "close_engine." if postgres else "close_engine_"
     mark = "%s" if postgres else "?"
-    if postgres:
-        db.execute_sql("CREATE SCHEMA IF NOT EXISTS close_engine")
     for statement in (POSTGRES if postgres else SQLITE).split(";\n"):
         if statement.strip():
             db.execute_sql(statement)
@@ -97,8 +105,8 @@ def up(migrator, db):
 
 
 def down(migrator, db):
-    tables = ["close_engine_context", "close_engine_history", "close_engine_transitions"]
+    tables = ["close_engine_silence", "close_engine_context", "close_engine_history", "close_engine_transitions"]
     if isinstance(db, peewee.PostgresqlDatabase):
-        tables = ["close_engine.history", "close_engine.transitions"]
+        tables = ["close_engine.silence", "close_engine.history", "close_engine.transitions"]
     for table in tables:
         db.execute_sql(f"DROP TABLE {table}")

@@ -2,15 +2,31 @@
 
 They hold for every writer. A writer that goes through close_engine leaves a context (who, why, under which key) for
 the row it is about to write; the guard takes it up only for exactly that write, recognised by the row's id and the
-new `updated_at`. On PostgreSQL the functions run with their owner's rights, so the Prisma application's role needs
-none on our schema.
+new `updated_at`, which is later than the old. On PostgreSQL the functions run with their owner's rights, so the Prisma
+application's role needs none on our schema.
 
-Conversations that exist already get one history row each, with the trigger `adopted`.
+Conversations that exist already get one history row each, with the trigger `adopted`. Every script here may run again
+over what it made before.
 """
 
 import peewee
 
-GUARD = r"""
+# What both functions end with.
+WRITE_DOWN = """
+    INSERT INTO close_engine.history
+        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
+    VALUES (NEW.id, NEW.lead_id, {fired}, {source}, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
+    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+        DELETE FROM close_engine.silence WHERE conversation_id = NEW.id;
+    ELSE
+        INSERT INTO close_engine.silence (conversation_id, since) VALUES (NEW.id, moment)
+        ON CONFLICT (conversation_id) DO UPDATE SET since = EXCLUDED.since;
+    END IF;
+"""
+
+GUARD = """
 CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -36,7 +52,11 @@ BEGIN
         RETURN NEW;
     END IF;
 
-    IF NEW.stage IS DISTINCT FROM OLD.stage AND NEW.updated_at IS DISTINCT FROM OLD.updated_at THEN
+    IF NEW.id <> OLD.id THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: conversation ' || OLD.id || ' keeps its id, by which its history is found';
+    END IF;
+    IF NEW.stage IS DISTINCT FROM OLD.stage AND NEW.updated_at > OLD.updated_at THEN
         context := nullif(current_setting('close_engine.context', true), '')::jsonb;
         IF coalesce(context ->> 'id', NEW.id) <> NEW.id
             OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
@@ -80,33 +100,38 @@ BEGIN
         END IF;
     END IF;
 
-    INSERT INTO close_engine.history
-        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
-    VALUES (NEW.id, NEW.lead_id, coalesce(context ->> 'trigger', fired), OLD.stage, NEW.stage,
-        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
-        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key',
-        CASE WHEN context IS NULL THEN moment ELSE NEW.updated_at END);
+    IF context IS NOT NULL THEN
+        moment := NEW.updated_at;
+    END IF;
+{write_down}
     RETURN NEW;
 END
 $body$
 """
 
-RECORD_OPENING = r"""
+RECORD_OPENING = """
 CREATE OR REPLACE FUNCTION close_engine.record_opening() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
+    moment timestamp(3) := NEW.updated_at;
     context jsonb := nullif(current_setting('close_engine.context', true), '')::jsonb;
 BEGIN
-    IF coalesce(context ->> 'id', NEW.id) <> NEW.id
+    IF context IS NULL OR coalesce(context ->> 'id', NEW.id) <> NEW.id
         OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
         context := NULL;
+        moment := clock_timestamp() AT TIME ZONE 'UTC';
     END IF;
-    INSERT INTO close_engine.history
-        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
-    VALUES (NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
-        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
-        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key',
-        CASE WHEN context IS NULL THEN clock_timestamp() AT TIME ZONE 'UTC' ELSE NEW.updated_at END);
+{write_down}
+    RETURN NULL;
+END
+$body$
+"""
+
+FORGET_SILENCE = """
+CREATE OR REPLACE FUNCTION close_engine.forget_silence() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    DELETE FROM close_engine.silence WHERE conversation_id = OLD.id;
     RETURN NULL;
 END
 $body$
@@ -118,9 +143,12 @@ POSTGRES_TRIGGERS = [
     "FOR EACH ROW EXECUTE FUNCTION close_engine.guard_conversation()",
     "CREATE OR REPLACE TRIGGER zz_close_engine_opening AFTER INSERT ON close_engine_conversations "
     "FOR EACH ROW EXECUTE FUNCTION close_engine.record_opening()",
+    "CREATE OR REPLACE TRIGGER zz_close_engine_deletion AFTER DELETE ON close_engine_conversations "
+    "FOR EACH ROW EXECUTE FUNCTION close_engine.forget_silence()",
 ]
 
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+MILLISECONDS = f"coalesce(strftime('%Y-%m-%d %H:%M:%f', {{0}}), {NOW})"
 CONTEXT = """(SELECT context FROM close_engine_context
     WHERE coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
       AND json_extract(context, '$.updated_at') = NEW.updated_at{and_written})"""
@@ -129,19 +157,42 @@ FIRED = """(SELECT "trigger" FROM close_engine_transitions
 RECORD = """
     INSERT INTO close_engine_history
         (conversation_id, lead_id, "trigger", source, dest, actor, reason, metadata, "key", created_at)
-    SELECT NEW.id, NEW.lead_id, coalesce(json_extract(context, '$.trigger'), {fired}), {source}, NEW.stage,
+    SELECT NEW.id, NEW.lead_id, {fired}, {source}, NEW.stage,
         CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
         json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
         CASE WHEN context IS NULL THEN {now} ELSE NEW.updated_at END
     FROM (SELECT {context} AS context);
 """
-UNCHANGED = "NEW.{0} IS OLD.{0}"
+KEEP_SILENCE = """
+    DELETE FROM close_engine_silence WHERE conversation_id = NEW.id;
+    INSERT INTO close_engine_silence (conversation_id, since)
+    SELECT NEW.id, created_at FROM close_engine_history
+    WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
+    ORDER BY id DESC LIMIT 1;
+"""
+# A column that the writer left as it was, and that would be another with the stamp: no write in vain, for each is one
+# that moves updated_at.
+FORGOTTEN = "NEW.{0} IS OLD.{0} AND {0} IS NOT {1}"
+
+
+def stamp(trigger, column, value):
+    return (
+        f"UPDATE close_engine_conversations SET {column} = {value} "
+        f"WHERE id = NEW.id AND {FIRED} = '{trigger}' AND {FORGOTTEN.format(column, value)};"
+    )
+
+
 SQLITE_TRIGGERS = {
     "close_engine_guard_insert": """
 BEFORE INSERT ON close_engine_conversations WHEN NOT EXISTS
     (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation' AND NEW.stage IN (source, dest))
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: this is no stage');
+END""",
+    "close_engine_guard_id": """
+BEFORE UPDATE OF id ON close_engine_conversations WHEN NEW.id IS NOT OLD.id
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: a conversation keeps its id, by which its history is found');
 END""",
     "close_engine_guard_update": f"""
 BEFORE UPDATE OF stage ON close_engine_conversations WHEN NEW.stage IS NOT OLD.stage AND {FIRED} IS NULL
@@ -152,6 +203,7 @@ END""",
 AFTER INSERT ON close_engine_conversations
 BEGIN
     {RECORD.format(fired="'open'", source="NULL", now=NOW, context=CONTEXT.format(and_written=""))}
+    {KEEP_SILENCE}
     UPDATE close_engine_conversations SET
         payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN {NOW} ELSE payment_link_sent_at END,
         completed_at = CASE WHEN stage = 'COMPLETED' THEN {NOW} ELSE completed_at END,
@@ -160,6 +212,8 @@ BEGIN
     WHERE id = NEW.id AND CASE stage
         WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
         WHEN 'STALLED' THEN stalled_at WHEN 'CLOSED_LOST' THEN closed_lost_at ELSE '' END IS NULL;
+    UPDATE close_engine_conversations SET updated_at = {MILLISECONDS.format("updated_at")}
+        WHERE id = NEW.id AND updated_at IS NOT {MILLISECONDS.format("updated_at")};
 END""",
     "close_engine_record": f"""
 AFTER UPDATE OF stage ON close_engine_conversations WHEN NEW.stage IS NOT OLD.stage
@@ -169,48 +223,70 @@ BEGIN
             fired=FIRED,
             source="OLD.stage",
             now=NOW,
-            context=CONTEXT.format(and_written=" AND NEW.updated_at IS NOT OLD.updated_at"),
+            context=CONTEXT.format(and_written=" AND NEW.updated_at > OLD.updated_at"),
         )
     }
-    UPDATE close_engine_conversations SET edit_rounds = OLD.edit_rounds + 1
-        WHERE id = NEW.id AND {FIRED} = 'request_edits' AND {UNCHANGED.format("edit_rounds")};
-    UPDATE close_engine_conversations SET payment_link_sent_at = {NOW}
-        WHERE id = NEW.id AND {FIRED} = 'send_payment_link' AND {UNCHANGED.format("payment_link_sent_at")};
-    UPDATE close_engine_conversations SET completed_at = {NOW}
-        WHERE id = NEW.id AND {FIRED} = 'complete' AND {UNCHANGED.format("completed_at")};
-    UPDATE close_engine_conversations SET stalled_at = CASE {FIRED} WHEN 'stall' THEN {NOW} END
-        WHERE id = NEW.id AND {FIRED} IN ('stall', 'resume') AND {UNCHANGED.format("stalled_at")};
-    UPDATE close_engine_conversations SET closed_lost_at = CASE {FIRED} WHEN 'close_lost' THEN {NOW} END
-        WHERE id = NEW.id AND {FIRED} IN ('close_lost', 'reopen') AND {UNCHANGED.format("closed_lost_at")};
-    UPDATE close_engine_conversations SET closed_lost_reason = NULL
-        WHERE id = NEW.id AND {FIRED} = 'reopen' AND {UNCHANGED.format("closed_lost_reason")};
+    {KEEP_SILENCE}
+    {stamp("request_edits", "edit_rounds", "OLD.edit_rounds + 1")}
+    {stamp("send_payment_link", "payment_link_sent_at", NOW)}
+    {stamp("complete", "completed_at", NOW)}
+    {stamp("stall", "stalled_at", NOW)}
+    {stamp("resume", "stalled_at", "NULL")}
+    {stamp("close_lost", "closed_lost_at", NOW)}
+    {stamp("reopen", "closed_lost_at", "NULL")}
+    {stamp("reopen", "closed_lost_reason", "NULL")}
 END""",
-    # A stamp that this guard fills in leaves updated_at alone; only the writer's own statement is to move it.
+    # The library finds a row again by the text of its updated_at: it must be later than before, and have its form.
     "close_engine_version": f"""
-AFTER UPDATE ON close_engine_conversations WHEN NEW.updated_at <= OLD.updated_at
+AFTER UPDATE ON close_engine_conversations
+WHEN NEW.updated_at <= OLD.updated_at OR NEW.updated_at IS NOT {MILLISECONDS.format("NEW.updated_at")}
 BEGIN
     UPDATE close_engine_conversations
-    SET updated_at = max({NOW}, strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at, '+0.001 seconds'))
+    SET updated_at = max({MILLISECONDS.format("updated_at")},
+        CASE WHEN NEW.updated_at <= OLD.updated_at THEN {NOW} ELSE '' END,
+        strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at, '+0.001 seconds'))
     WHERE id = NEW.id AND updated_at = NEW.updated_at;
+END""",
+    "close_engine_deletion": """
+AFTER DELETE ON close_engine_conversations
+BEGIN
+    DELETE FROM close_engine_silence WHERE conversation_id = OLD.id;
 END""",
 }
 
 
 # After the triggers, which keep other writers out until this is committed: no change goes unrecorded in between.
-ADOPT = """
-INSERT INTO {history} (conversation_id, lead_id, "trigger", dest, created_at)
+ADOPT = [
+    """
+INSERT INTO {prefix}history (conversation_id, lead_id, "trigger", dest, created_at)
 SELECT c.id, c.lead_id, 'adopted', c.stage, {now} FROM close_engine_conversations c
-WHERE NOT EXISTS (SELECT 1 FROM {history} h WHERE h.conversation_id = c.id) ORDER BY c.created_at, c.id
-"""
+WHERE NOT EXISTS (SELECT 1 FROM {prefix}history h WHERE h.conversation_id = c.id) ORDER BY c.created_at, c.id
+""",
+    """
+INSERT INTO {prefix}silence (conversation_id, since)
+SELECT c.id, c.updated_at FROM close_engine_conversations c
+WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    AND NOT EXISTS (SELECT 1 FROM {prefix}silence s WHERE s.conversation_id = c.id)
+""",
+]
 
 
 def up(migrator, db):
     if isinstance(db, peewee.PostgresqlDatabase):
-        statements = [GUARD, RECORD_OPENING, *POSTGRES_TRIGGERS]
-        statements.append(ADOPT.format(history="close_engine.history", now="clock_timestamp() AT TIME ZONE 'UTC'"))
+        opening = WRITE_DOWN.format(fired="'open'", source="NULL")
+        statements = [
+            GUARD.replace("{write_down}", WRITE_DOWN.format(fired="fired", source="OLD.stage")),
+            RECORD_OPENING.replace("{write_down}", opening),
+            FORGET_SILENCE,
+            *POSTGRES_TRIGGERS,
+        ]
+        prefix, now = "close_engine.", "clock_timestamp() AT TIME ZONE 'UTC'"
     else:
-        statements = [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]
-        statements.append(ADOPT.format(history="close_engine_history", now=NOW))
+        form = MILLISECONDS.format("updated_at")
+        statements = [f"UPDATE close_engine_conversations SET updated_at = {form} WHERE updated_at IS NOT {form}"]
+        statements += [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]
+        prefix, now = "close_engine_", NOW
+    statements += [statement.format(prefix=prefix, now=now) for statement in ADOPT]
     for statement in statements:
         db.execute_sql(statement)
 
@@ -218,12 +294,14 @@ def up(migrator, db):
 def down(migrator, db):
     if isinstance(db, peewee.PostgresqlDatabase):
         statements = [
-            "DROP TRIGGER zz_close_engine_guard ON close_engine_conversations",
-            "DROP TRIGGER zz_close_engine_opening ON close_engine_conversations",
-            "DROP FUNCTION close_engine.guard_conversation()",
-            "DROP FUNCTION close_engine.record_opening()",
+            "DROP TRIGGER IF EXISTS zz_close_engine_guard ON close_engine_conversations",
+            "DROP TRIGGER IF EXISTS zz_close_engine_opening ON close_engine_conversations",
+            "DROP TRIGGER IF EXISTS zz_close_engine_deletion ON close_engine_conversations",
+            "DROP FUNCTION IF EXISTS close_engine.guard_conversation()",
+            "DROP FUNCTION IF EXISTS close_engine.record_opening()",
+            "DROP FUNCTION IF EXISTS close_engine.forget_silence()",
         ]
     else:
-        statements = [f"DROP TRIGGER {name}" for name in SQLITE_TRIGGERS]
+        statements = [f"DROP TRIGGER IF EXISTS {name}" for name in SQLITE_TRIGGERS]
     for statement in statements:
         db.execute_sql(statement)
