@@ -6,8 +6,8 @@ from datetime import datetime
 
 from peewee import SQL
 
-from close_engine.backend import current
-from close_engine.fields import EnumField, JsonField, TextField, UtcDateTimeField, milliseconds
+from close_engine.backend import now
+from close_engine.fields import EnumField, JsonField, TextField, UtcDateTimeField
 from close_engine.models import BaseModel
 from close_engine.stages import ActionStatus, ActionType
 
@@ -28,9 +28,7 @@ class PendingAction(BaseModel):
     approved_by = TextField["str | None"](null=True)
     approved_at = UtcDateTimeField["datetime | None"](null=True)
     expires_at = UtcDateTimeField["datetime | None"](null=True)
-    created_at = UtcDateTimeField[datetime](
-        default=lambda: milliseconds(current().clock()), constraints=[SQL("DEFAULT CURRENT_TIMESTAMP")]
-    )
+    created_at = UtcDateTimeField[datetime](default=now, constraints=[SQL("DEFAULT CURRENT_TIMESTAMP")])
 
     class Meta:
         table_name = "pending_actions"

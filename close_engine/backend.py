@@ -25,9 +25,9 @@ from playhouse import db_url
 
 from close_engine.catalog import Catalog, PostgresCatalog, SqliteCatalog
 from close_engine.errors import ConfigurationError
-from close_engine.fields import dump_json
+from close_engine.fields import dump_json, milliseconds
 
-__all__ = ["DEFAULT_URL", "Binding", "Dialect", "Postgres", "Sqlite", "Tables", "bind", "connect", "current"]
+__all__ = ["DEFAULT_URL", "Binding", "Dialect", "Postgres", "Sqlite", "Tables", "bind", "connect", "current", "now"]
 
 DEFAULT_URL = "sqlite:///close_engine.db"
 
@@ -238,6 +238,11 @@ def current() -> Binding:
             "No database is bound: call close_engine.connect(url) or close_engine.bind(database) first."
         )
     return _binding
+
+
+def now() -> datetime:
+    """The current moment by the binding's clock: timezone-aware UTC, in milliseconds."""
+    return milliseconds(current().clock())
 
 
 def bind(

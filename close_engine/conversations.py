@@ -15,29 +15,23 @@ use open_conversation(), and then its triggers.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peewee
 from peewee import SQL
 
-from close_engine import hooks
-from close_engine.backend import Binding, current
+from close_engine.backend import current, now
 from close_engine.errors import (
     ConversationCompleted,
     ConversationNotFound,
-    InvalidValue,
-    KeyReused,
     LeadHasNoPhone,
     LeadNotFound,
     StageAssignmentRefused,
-    StageConflict,
     TransitionRefused,
 )
 from close_engine.fields import (
@@ -47,15 +41,16 @@ from close_engine.fields import (
     OneToOneField,
     TextField,
     UtcDateTimeField,
-    clean_json,
-    clean_text,
-    milliseconds,
     stored_time,
 )
-from close_engine.machine import TRANSITIONS, Draft, Stamp, Transition, decide, trigger_between, triggers_from
+from close_engine.firing import Context, change_stage, conflict, context_of, draft_of, next_version
+from close_engine.machine import TRANSITIONS, decide, trigger_between, triggers_from
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
-from close_engine.transaction import atomic, remember, run_after_commit
+from close_engine.transaction import atomic, remember
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Answer", "CloseEngineConversation", "locked", "open_conversation"]
 
@@ -88,10 +83,6 @@ class _StageAccessor(CleaningAccessor):
 
 class _StageField(EnumField[Stage]):
     accessor_class = _StageAccessor
-
-
-def _now() -> datetime:
-    return milliseconds(current().clock())
 
 
 class CloseEngineConversation(BaseModel):
@@ -132,8 +123,8 @@ class CloseEngineConversation(BaseModel):
     completed_at = UtcDateTimeField["datetime | None"](null=True)
     closed_lost_at = UtcDateTimeField["datetime | None"](null=True)
     closed_lost_reason = TextField["str | None"](null=True)
-    created_at = UtcDateTimeField[datetime](default=_now, index=True, constraints=[SQL("DEFAULT CURRENT_TIMESTAMP")])
-    updated_at = UtcDateTimeField[datetime](default=_now)
+    created_at = UtcDateTimeField[datetime](default=now, index=True, constraints=[SQL("DEFAULT CURRENT_TIMESTAMP")])
+    updated_at = UtcDateTimeField[datetime](default=now)
 
     lead_id: str
     rep_id: str | None
@@ -143,142 +134,57 @@ class CloseEngineConversation(BaseModel):
 
     # -- triggers ------------------------------------------------------------------------------------------------
 
-    def start_qualifying(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def start_qualifying(self, **context: Unpack[Context]) -> StageChange:
         """INITIATED → QUALIFYING: the first message is out. Arguments, result and errors as for `fire`."""
-        return self.fire("start_qualifying", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("start_qualifying", **context)
 
-    def collect_info(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def collect_info(self, **context: Unpack[Context]) -> StageChange:
         """QUALIFYING → COLLECTING_INFO: follow up on gaps. Arguments, result and errors as for `fire`."""
-        return self.fire("collect_info", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("collect_info", **context)
 
-    def start_building(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def start_building(self, **context: Unpack[Context]) -> StageChange:
         """QUALIFYING or COLLECTING_INFO → BUILDING: generate the site. Arguments, result and errors as for `fire`."""
-        return self.fire("start_building", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("start_building", **context)
 
-    def send_preview(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def send_preview(self, **context: Unpack[Context]) -> StageChange:
         """BUILDING or EDIT_LOOP → PREVIEW_SENT: the link is out. Arguments, result and errors as for `fire`."""
-        return self.fire("send_preview", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("send_preview", **context)
 
-    def request_edits(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def request_edits(self, **context: Unpack[Context]) -> StageChange:
         """PREVIEW_SENT → EDIT_LOOP, one more of `edit_rounds`. Arguments, result and errors as for `fire`."""
-        return self.fire("request_edits", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("request_edits", **context)
 
-    def request_approval(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def request_approval(self, **context: Unpack[Context]) -> StageChange:
         """PREVIEW_SENT or EDIT_LOOP → PENDING_APPROVAL. Arguments, result and errors as for `fire`."""
-        return self.fire("request_approval", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("request_approval", **context)
 
-    def withdraw_approval(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def withdraw_approval(self, **context: Unpack[Context]) -> StageChange:
         """PENDING_APPROVAL → PREVIEW_SENT. Arguments, result and errors as for `fire`."""
-        return self.fire("withdraw_approval", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("withdraw_approval", **context)
 
     def send_payment_link(
-        self,
-        payment_link_url: str,
-        *,
-        approved_by: str | None = None,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
+        self, payment_link_url: str, *, approved_by: str | None = None, **context: Unpack[Context]
     ) -> StageChange:
         """PREVIEW_SENT, EDIT_LOOP or PENDING_APPROVAL → PAYMENT_SENT: the payment link is out.
 
         Args:
             payment_link_url: the link that was sent.
             approved_by: who approved it; needed unless the autonomy level is FULL_AUTO. Joins the metadata.
-            actor, reason, metadata, key: as for `fire`, as are the result and the errors.
+            context: actor, reason, metadata and key as for `fire`, as are the result and the errors.
         """
-        return self.fire(
-            "send_payment_link",
-            payment_link_url=payment_link_url,
-            approved_by=approved_by,
-            actor=actor,
-            reason=reason,
-            metadata=metadata,
-            key=key,
-        )
+        return self.fire("send_payment_link", payment_link_url=payment_link_url, approved_by=approved_by, **context)
 
-    def complete(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def complete(self, **context: Unpack[Context]) -> StageChange:
         """Any stage → COMPLETED, once a payment link was sent: paid. Arguments, result and errors as for `fire`."""
-        return self.fire("complete", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("complete", **context)
 
-    def stall(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def stall(self, **context: Unpack[Context]) -> StageChange:
         """Any active stage → STALLED: the lead is silent. Arguments, result and errors as for `fire`."""
-        return self.fire("stall", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("stall", **context)
 
-    def resume(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def resume(self, **context: Unpack[Context]) -> StageChange:
         """STALLED → the stage it stalled in (QUALIFYING where unknown). Arguments, result and errors as for `fire`."""
-        return self.fire("resume", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("resume", **context)
 
     def close_lost(
         self,
@@ -296,16 +202,9 @@ class CloseEngineConversation(BaseModel):
         """
         return self.fire("close_lost", actor=actor, reason=reason, metadata=metadata, key=key)
 
-    def reopen(
-        self,
-        *,
-        actor: str | None = None,
-        reason: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        key: str | None = None,
-    ) -> StageChange:
+    def reopen(self, **context: Unpack[Context]) -> StageChange:
         """CLOSED_LOST → INITIATED, with its history kept. Arguments, result and errors as for `fire`."""
-        return self.fire("reopen", actor=actor, reason=reason, metadata=metadata, key=key)
+        return self.fire("reopen", **context)
 
     def fire(
         self,
@@ -343,8 +242,7 @@ class CloseEngineConversation(BaseModel):
         given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
         if approved_by is not None:
             metadata = {**(metadata or {}), "approved_by": approved_by}
-        context = _context(trigger, actor, reason, metadata, key)
-        return _fire(self, trigger, given, context)
+        return change_stage(self, trigger, given, context_of(trigger, actor, reason, metadata, key))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -366,14 +264,14 @@ class CloseEngineConversation(BaseModel):
         """
         given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
         try:
-            decide(trigger, self._draft(given))
+            decide(trigger, draft_of(self, given))
         except TransitionRefused as refusal:
             return Answer(False, str(refusal))
         return Answer(True)
 
     def allowed_triggers(self) -> list[str]:
         """The triggers that can be fired now, given the arguments they ask for; in the table's order."""
-        draft = self._draft({})
+        draft = draft_of(self, {})
         return [
             transition.trigger
             for transition in TRANSITIONS
@@ -398,7 +296,7 @@ class CloseEngineConversation(BaseModel):
     @classmethod
     def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> peewee.ModelSelect[CloseEngineConversation]:
         """A query for the conversations that entered this stage longer ago than the duration and are still in it."""
-        cutoff = _now() - duration
+        cutoff = now() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)
         )
@@ -433,13 +331,13 @@ class CloseEngineConversation(BaseModel):
             raise self._refuse_stage(self.stage)
         if not values:
             return 0
-        values["updated_at"] = self._next_version()
+        values["updated_at"] = next_version(self)
         changed = (
             super().update(**values).where((type(self).id == self.id) & (type(self).updated_at == self.updated_at))
         )
         rows = changed.execute()
         if not rows:
-            raise _conflict(self, "save()")
+            raise conflict(self, "save()")
         remember(self, list(values))
         self.__data__["updated_at"] = values["updated_at"]
         self._dirty.difference_update(values)
@@ -463,12 +361,6 @@ class CloseEngineConversation(BaseModel):
             )
         return super().update(data, **update)
 
-    def _draft(self, given: Mapping[str, Any]) -> Draft:
-        return Draft(self.stage, self.id, self.autonomy_level, self.payment_link_sent_at is not None, given)
-
-    def _next_version(self) -> datetime:
-        return max(_now(), self.updated_at + timedelta(milliseconds=1))
-
     def _refuse_stage(self, wanted: Any) -> StageAssignmentRefused:
         dest = type(self).stage.clean(wanted)
         if "id" in self._dirty:  # not a row yet
@@ -486,211 +378,6 @@ class CloseEngineConversation(BaseModel):
             f"The stage of conversation {self.id!r} cannot be written as {dest}, only triggers change it: {instead}.",
             dest,
         )
-
-
-def _context(
-    trigger: str, actor: str | None, reason: str | None, metadata: Mapping[str, Any] | None, key: str | None
-) -> dict[str, Any]:
-    """What the history row says besides the stages, checked."""
-    texts = {"actor": actor, "reason": reason, "key": key}
-    for name, text in texts.items():
-        if text is not None:
-            texts[name] = clean_text(name, text)
-    if key is not None and not key.strip():
-        raise InvalidValue("key", key, "an idempotency key must not be empty")
-    if metadata is not None:
-        if not isinstance(metadata, Mapping):
-            raise InvalidValue("metadata", metadata, "it must be a mapping")
-        metadata = clean_json("metadata", metadata)
-    return {"trigger": trigger, **texts, "metadata": metadata}
-
-
-def _fire(
-    conversation: CloseEngineConversation,
-    trigger: str,
-    given: Mapping[str, Any],
-    context: dict[str, Any],
-    also: Mapping[str, Any] | None = None,
-) -> StageChange:
-    """One stage change: ask the machine, write with the guard, name the failure; memory follows last.
-
-    `also` are further columns to write with it.
-    """
-    source = conversation.stage
-    try:
-        transition = decide(trigger, conversation._draft(given))
-    except TransitionRefused:
-        if change := _earlier(conversation.id, trigger, context["key"]):
-            return change
-        raise
-    hooked = hooks.hooks_for(source, transition.dests)
-    with atomic() if hooked else nullcontext():
-        if hooked:
-            hooks.run_on_exit(conversation, transition)
-        values = _values(conversation, transition, given, also or {})
-        row = _write(current(), conversation, transition, values, context)
-        if row is None:
-            if change := _earlier(conversation.id, trigger, context["key"]):
-                return change
-            raise _conflict(conversation, trigger)
-        change = _take_over(conversation, source, values, row, context)
-        if hooked:
-            hooks.run_on_enter(conversation, change)
-        _announce(conversation, change)
-    return change
-
-
-def _values(
-    conversation: CloseEngineConversation, transition: Transition, given: Mapping[str, Any], also: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Column name to the value that the transition writes there."""
-    now = conversation._next_version()
-    values: dict[str, Any] = {"stage": transition.dest, "updated_at": now}
-    for column, stamp in transition.stamps.items():
-        if stamp is Stamp.NOW:
-            values[column] = now
-        elif stamp is Stamp.CLEARED:
-            values[column] = None
-        elif stamp is Stamp.GIVEN:
-            values[column] = given[column]
-        else:
-            values[column] = 1
-    return {**values, **also}
-
-
-_statements: dict[tuple[Any, ...], str] = {}
-
-
-def _write(
-    binding: Binding,
-    conversation: CloseEngineConversation,
-    transition: Transition,
-    values: Mapping[str, Any],
-    context: dict[str, Any],
-) -> tuple[Any, ...] | None:
-    key, fields = context["key"], CloseEngineConversation._meta.fields
-    shape = (type(binding.dialect), transition.trigger, key is None, *values)
-    statement = _statements.get(shape)
-    if statement is None:
-        statement = _statements[shape] = _statement(binding, transition, values, key is not None)
-    parameters = [fields[name].db_value(value) for name, value in values.items()]
-    if transition.dest is None:
-        parameters[0] = conversation.id
-    parameters += [conversation.id, conversation.stage.value, stored_time(conversation.updated_at)]
-    if key is not None:
-        parameters += [conversation.id, key]
-    context = {**context, "id": conversation.id, "updated_at": stored_time(values["updated_at"])}
-    return binding.dialect.execute_guarded(binding.database, statement, parameters, context)
-
-
-_STALLED_IN = (
-    "COALESCE((SELECT source FROM {history} WHERE conversation_id = %s AND dest = 'STALLED' "
-    "ORDER BY id DESC LIMIT 1), 'QUALIFYING')"
-)
-
-
-def _statement(binding: Binding, transition: Transition, values: Mapping[str, Any], keyed: bool) -> str:
-    """The text of a transition's one write, made once for each shape it comes in."""
-    fields = CloseEngineConversation._meta.fields
-    assignments = []
-    for name in values:
-        column = f'"{fields[name].column_name}"'
-        value = "%s"
-        if name == "stage" and transition.dest is None:
-            value = _STALLED_IN
-        elif transition.stamps.get(name) is Stamp.INCREMENTED:
-            value = f"{column} + %s"
-        assignments.append(f"{column} = {value}")
-    conditions = '"id" = %s AND "stage" = %s AND "updated_at" = %s'
-    if keyed:
-        conditions += " AND NOT EXISTS (SELECT 1 FROM {history} WHERE conversation_id = %s AND key = %s)"
-    return binding.dialect.guarded_update(
-        CloseEngineConversation._meta.table_name,
-        ", ".join(assignments),
-        conditions,
-        ", ".join(f'"{fields[name].column_name}"' for name in values),
-    )
-
-
-def _take_over(
-    conversation: CloseEngineConversation,
-    source: Stage,
-    values: Mapping[str, Any],
-    row: tuple[Any, ...],
-    context: dict[str, Any],
-) -> StageChange:
-    """Copy what was written into the object, and say what the history row holds."""
-    fields = conversation._meta.fields
-    remember(conversation, list(values))
-    for name, value in zip(values, row[:-1], strict=True):
-        conversation.__data__[name] = fields[name].python_value(value)
-    conversation._dirty.difference_update(values)
-    change = StageChange(
-        __no_default__=True,
-        id=row[-1],
-        conversation_id=conversation.id,
-        lead_id=conversation.lead_id,
-        source=source,
-        dest=conversation.stage,
-        created_at=conversation.updated_at,
-        **context,
-    )
-    change._dirty.clear()
-    return change
-
-
-def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:
-    """The history row that this key made already."""
-    if key is None:
-        return None
-    change: StageChange | None = StageChange.get_or_none(
-        (StageChange.conversation_id == conversation_id) & (StageChange.key == key)
-    )
-    if change is not None and change.trigger != trigger:
-        raise KeyReused(conversation_id, key, change.trigger, trigger)
-    return change
-
-
-def _conflict(conversation: CloseEngineConversation, trigger: str) -> StageConflict | ConversationNotFound:
-    found = (
-        CloseEngineConversation.select(CloseEngineConversation.stage)
-        .where(CloseEngineConversation.id == conversation.id)
-        .first()
-    )
-    if found is None:
-        return ConversationNotFound(conversation.id)
-    return StageConflict(conversation.id, trigger, conversation.stage, found.stage)
-
-
-class _Uncommitted(local):
-    """History rows whose hooks wait for the commit, by id: SQLite gives a rolled-back id out again."""
-
-    def __init__(self) -> None:
-        self.changes: weakref.WeakValueDictionary[int, StageChange] = weakref.WeakValueDictionary()
-
-
-_uncommitted = _Uncommitted()
-
-
-def _announce(conversation: CloseEngineConversation, change: StageChange) -> None:
-    """See to it that the after-commit hooks of this change run, if it is committed."""
-    waiting = hooks.committed_hooks(change.dest)
-    if not waiting:
-        return
-    in_transaction = current().database.in_transaction()
-    _uncommitted.changes[change.id] = change
-
-    def run(hook: hooks.Hook) -> None:
-        # A savepoint may have been rolled back meanwhile: the history knows.
-        rolled_back = in_transaction and (
-            _uncommitted.changes.get(change.id) is not change
-            or StageChange.get_or_none(StageChange.id == change.id) is None
-        )
-        if not rolled_back:
-            hook(conversation, change)
-
-    for hook in waiting:
-        run_after_commit(partial(run, hook))
 
 
 @contextmanager
@@ -748,7 +435,7 @@ def open_conversation(
     lead_id = lead.id if isinstance(lead, Lead) else lead
     rep_id = rep.id if isinstance(rep, User) else rep
     entry_point = CloseEngineConversation.entry_point.clean(entry_point)
-    context = partial(_context, actor=actor, reason=reason, metadata=metadata, key=key)
+    context = partial(context_of, actor=actor, reason=reason, metadata=metadata, key=key)
     with atomic():
         held = Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)
         row = current().dialect.hold(held).first()
@@ -761,13 +448,15 @@ def open_conversation(
             if conversation.stage is Stage.COMPLETED:
                 raise ConversationCompleted(conversation.id, lead_id)
             if conversation.stage is Stage.STALLED:
-                _fire(conversation, "resume", {}, context("resume"))
+                change_stage(conversation, "resume", {}, context("resume"))
                 return conversation
         if not (row.phone or "").strip():
             raise LeadHasNoPhone(lead_id)
         if conversation is not None:
             entered = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
-            _fire(conversation, "reopen", {}, context("reopen"), {**entered, "rep": rep_id or conversation.rep_id})
+            change_stage(
+                conversation, "reopen", {}, context("reopen"), {**entered, "rep": rep_id or conversation.rep_id}
+            )
         else:
             conversation = _insert(row, entry_point, rep_id, context("open"))
             if conversation is None:  # a writer who does not hold the lead was first
@@ -790,20 +479,22 @@ def _insert(
     lead: Lead, entry_point: EntryPoint, rep_id: str | None, context: dict[str, Any]
 ) -> CloseEngineConversation | None:
     """A new conversation, or None where the lead has got one meanwhile."""
-    now = _now()
+    moment = now()
     conversation = CloseEngineConversation(
         lead=lead,
         rep=rep_id,
         entry_point=entry_point,
         autonomy_level=lead.autonomy_level,
-        created_at=now,
-        updated_at=now,
+        created_at=moment,
+        updated_at=moment,
     )
     insert = CloseEngineConversation.insert(conversation.__data__).on_conflict(
         action="nothing", conflict_target=[CloseEngineConversation.lead]
     )
     binding = current()
-    with binding.dialect.context(binding.database, {**context, "id": conversation.id, "updated_at": stored_time(now)}):
+    with binding.dialect.context(
+        binding.database, {**context, "id": conversation.id, "updated_at": stored_time(moment)}
+    ):
         if not insert.as_rowcount().execute():
             return None
     return CloseEngineConversation.get_by_id(conversation.id)

@@ -1,0 +1,256 @@
+"""One stage change: ask the machine, write with the guard, name the failure; memory follows last.
+
+`CloseEngineConversation.fire` ends here. The machine decides on a draft, never on the row; the row changes only if
+nobody changed it since it was loaded; the database adds the history row and refuses what is not in its table.
+
+>>> from close_engine.conversations import CloseEngineConversation
+>>> draft_of(CloseEngineConversation(id="c1", lead="l1", entry_point="SMS_REPLY"), {}).stage
+<Stage.INITIATED: 'INITIATED'>
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from contextlib import nullcontext
+from datetime import datetime, timedelta
+from functools import partial
+from threading import local
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from close_engine import hooks
+from close_engine.backend import Binding, Dialect, current, now
+from close_engine.errors import ConversationNotFound, InvalidValue, KeyReused, StageConflict, TransitionRefused
+from close_engine.fields import clean_json, clean_text, stored_time
+from close_engine.machine import Draft, Stamp, Transition, decide
+from close_engine.models import StageChange
+from close_engine.stages import Stage
+from close_engine.transaction import atomic, remember, run_after_commit
+
+if TYPE_CHECKING:
+    from close_engine.conversations import CloseEngineConversation
+
+__all__ = ["Context", "change_stage", "conflict", "context_of", "draft_of", "next_version"]
+
+
+class Context(TypedDict, total=False):
+    """What every trigger takes: who fires it, why, what else is known of it, and the key of the event behind it."""
+
+    actor: str | None
+    reason: str | None
+    metadata: Mapping[str, Any] | None
+    key: str | None
+
+
+def draft_of(conversation: CloseEngineConversation, given: Mapping[str, Any]) -> Draft:
+    """What the machine decides on."""
+    sent = conversation.payment_link_sent_at is not None
+    return Draft(conversation.stage, conversation.id, conversation.autonomy_level, sent, given)
+
+
+def next_version(conversation: CloseEngineConversation) -> datetime:
+    """The `updated_at` of the next write: later than the last, also where clocks differ."""
+    return max(now(), conversation.updated_at + timedelta(milliseconds=1))
+
+
+def context_of(
+    trigger: str, actor: str | None, reason: str | None, metadata: Mapping[str, Any] | None, key: str | None
+) -> dict[str, Any]:
+    """What the history row says besides the stages, checked."""
+    texts = {"actor": actor, "reason": reason, "key": key}
+    for name, text in texts.items():
+        if text is not None:
+            texts[name] = clean_text(name, text)
+    if key is not None and not key.strip():
+        raise InvalidValue("key", key, "an idempotency key must not be empty")
+    if metadata is not None:
+        if not isinstance(metadata, Mapping):
+            raise InvalidValue("metadata", metadata, "it must be a mapping")
+        metadata = clean_json("metadata", metadata)
+    return {"trigger": trigger, **texts, "metadata": metadata}
+
+
+def change_stage(
+    conversation: CloseEngineConversation,
+    trigger: str,
+    given: Mapping[str, Any],
+    context: dict[str, Any],
+    also: Mapping[str, Any] | None = None,
+) -> StageChange:
+    """One stage change: ask the machine, write with the guard, name the failure; memory follows last.
+
+    `also` are further columns to write with it.
+    """
+    source = conversation.stage
+    try:
+        transition = decide(trigger, draft_of(conversation, given))
+    except TransitionRefused:
+        if change := _earlier(conversation.id, trigger, context["key"]):
+            return change
+        raise
+    hooked = hooks.hooks_for(source, transition.dests)
+    with atomic() if hooked else nullcontext():
+        if hooked:
+            hooks.run_on_exit(conversation, transition)
+        values = _values(conversation, transition, given, also or {})
+        row = _write(current(), conversation, transition, values, context)
+        if row is None:
+            if change := _earlier(conversation.id, trigger, context["key"]):
+                return change
+            raise conflict(conversation, trigger)
+        change = _take_over(conversation, source, values, row, context)
+        if hooked:
+            hooks.run_on_enter(conversation, change)
+        _announce(conversation, change)
+    return change
+
+
+def _values(
+    conversation: CloseEngineConversation, transition: Transition, given: Mapping[str, Any], also: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Column name to the value that the transition writes there."""
+    moment = next_version(conversation)
+    values: dict[str, Any] = {"stage": transition.dest, "updated_at": moment}
+    for column, stamp in transition.stamps.items():
+        if stamp is Stamp.NOW:
+            values[column] = moment
+        elif stamp is Stamp.CLEARED:
+            values[column] = None
+        elif stamp is Stamp.GIVEN:
+            values[column] = given[column]
+        else:
+            values[column] = 1
+    return {**values, **also}
+
+
+_statements: dict[tuple[Any, ...], str] = {}
+
+
+def _write(
+    binding: Binding,
+    conversation: CloseEngineConversation,
+    transition: Transition,
+    values: Mapping[str, Any],
+    context: dict[str, Any],
+) -> tuple[Any, ...] | None:
+    key, meta = context["key"], conversation._meta
+    shape = (type(binding.dialect), transition.trigger, key is None, *values)
+    statement = _statements.get(shape)
+    if statement is None:
+        statement = _statements[shape] = _statement(meta, binding.dialect, transition, values, key is not None)
+    parameters = [meta.fields[name].db_value(value) for name, value in values.items()]
+    if transition.dest is None:
+        parameters[0] = conversation.id
+    parameters += [conversation.id, conversation.stage.value, stored_time(conversation.updated_at)]
+    if key is not None:
+        parameters += [conversation.id, key]
+    context = {**context, "id": conversation.id, "updated_at": stored_time(values["updated_at"])}
+    return binding.dialect.execute_guarded(binding.database, statement, parameters, context)
+
+
+_STALLED_IN = (
+    "COALESCE((SELECT source FROM {history} WHERE conversation_id = %s AND dest = 'STALLED' "
+    "ORDER BY id DESC LIMIT 1), 'QUALIFYING')"
+)
+
+
+def _statement(meta: Any, dialect: Dialect, transition: Transition, values: Mapping[str, Any], keyed: bool) -> str:
+    """The text of a transition's one write, made once for each shape it comes in."""
+    fields = meta.fields
+    assignments = []
+    for name in values:
+        column = f'"{fields[name].column_name}"'
+        value = "%s"
+        if name == "stage" and transition.dest is None:
+            value = _STALLED_IN
+        elif transition.stamps.get(name) is Stamp.INCREMENTED:
+            value = f"{column} + %s"
+        assignments.append(f"{column} = {value}")
+    conditions = '"id" = %s AND "stage" = %s AND "updated_at" = %s'
+    if keyed:
+        conditions += " AND NOT EXISTS (SELECT 1 FROM {history} WHERE conversation_id = %s AND key = %s)"
+    return dialect.guarded_update(
+        meta.table_name,
+        ", ".join(assignments),
+        conditions,
+        ", ".join(f'"{fields[name].column_name}"' for name in values),
+    )
+
+
+def _take_over(
+    conversation: CloseEngineConversation,
+    source: Stage,
+    values: Mapping[str, Any],
+    row: tuple[Any, ...],
+    context: dict[str, Any],
+) -> StageChange:
+    """Copy what was written into the object, and say what the history row holds."""
+    fields = conversation._meta.fields
+    remember(conversation, list(values))
+    for name, value in zip(values, row[:-1], strict=True):
+        conversation.__data__[name] = fields[name].python_value(value)
+    conversation._dirty.difference_update(values)
+    change = StageChange(
+        __no_default__=True,
+        id=row[-1],
+        conversation_id=conversation.id,
+        lead_id=conversation.lead_id,
+        source=source,
+        dest=conversation.stage,
+        created_at=conversation.updated_at,
+        **context,
+    )
+    change._dirty.clear()
+    return change
+
+
+def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:
+    """The history row that this key made already."""
+    if key is None:
+        return None
+    change: StageChange | None = StageChange.get_or_none(
+        (StageChange.conversation_id == conversation_id) & (StageChange.key == key)
+    )
+    if change is not None and change.trigger != trigger:
+        raise KeyReused(conversation_id, key, change.trigger, trigger)
+    return change
+
+
+def conflict(conversation: CloseEngineConversation, trigger: str) -> StageConflict | ConversationNotFound:
+    """Why a guarded write found no row."""
+    model = type(conversation)
+    found = model.select(model.stage).where(model.id == conversation.id).first()
+    if found is None:
+        return ConversationNotFound(conversation.id)
+    return StageConflict(conversation.id, trigger, conversation.stage, found.stage)
+
+
+class _Uncommitted(local):
+    """History rows whose hooks wait for the commit, by id: SQLite gives a rolled-back id out again."""
+
+    def __init__(self) -> None:
+        self.changes: weakref.WeakValueDictionary[int, StageChange] = weakref.WeakValueDictionary()
+
+
+_uncommitted = _Uncommitted()
+
+
+def _announce(conversation: CloseEngineConversation, change: StageChange) -> None:
+    """See to it that the after-commit hooks of this change run, if it is committed."""
+    waiting = hooks.committed_hooks(change.dest)
+    if not waiting:
+        return
+    in_transaction = current().database.in_transaction()
+    _uncommitted.changes[change.id] = change
+
+    def run(hook: hooks.Hook) -> None:
+        # A savepoint may have been rolled back meanwhile: the history knows.
+        rolled_back = in_transaction and (
+            _uncommitted.changes.get(change.id) is not change
+            or StageChange.get_or_none(StageChange.id == change.id) is None
+        )
+        if not rolled_back:
+            hook(conversation, change)
+
+    for hook in waiting:
+        run_after_commit(partial(run, hook))
