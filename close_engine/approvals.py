@@ -1,28 +1,111 @@
-"""The approval queue: messages that a human sees first."""
+"""Drafts: what the AI wants to send, and the queue in which a human sees some of it first.
+
+    submit(conversation, ActionType.SEND_MESSAGE, "What does your business do?")    # the outbox, or a PendingAction
+    for action in pending_actions():
+        action.approve(by="dana")                       # or action.reject(by="dana", reason="too pushy")
+
+Submitting is a write of the conversation: of two replies made from the same state, one is submitted, the other is a
+conflict. Approving, rejecting and expiring are one guarded write of the action, and what follows from it (the message
+in the outbox, the way back from PENDING_APPROVAL) is done in the database, also where the CRM's own screen decides.
+
+>>> needs_approval(AutonomyLevel.SEMI_AUTO, ActionType.SEND_PAYMENT_LINK)
+True
+"""
 
 from __future__ import annotations
 
-from datetime import datetime
+import hashlib
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
 
+import peewee
 from peewee import SQL
 
-from close_engine.backend import now
-from close_engine.fields import EnumField, JsonField, TextField, UtcDateTimeField
+from close_engine.backend import current, now
+from close_engine.conversations import CloseEngineConversation
+from close_engine.errors import (
+    ActionNotFound,
+    ConversationClosed,
+    ConversationNotFound,
+    InvalidValue,
+    StageConflict,
+)
+from close_engine.fields import (
+    CleaningAccessor,
+    EnumField,
+    JsonField,
+    TextField,
+    UtcDateTimeField,
+    clean_json,
+    clean_text,
+    create_id,
+    stored_time,
+)
+from close_engine.firing import draft_of, touch
+from close_engine.machine import TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
-from close_engine.stages import ActionStatus, ActionType
+from close_engine.outbox import OutboxMessage, enqueue, moment_after
+from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
+from close_engine.transaction import atomic
 
-__all__ = ["PendingAction"]
+__all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
+
+#: What a human sees first, by autonomy level.
+APPROVAL_FIRST: Mapping[AutonomyLevel, frozenset[ActionType]] = {
+    AutonomyLevel.FULL_AUTO: frozenset(),
+    AutonomyLevel.SEMI_AUTO: frozenset({ActionType.SEND_PAYMENT_LINK}),
+    AutonomyLevel.MANUAL: frozenset(ActionType),
+}
+
+#: How long a pending action can be approved.
+DEFAULT_EXPIRY = timedelta(hours=24)
+
+#: The trigger that a sent message of each type is behind.
+_TRIGGER = {
+    ActionType.SEND_MESSAGE: "start_qualifying",
+    ActionType.SEND_PREVIEW: "send_preview",
+    ActionType.SEND_PAYMENT_LINK: "send_payment_link",
+}
+
+#: Whether a human sees an action of this type first, in a conversation of this level.
+Policy = Callable[[AutonomyLevel, ActionType], bool]
+
+
+def needs_approval(level: AutonomyLevel, type: ActionType) -> bool:
+    """The policy of the table above; give `submit` another one for an agency that wants it otherwise."""
+    return type in APPROVAL_FIRST[level]
+
+
+class _StatusAccessor(CleaningAccessor):
+    """What is past its time is EXPIRED at the moment anyone looks, whether or not a sweep has been by."""
+
+    def __get__(self, instance: Any, instance_type: type | None = None) -> Any:
+        status = super().__get__(instance, instance_type)  # type: ignore[no-untyped-call]
+        if instance is None or status is not ActionStatus.PENDING or instance.expires_at is None:
+            return status
+        return ActionStatus.EXPIRED if instance.expires_at <= now() else status
+
+
+class _StatusField(EnumField[ActionStatus]):
+    accessor_class = _StatusAccessor
 
 
 class PendingAction(BaseModel):
-    """A message that waits for a human: a row of `pending_actions`."""
+    """A draft that waits for a human: a row of `pending_actions`.
+
+    Attributes:
+        metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` where it is to wait.
+        status: PENDING until it is decided, and EXPIRED from `expires_at` on.
+        approved_by, approved_at: who decided, and when it was approved.
+    """
 
     conversation_id = TextField[str](index=True)
     lead_id = TextField[str](index=True)
     type = EnumField[ActionType](ActionType)
     draft_message = TextField[str]()
     metadata = JsonField(null=True)
-    status = EnumField[ActionStatus](
+    status = _StatusField(
         ActionStatus, default=ActionStatus.PENDING, index=True, constraints=[SQL("DEFAULT 'PENDING'")]
     )
     approved_by = TextField["str | None"](null=True)
@@ -32,3 +115,224 @@ class PendingAction(BaseModel):
 
     class Meta:
         table_name = "pending_actions"
+
+    def approve(self, by: str, message: str | None = None) -> OutboxMessage:
+        """Let it be sent; the second time changes nothing.
+
+        Args:
+            by: who approves it.
+            message: the text to send instead of the draft.
+
+        Returns:
+            the message in the outbox.
+
+        Raises:
+            ActionDecided: it was rejected, or has expired.
+            ConversationClosed: its conversation has closed meanwhile.
+            ConversationNotFound, ActionNotFound: there is none any more.
+        """
+        values: dict[str, Any] = {"approved_by": by, "approved_at": now()}
+        if message is not None:
+            values["draft_message"] = message
+        self._decide("approve", ActionStatus.APPROVED, by, values)
+        sent: OutboxMessage = OutboxMessage.get(
+            (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == f"action:{self.id}")
+        )
+        return sent
+
+    def reject(self, by: str, reason: str | None = None) -> None:
+        """Refuse it; a payment link's conversation goes back to PREVIEW_SENT. The second time changes nothing.
+
+        Args:
+            by: who rejects it.
+            reason: why, for the history and the action's metadata.
+
+        Raises:
+            ActionDecided: it was approved, or has expired.
+            ActionNotFound: there is none any more.
+        """
+        metadata = {**(self.metadata or {}), "rejectionReason": reason} if reason is not None else self.metadata
+        self._decide("reject", ActionStatus.REJECTED, by, {"approved_by": by, "metadata": metadata}, reason)
+
+    def _decide(
+        self, trigger: str, dest: ActionStatus, by: str, values: dict[str, Any], reason: str | None = None
+    ) -> None:
+        """One guarded write of the status; what follows from it the database does."""
+        if not by.strip():
+            raise InvalidValue("by", by, "it must name somebody")
+        if self.status is dest:
+            return
+        decide_action(trigger, self.id, self.status)
+        moment = now()
+        undecided = (PendingAction.id == self.id) & (PendingAction.status == ActionStatus.PENDING)
+        undecided &= PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
+        if dest is ActionStatus.APPROVED:
+            conversation = CloseEngineConversation.id == PendingAction.conversation_id
+            undecided &= peewee.fn.EXISTS(CloseEngineConversation.not_in_stages(*CLOSED_STAGES).where(conversation))
+        context = {"id": self.id, "moment": stored_time(moment), "actor": by, "reason": reason}
+        binding = current()
+        try:
+            with atomic(), binding.dialect.context(binding.database, context):
+                written = PendingAction.update(status=dest, **values).where(undecided).execute()
+        except peewee.IntegrityError:
+            # The database's guard: the conversation closed at this very moment.
+            self._explain(trigger, dest)
+            raise
+        if written:
+            self._reload()
+        else:
+            self._explain(trigger, dest)
+
+    def _reload(self) -> None:
+        found = PendingAction.get_or_none(PendingAction.id == self.id)
+        if found is None:
+            raise ActionNotFound(self.id)
+        self.__data__ = found.__data__
+        self._dirty.clear()
+
+    def _explain(self, trigger: str, dest: ActionStatus) -> None:
+        """Why it could not be decided; nothing where it was decided so already."""
+        self._reload()
+        if self.status is dest:
+            return
+        decide_action(trigger, self.id, self.status)
+        conversation = CloseEngineConversation.get_or_none(CloseEngineConversation.id == self.conversation_id)
+        if conversation is None:
+            raise ConversationNotFound(self.conversation_id)
+        raise ConversationClosed(conversation.id, conversation.stage)
+
+    def __repr__(self) -> str:
+        return f"<PendingAction {self.id}: {self.type} of {self.conversation_id}, {self.status}>"
+
+
+def pending_actions(
+    conversation: CloseEngineConversation | str | None = None, type: ActionType | None = None
+) -> peewee.ModelSelect[PendingAction]:
+    """The approval queue: what waits for a human and has not expired, oldest first.
+
+    Args:
+        conversation: only its own, or those of this id.
+        type: only those of this type.
+
+    Returns:
+        a query, to iterate over or to narrow down.
+    """
+    query = (
+        PendingAction.select()
+        .where(PendingAction.status == ActionStatus.PENDING)
+        .where(PendingAction.expires_at.is_null() | (PendingAction.expires_at > now()))
+        .order_by(PendingAction.created_at, PendingAction.id)
+    )
+    if conversation is not None:
+        query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
+    return query if type is None else query.where(PendingAction.type == type)
+
+
+def submit(
+    conversation: CloseEngineConversation,
+    type: ActionType,
+    draft: str,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    send_after: timedelta | datetime | None = None,
+    key: str | None = None,
+    actor: str | None = None,
+    policy: Policy = needs_approval,
+    expires_after: timedelta | None = DEFAULT_EXPIRY,
+) -> OutboxMessage | PendingAction:
+    """Send a draft, or have a human see it first, as the conversation's autonomy level asks.
+
+    A payment link that waits for approval takes the conversation to PENDING_APPROVAL. Of two drafts made from the same
+    state of a conversation, one is submitted and the other is a conflict.
+
+    Args:
+        conversation: as it was when the draft was made.
+        type: what the message is for.
+        draft: its text.
+        metadata: what the sender needs besides: `paymentUrl` for a payment link, `previewUrl` for a preview, ….
+        send_after: how long it waits in the outbox, or until when (timezone-aware).
+        key: idempotency key, unique within the conversation: the same key again returns the first result.
+        actor: who made the draft, for the history.
+        policy: whether a human sees it first.
+        expires_after: how long it can be approved; None is for ever.
+
+    Returns:
+        the message in the outbox, or the PendingAction.
+
+    Raises:
+        ConversationClosed: it is COMPLETED or CLOSED_LOST.
+        TransitionNotAllowed, GuardRefused: a preview or a payment link cannot be sent from its stage, or has no link.
+        StageConflict: somebody changed the conversation since it was loaded.
+        InvalidValue: an argument cannot be stored.
+    """
+    type = PendingAction.type.clean(type)
+    details = clean_json("metadata", dict(metadata or {}))
+    with atomic():
+        if first := _submitted(conversation, key):
+            return first
+        waits = policy(conversation.autonomy_level, type)
+        trigger = _trigger_behind(conversation, type, details)
+        action_id = _action_id(conversation, key)
+        try:
+            if waits and type is ActionType.SEND_PAYMENT_LINK:
+                conversation.request_approval(actor=actor, metadata={"action_id": action_id})
+            else:
+                touch(conversation, "submit()")
+        except StageConflict:
+            if first := _submitted(conversation, key):
+                return first
+            raise
+        if not waits:
+            # What the level would have a human see, a policy of the caller's own has let through.
+            approved_by = "policy" if needs_approval(conversation.autonomy_level, type) else None
+            return enqueue(
+                conversation,
+                type,
+                draft,
+                payload=details,
+                send_after=send_after,
+                key=key,
+                trigger=trigger,
+                approved_by=approved_by,
+            )
+        if send_after is not None:
+            details["sendAfter"] = stored_time(moment_after(send_after))
+        return PendingAction.create(
+            id=action_id,
+            conversation_id=conversation.id,
+            lead_id=conversation.lead_id,
+            type=type,
+            draft_message=draft,
+            metadata=details,
+            expires_at=None if expires_after is None else now() + expires_after,
+        )
+
+
+def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, details: Mapping[str, Any]) -> str | None:
+    """The trigger that a message of this type fires when it is sent, if it may be sent at all."""
+    if conversation.stage in CLOSED_STAGES:
+        raise ConversationClosed(conversation.id, conversation.stage)
+    if type is ActionType.SEND_MESSAGE and conversation.stage is not Stage.INITIATED:
+        return None
+    trigger = _TRIGGER[type]
+    if conversation.stage is not TRIGGERS[trigger].dest:
+        given = {"payment_link_url": details.get("paymentUrl"), "approved_by": "whoever will"}
+        decide(trigger, draft_of(conversation, given))
+    return trigger
+
+
+def _submitted(conversation: CloseEngineConversation, key: str | None) -> OutboxMessage | PendingAction | None:
+    """What this key made already."""
+    if key is None:
+        return None
+    sent = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.key == key)
+    return OutboxMessage.get_or_none(sent) or PendingAction.get_or_none(
+        PendingAction.id == _action_id(conversation, key)
+    )
+
+
+def _action_id(conversation: CloseEngineConversation, key: str | None) -> str:
+    """A new id; the same one again for the same key, which the primary key then keeps from being used twice."""
+    if key is None:
+        return create_id()
+    return "k" + hashlib.sha256(f"{conversation.id}\n{clean_text('key', key)}".encode()).hexdigest()[:24]

@@ -101,6 +101,13 @@ class Dialect:
         """Inside a transaction: the query, holding the rows it finds against every other writer."""
         raise NotImplementedError
 
+    #: The end of a query within a statement: hold the rows it finds against every other writer.
+    hold_rows: str
+
+    def skip_locked(self, *aliases: str) -> str:
+        """The end of a query that takes the rows of these tables, but for those that another one holds."""
+        raise NotImplementedError
+
     def exclusive(self, database: peewee.Database) -> None:
         """Inside a transaction: wait until no other process migrates this database."""
         raise NotImplementedError
@@ -116,6 +123,9 @@ class Postgres(Dialect):
     """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
 
     catalog = PostgresCatalog
+
+    # NO KEY: the CRM may go on adding messages and events that refer to a held lead.
+    hold_rows = "FOR NO KEY UPDATE"
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return "close_engine", name
@@ -147,8 +157,10 @@ class Postgres(Dialect):
         database.execute_sql("SELECT set_config('close_engine.context', '', true)")
 
     def hold(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        # NO KEY: the CRM may go on adding messages and events that refer to a held lead.
-        return query.for_update("FOR NO KEY UPDATE")  # type: ignore[arg-type]
+        return query.for_update(self.hold_rows)  # type: ignore[arg-type]
+
+    def skip_locked(self, *aliases: str) -> str:
+        return f"{self.hold_rows} OF {', '.join(aliases)} SKIP LOCKED"
 
     def exclusive(self, database: peewee.Database) -> None:
         database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
@@ -170,6 +182,8 @@ class Sqlite(Dialect):
     begin = ("IMMEDIATE",)
 
     catalog = SqliteCatalog
+
+    hold_rows = ""  # there is one writer at a time
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return None, f"close_engine_{name}"
@@ -201,6 +215,9 @@ class Sqlite(Dialect):
         # Writing anything takes the write lock, of which SQLite has one for the whole file.
         current().database.execute_sql("DELETE FROM close_engine_context")
         return query
+
+    def skip_locked(self, *aliases: str) -> str:
+        return self.hold_rows
 
     def exclusive(self, database: peewee.Database) -> None:
         """BEGIN IMMEDIATE holds the file already."""

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from close_engine.stages import Stage
+from close_engine.stages import ActionStatus, MessageStatus, Stage
 
 __all__ = [
+    "ActionDecided",
+    "ActionNotFound",
     "AfterCommitError",
     "CloseEngineError",
     "ConfigurationError",
+    "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
     "GuardRefused",
@@ -25,6 +28,11 @@ __all__ = [
     "KeyReused",
     "LeadHasNoPhone",
     "LeadNotFound",
+    "LeaseLost",
+    "MessageNotDead",
+    "MessageNotFound",
+    "PaymentUnmatched",
+    "ProviderIdTaken",
     "SchemaError",
     "StageAssignmentRefused",
     "StageConflict",
@@ -243,6 +251,133 @@ class LeadHasNoPhone(CloseEngineError):
         super().__init__(
             f"Lead {lead_id!r} has no phone number, so no conversation by text message can be opened: add one first."
         )
+
+
+class ConversationClosed(CloseEngineError):
+    """The conversation is COMPLETED or CLOSED_LOST, so no draft of it is sent any more.
+
+    Attributes:
+        conversation_id: the conversation.
+        stage: the Stage that it is in.
+    """
+
+    def __init__(self, conversation_id: str, stage: Stage) -> None:
+        self.conversation_id = conversation_id
+        self.stage = stage
+        super().__init__(
+            f"Conversation {conversation_id!r} is {stage}, so nothing can be submitted or approved for it any more."
+        )
+
+
+class ActionDecided(CloseEngineError):
+    """The pending action is decided already, the other way.
+
+    Attributes:
+        action_id: the action.
+        trigger: what was to be done to it: `approve`, `reject` or `expire`.
+        status: the ActionStatus that it has.
+    """
+
+    def __init__(self, action_id: str, trigger: str, status: ActionStatus) -> None:
+        self.action_id = action_id
+        self.trigger = trigger
+        self.status = status
+        again = "submit a new draft" if status is ActionStatus.EXPIRED else "that decision stands"
+        super().__init__(f"Action {action_id!r} is {status}, so it is too late to {trigger} it: {again}.")
+
+
+class ActionNotFound(CloseEngineError, LookupError):
+    """There is no such pending action.
+
+    Attributes:
+        action_id: what was looked for.
+    """
+
+    def __init__(self, action_id: str) -> None:
+        self.action_id = action_id
+        super().__init__(f"There is no action {action_id!r}.")
+
+
+class LeaseLost(CloseEngineError):
+    """The message is no longer this worker's to report on; nothing was changed.
+
+    Attributes:
+        message_id: the message.
+        worker: who wanted to report.
+        status: the MessageStatus that it has now.
+        leased_by: who holds it now, or sent it; None where nobody does.
+    """
+
+    def __init__(self, message_id: int, worker: str | None, status: MessageStatus, leased_by: str | None) -> None:
+        self.message_id = message_id
+        self.worker = worker
+        self.status = status
+        self.leased_by = leased_by
+        super().__init__(
+            f"Message {message_id} is not leased by {worker!r} any more: it is {status}, held by "
+            f"{repr(leased_by) if leased_by else 'nobody'}; make the lease longer or extend it in time."
+        )
+
+
+class MessageNotFound(CloseEngineError, LookupError):
+    """There is no such message in the outbox.
+
+    Attributes:
+        message_id: what was looked for.
+    """
+
+    def __init__(self, message_id: int | str) -> None:
+        self.message_id = message_id
+        super().__init__(f"There is no message {message_id!r} in the outbox.")
+
+
+class MessageNotDead(CloseEngineError):
+    """Only a dead message can be put back into the outbox.
+
+    Attributes:
+        message_id: the message.
+        status: the MessageStatus that it has.
+    """
+
+    def __init__(self, message_id: int, status: MessageStatus) -> None:
+        self.message_id = message_id
+        self.status = status
+        super().__init__(f"Message {message_id} is {status}; only a DEAD one can be put back into the outbox.")
+
+
+class ProviderIdTaken(CloseEngineError):
+    """The provider's id stands for another message already.
+
+    Attributes:
+        provider_id: the id.
+        message_id: the message that it was to be given to.
+        first: the id of the message that has it.
+    """
+
+    def __init__(self, provider_id: str, message_id: int, first: int) -> None:
+        self.provider_id = provider_id
+        self.message_id = message_id
+        self.first = first
+        super().__init__(
+            f"The provider's id {provider_id!r} belongs to message {first} and cannot be given to message "
+            f"{message_id}: pass on the id that the provider returned for this very message."
+        )
+
+
+class PaymentUnmatched(CloseEngineError):
+    """A payment came in that belongs to no conversation: look at it, and record or refund it by hand.
+
+    Attributes:
+        lead_id: who paid.
+        key: the payment's key.
+        why: what it cannot be matched with.
+    """
+
+    def __init__(self, lead_id: str, key: str, why: str) -> None:
+        self.lead_id = lead_id
+        self.key = key
+        self.why = why
+        super().__init__(f"Payment {key!r} of lead {lead_id!r} matches no open conversation: {why}.")
 
 
 class AfterCommitError(CloseEngineError):

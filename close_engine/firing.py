@@ -30,7 +30,7 @@ from close_engine.transaction import atomic, remember, run_after_commit
 if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation
 
-__all__ = ["Context", "change_stage", "conflict", "context_of", "draft_of", "next_version"]
+__all__ = ["Context", "change_stage", "conflict", "context_of", "draft_of", "next_version", "touch"]
 
 
 class Context(TypedDict, total=False):
@@ -103,6 +103,21 @@ def change_stage(
             hooks.run_on_enter(conversation, change)
         _announce(conversation, change)
     return change
+
+
+def touch(conversation: CloseEngineConversation, what: str) -> None:
+    """A guarded write of the version alone: whoever else decided on the same state is in conflict.
+
+    Raises:
+        StageConflict: somebody changed the conversation since it was loaded.
+        ConversationNotFound: it was deleted.
+    """
+    model, version = type(conversation), next_version(conversation)
+    same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
+    if not model.update(updated_at=version).where(same & (model.stage == conversation.stage)).execute():
+        raise conflict(conversation, what)
+    remember(conversation, ["updated_at"])
+    conversation.__data__["updated_at"] = version
 
 
 def _values(

@@ -19,10 +19,22 @@ from typing import Any, cast
 
 from transitions import EventData, Machine, MachineError
 
-from close_engine.errors import GuardRefused, TransitionNotAllowed, UnknownTrigger
-from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, Stage
+from close_engine.errors import ActionDecided, GuardRefused, TransitionNotAllowed, UnknownTrigger
+from close_engine.stages import ACTIVE_STAGES, ActionStatus, AutonomyLevel, Stage
 
-__all__ = ["TRANSITIONS", "TRIGGERS", "Draft", "Stamp", "Transition", "decide", "mermaid", "pairs", "trigger_between"]
+__all__ = [
+    "ACTION_TRANSITIONS",
+    "TRANSITIONS",
+    "TRIGGERS",
+    "Draft",
+    "Stamp",
+    "Transition",
+    "decide",
+    "decide_action",
+    "mermaid",
+    "pairs",
+    "trigger_between",
+]
 
 
 class Stamp(Enum):
@@ -166,6 +178,21 @@ TRANSITIONS: tuple[Transition, ...] = (
 TRIGGERS: dict[str, Transition] = {transition.trigger: transition for transition in TRANSITIONS}
 
 
+#: The second, small table: what becomes of a pending action, as (trigger, source, dest).
+ACTION_TRANSITIONS: tuple[tuple[str, ActionStatus, ActionStatus], ...] = (
+    ("approve", ActionStatus.PENDING, ActionStatus.APPROVED),
+    ("reject", ActionStatus.PENDING, ActionStatus.REJECTED),
+    ("expire", ActionStatus.PENDING, ActionStatus.EXPIRED),
+)
+
+
+@dataclass
+class ActionDraft:
+    """What the machine of pending actions decides on."""
+
+    status: ActionStatus
+
+
 def _build_machine() -> Machine:
     machine = Machine(
         model=None,
@@ -184,6 +211,14 @@ def _build_machine() -> Machine:
 
 
 _machine = _build_machine()
+_action_machine = Machine(
+    model=None,
+    states=list(ActionStatus),
+    initial=ActionStatus.PENDING,
+    transitions=[list(row) for row in ACTION_TRANSITIONS],
+    auto_transitions=False,
+    model_attribute="status",
+)
 
 
 def decide(trigger: str, draft: Draft) -> Transition:
@@ -212,6 +247,25 @@ def decide(trigger: str, draft: Draft) -> Transition:
     if not fired:
         raise GuardRefused(draft.conversation_id, trigger, stage, draft.refusal or "a guard fails")
     return transition
+
+
+def decide_action(trigger: str, action_id: str, status: ActionStatus) -> ActionStatus:
+    """The status that a decision leads to.
+
+    Args:
+        trigger: `approve`, `reject` or `expire`.
+        action_id: the action, for the error.
+        status: what it is now.
+
+    Raises:
+        ActionDecided: it is decided already.
+    """
+    draft = ActionDraft(status)
+    try:
+        _action_machine.events[trigger].trigger(draft)
+    except MachineError:
+        raise ActionDecided(action_id, trigger, status) from None
+    return draft.status
 
 
 def triggers_from(stage: Stage) -> list[str]:

@@ -14,10 +14,12 @@ from enum import Enum
 
 __all__ = [
     "ACTIVE_STAGES",
+    "CLOSED_STAGES",
     "ActionStatus",
     "ActionType",
     "AutonomyLevel",
     "EntryPoint",
+    "MessageStatus",
     "Stage",
 ]
 
@@ -56,6 +58,9 @@ ACTIVE_STAGES: tuple[Stage, ...] = (
     Stage.PAYMENT_SENT,
 )
 
+#: Where nothing is sent any more; the sales conversation is over, one way or the other.
+CLOSED_STAGES: tuple[Stage, ...] = (Stage.COMPLETED, Stage.CLOSED_LOST)
+
 
 class EntryPoint(Word):
     """What brought the lead into a close conversation."""
@@ -89,3 +94,12 @@ class ActionStatus(Word):
     APPROVED = "APPROVED"
     REJECTED = "REJECTED"
     EXPIRED = "EXPIRED"
+
+
+class MessageStatus(Word):
+    """Where a message of the outbox stands."""
+
+    PENDING = "PENDING"
+    SENT = "SENT"
+    DEAD = "DEAD"
+    WITHDRAWN = "WITHDRAWN"

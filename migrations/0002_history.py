@@ -78,7 +78,7 @@ CREATE TABLE IF NOT EXISTS close_engine_history (
     "key" TEXT,
     created_at TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id = 1), context TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2)), context TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS close_engine_history_conversation_id_idx ON close_engine_history (conversation_id, id);
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
     ON close_engine_history (conversation_id, "key") WHERE "key" IS NOT NULL;
