@@ -1,11 +1,24 @@
 """Close Engine: close conversations as a state machine whose rules hold in Python and in the database."""
 
+from close_engine import outbox
+from close_engine.approvals import (
+    APPROVAL_FIRST,
+    DEFAULT_EXPIRY,
+    PendingAction,
+    needs_approval,
+    pending_actions,
+    submit,
+)
 from close_engine.backend import Tables, bind, connect
 from close_engine.conversations import Answer, CloseEngineConversation, locked, open_conversation
 from close_engine.errors import (
+    ActionDecided,
+    ActionNotFound,
     AfterCommitError,
+    CannotBeSent,
     CloseEngineError,
     ConfigurationError,
+    ConversationClosed,
     ConversationCompleted,
     ConversationNotFound,
     GuardRefused,
@@ -13,6 +26,11 @@ from close_engine.errors import (
     KeyReused,
     LeadHasNoPhone,
     LeadNotFound,
+    LeaseLost,
+    MessageNotDead,
+    MessageNotFound,
+    PaymentUnmatched,
+    ProviderIdTaken,
     SchemaError,
     StageAssignmentRefused,
     StageConflict,
@@ -21,51 +39,94 @@ from close_engine.errors import (
     UnknownTrigger,
 )
 from close_engine.hooks import after_commit, on_enter, on_exit
-from close_engine.machine import TRANSITIONS
+from close_engine.inbox import InboxEntry, Received, receive, record_payment
+from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS
 from close_engine.models import Client, Lead, StageChange, User
+from close_engine.outbox import OutboxMessage
 from close_engine.schema import migrate, rollback, status
-from close_engine.stages import ACTIVE_STAGES, ActionStatus, ActionType, AutonomyLevel, EntryPoint, Stage
+from close_engine.stages import (
+    ACTIVE_STAGES,
+    CLOSED_STAGES,
+    ActionStatus,
+    ActionType,
+    AutonomyLevel,
+    EntryPoint,
+    MessageStatus,
+    Stage,
+)
+from close_engine.sweeps import Swept, expire_actions, lose_stalled, release_leases, stall_silent, sweep
 from close_engine.transaction import atomic
 from close_engine.verify import verify
 from close_engine.version import __version__
+from close_engine.worker import Worker
 
 __all__ = [
     "__version__",
+    "ACTION_TRANSITIONS",
+    "ActionDecided",
+    "ActionNotFound",
     "ActionStatus",
     "ActionType",
     "ACTIVE_STAGES",
     "after_commit",
     "AfterCommitError",
     "Answer",
+    "APPROVAL_FIRST",
     "atomic",
     "AutonomyLevel",
     "bind",
+    "CannotBeSent",
     "Client",
+    "CLOSED_STAGES",
     "CloseEngineConversation",
     "CloseEngineError",
     "ConfigurationError",
     "connect",
+    "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
+    "DEFAULT_EXPIRY",
     "EntryPoint",
+    "expire_actions",
     "GuardRefused",
+    "InboxEntry",
     "InvalidValue",
     "KeyReused",
     "Lead",
     "LeadHasNoPhone",
     "LeadNotFound",
+    "LeaseLost",
     "locked",
+    "lose_stalled",
+    "MessageNotDead",
+    "MessageNotFound",
+    "MessageStatus",
     "migrate",
+    "needs_approval",
     "on_enter",
     "on_exit",
     "open_conversation",
+    "outbox",
+    "OutboxMessage",
+    "PaymentUnmatched",
+    "pending_actions",
+    "PendingAction",
+    "ProviderIdTaken",
+    "receive",
+    "Received",
+    "record_payment",
+    "release_leases",
     "rollback",
     "SchemaError",
     "Stage",
     "StageAssignmentRefused",
     "StageChange",
     "StageConflict",
+    "stall_silent",
     "status",
+    "submit",
+    "sweep",
+    "Swept",
     "Tables",
     "TransitionNotAllowed",
     "TransitionRefused",
@@ -73,4 +134,5 @@ __all__ = [
     "UnknownTrigger",
     "User",
     "verify",
+    "Worker",
 ]

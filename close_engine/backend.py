@@ -11,6 +11,7 @@ Everything else asks `current()` for the binding and lets its `dialect` say how 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +109,17 @@ class Dialect:
         """The end of a query that takes the rows of these tables, but for those that another one holds."""
         raise NotImplementedError
 
+    def merged_list(self, column: str) -> str:
+        """What a JSON column becomes when a list is merged into it: each element once, in the order of its first."""
+        raise NotImplementedError
+
+    def merged_mapping(self, column: str) -> str:
+        """What a JSON column becomes when a mapping is merged into it, key by key."""
+        raise NotImplementedError
+
+    def prepare(self, database: peewee.Database) -> None:
+        """Once for a database: what its connections need."""
+
     def exclusive(self, database: peewee.Database) -> None:
         """Inside a transaction: wait until no other process migrates this database."""
         raise NotImplementedError
@@ -161,6 +173,16 @@ class Postgres(Dialect):
 
     def skip_locked(self, *aliases: str) -> str:
         return f"{self.hold_rows} OF {', '.join(aliases)} SKIP LOCKED"
+
+    def merged_list(self, column: str) -> str:
+        return (
+            "(SELECT jsonb_agg(element ORDER BY place) FROM (SELECT element, min(place) AS place FROM "
+            f"jsonb_array_elements(CASE jsonb_typeof({column}) WHEN 'array' THEN {column} ELSE '[]' END || %s::jsonb) "
+            "WITH ORDINALITY AS elements (element, place) GROUP BY element) AS merged)"
+        )
+
+    def merged_mapping(self, column: str) -> str:
+        return f"CASE jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
 
     def exclusive(self, database: peewee.Database) -> None:
         database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
@@ -219,8 +241,25 @@ class Sqlite(Dialect):
     def skip_locked(self, *aliases: str) -> str:
         return self.hold_rows
 
+    def merged_list(self, column: str) -> str:
+        return f"close_engine_merge({column}, ?)"
+
+    merged_mapping = merged_list
+
+    def prepare(self, database: peewee.Database) -> None:
+        database.register_function(_merge_json, "close_engine_merge", 2)  # type: ignore[attr-defined]
+
     def exclusive(self, database: peewee.Database) -> None:
         """BEGIN IMMEDIATE holds the file already."""
+
+
+def _merge_json(stored: str | None, merged: str) -> str:
+    """SQLite runs in this process, and has no JSON function that keeps a null and does not merge deeply."""
+    old, new = json.loads(stored or "null"), json.loads(merged)
+    if isinstance(new, dict):
+        return dump_json({**(old if isinstance(old, dict) else {}), **new})
+    elements = [*(old if isinstance(old, list) else []), *new]
+    return dump_json([element for place, element in enumerate(elements) if element not in elements[:place]])
 
 
 @dataclass(frozen=True)
@@ -288,6 +327,7 @@ def bind(
     # The migrations read the names from the database object: they import nothing of this package.
     database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
     _binding = binding
+    binding.dialect.prepare(database)
     database_proxy.initialize(database)
     return database
 

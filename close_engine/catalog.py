@@ -152,6 +152,9 @@ class PostgresCatalog(Catalog):
             "0003_guard",
             ("zz_close_engine_deletion", "zz_close_engine_guard", "zz_close_engine_opening"),
         ),
+        Guard("close_engine_conversations", "0004_outbox", ("zz_close_engine_closing",)),
+        Guard("close_engine_conversations", "0005_decisions", ("zz_close_engine_drafts",)),
+        Guard("pending_actions", "0005_decisions", ("zz_close_engine_guard", "zz_close_engine_decision")),
     )
 
     def columns(self, table: str, schema: str | None = None) -> dict[str, Column]:
@@ -225,6 +228,20 @@ class SqliteCatalog(Catalog):
                 "close_engine_opening",
                 "close_engine_record",
                 "close_engine_version",
+            ),
+        ),
+        Guard("close_engine_conversations", "0004_outbox", ("close_engine_closing",)),
+        Guard("close_engine_conversations", "0005_decisions", ("close_engine_drafts",)),
+        Guard(
+            "pending_actions",
+            "0005_decisions",
+            (
+                "close_engine_action_approved",
+                "close_engine_action_closed",
+                "close_engine_action_expired",
+                "close_engine_action_insert",
+                "close_engine_action_update",
+                "close_engine_action_withdrawn",
             ),
         ),
     )

@@ -15,7 +15,7 @@ use open_conversation(), and then its triggers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,6 +29,7 @@ from close_engine.backend import current, now
 from close_engine.errors import (
     ConversationCompleted,
     ConversationNotFound,
+    InvalidValue,
     LeadHasNoPhone,
     LeadNotFound,
     StageAssignmentRefused,
@@ -41,6 +42,9 @@ from close_engine.fields import (
     OneToOneField,
     TextField,
     UtcDateTimeField,
+    clean_json,
+    clean_text,
+    dump_json,
     stored_time,
 )
 from close_engine.firing import Context, change_stage, conflict, context_of, draft_of, next_version
@@ -243,6 +247,53 @@ class CloseEngineConversation(BaseModel):
         if approved_by is not None:
             metadata = {**(metadata or {}), "approved_by": approved_by}
         return change_stage(self, trigger, given, context_of(trigger, actor, reason, metadata, key))
+
+    def record(self, *, questions: Sequence[str] = (), data: Mapping[str, Any] | None = None) -> None:
+        """Add what was asked and answered, merged in the database: nobody's answers are overwritten.
+
+        It never conflicts, in whatever stage the conversation is. `questions_asked`, `collected_data` and
+        `updated_at` are taken over into the object, and the merged data is copied to the lead's `qualification_data`,
+        all in one transaction.
+
+        Args:
+            questions: ids of questions; each is kept once, in the order in which they came.
+            data: answers; a key replaces the same key, and None is kept as null.
+
+        Raises:
+            ConversationNotFound: it was deleted.
+            InvalidValue: JSON cannot hold it.
+        """
+        cls = type(self)
+        merged: dict[str, Any] = {}
+        dialect = current().dialect
+        if isinstance(questions, str):
+            raise InvalidValue("questions", questions, "it must be a list of ids")
+        if questions:
+            asked = clean_json("questions", [clean_text("questions", question) for question in questions])
+            merged["questions_asked"] = SQL(dialect.merged_list("questions_asked"), [dump_json(asked)])
+        if data:
+            answers = dump_json(clean_json("data", dict(data)))
+            merged["collected_data"] = SQL(dialect.merged_mapping("collected_data"), [answers])
+        if not merged:
+            return
+        with atomic():
+            # The lead first, as open_conversation() does.
+            dialect.hold(Lead.select(Lead.id).where(Lead.id == self.lead_id)).execute()
+            row = dialect.hold(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
+            if row is None:
+                raise ConversationNotFound(self.id)
+            values = {**merged, "updated_at": next_version(row)}
+            returned = [cls._meta.fields[name] for name in values]
+            (written,) = super().update(**values).where(cls.id == self.id).returning(*returned).execute()
+            if data:
+                copied = cls.select(cls.collected_data).where(cls.id == self.id)
+                Lead.update(qualification_data=copied).where(Lead.id == self.lead_id).execute()
+            if row.updated_at != self.updated_at:
+                # Somebody changed it since it was loaded: it stays a conflict for the next trigger.
+                del values["updated_at"]
+            remember(self, list(values))
+            self.__data__.update({name: written.__data__[name] for name in values})
+            self._dirty.difference_update(values)
 
     # -- questions -----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ __all__ = [
     "ActionDecided",
     "ActionNotFound",
     "AfterCommitError",
+    "CannotBeSent",
     "CloseEngineError",
     "ConfigurationError",
     "ConversationClosed",
@@ -296,6 +297,10 @@ class ActionNotFound(CloseEngineError, LookupError):
     def __init__(self, action_id: str) -> None:
         self.action_id = action_id
         super().__init__(f"There is no action {action_id!r}.")
+
+
+class CannotBeSent(CloseEngineError):
+    """For a sender to raise: this message will never be delivered, so it is not to be tried again."""
 
 
 class LeaseLost(CloseEngineError):

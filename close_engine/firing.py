@@ -30,7 +30,7 @@ from close_engine.transaction import atomic, remember, run_after_commit
 if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation
 
-__all__ = ["Context", "change_stage", "conflict", "context_of", "draft_of", "next_version", "touch"]
+__all__ = ["Context", "change_stage", "conflict", "context_of", "draft_of", "next_version", "touch", "written_by"]
 
 
 class Context(TypedDict, total=False):
@@ -92,7 +92,7 @@ def change_stage(
     with atomic() if hooked else nullcontext():
         if hooked:
             hooks.run_on_exit(conversation, transition)
-        values = _values(conversation, transition, given, also or {})
+        values = {**written_by(transition, next_version(conversation), given), **(also or {})}
         row = _write(current(), conversation, transition, values, context)
         if row is None:
             if change := _earlier(conversation.id, trigger, context["key"]):
@@ -120,11 +120,8 @@ def touch(conversation: CloseEngineConversation, what: str) -> None:
     conversation.__data__["updated_at"] = version
 
 
-def _values(
-    conversation: CloseEngineConversation, transition: Transition, given: Mapping[str, Any], also: Mapping[str, Any]
-) -> dict[str, Any]:
+def written_by(transition: Transition, moment: datetime, given: Mapping[str, Any]) -> dict[str, Any]:
     """Column name to the value that the transition writes there."""
-    moment = next_version(conversation)
     values: dict[str, Any] = {"stage": transition.dest, "updated_at": moment}
     for column, stamp in transition.stamps.items():
         if stamp is Stamp.NOW:
@@ -135,7 +132,7 @@ def _values(
             values[column] = given[column]
         else:
             values[column] = 1
-    return {**values, **also}
+    return values
 
 
 _statements: dict[tuple[Any, ...], str] = {}

@@ -79,6 +79,12 @@ def hooks_for(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
     return bool(_on_exit or _on_enter) and (source in _on_exit or any(dest in _on_enter for dest in dests))
 
 
+def concern(transition: Transition) -> bool:
+    """Whether any function is registered at an edge that this transition crosses."""
+    left = any(source in _on_exit for source in transition.sources)
+    return left or any(dest in _on_enter or dest in _after_commit for dest in transition.dests)
+
+
 def run_on_exit(conversation: CloseEngineConversation, transition: Transition) -> None:
     for hook in tuple(_on_exit.get(conversation.stage, ())):
         hook(conversation, transition)

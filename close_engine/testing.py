@@ -10,6 +10,11 @@ and in a test:
         conversation = conversation_in(Stage.BUILDING)
         conversation.send_preview()
 
+    def test_the_first_text_is_sent(conversation_in, fake_sender):
+        submit(conversation_in(Stage.INITIATED), ActionType.SEND_MESSAGE, "Hello!")
+        fake_sender.deliver()
+        assert [message.body for message in fake_sender.sent] == ["Hello!"]
+
 `close_engine_database` is a migrated SQLite file of the test's own; override the fixture to test on another database.
 """
 
@@ -26,10 +31,21 @@ import pytest
 from close_engine.backend import connect
 from close_engine.conversations import CloseEngineConversation, open_conversation
 from close_engine.models import Lead
+from close_engine.outbox import OutboxMessage
 from close_engine.schema import migrate
 from close_engine.stages import AutonomyLevel, EntryPoint, Stage
+from close_engine.worker import Worker
 
-__all__ = ["MovableClock", "bring_to", "close_engine_clock", "close_engine_database", "conversation_in", "new_lead"]
+__all__ = [
+    "FakeSender",
+    "MovableClock",
+    "bring_to",
+    "close_engine_clock",
+    "close_engine_database",
+    "conversation_in",
+    "fake_sender",
+    "new_lead",
+]
 
 #: The triggers that lead from INITIATED to each stage.
 _WAY: dict[Stage, tuple[str, ...]] = {
@@ -60,6 +76,42 @@ class MovableClock:
         """Move it and return the new moment."""
         self.now += by
         return self.now
+
+
+class FakeSender:
+    """A sender that remembers what it was given.
+
+    Attributes:
+        sent: the messages, in the order in which they were sent.
+        failures: errors to raise at the next calls, instead of sending.
+    """
+
+    def __init__(self) -> None:
+        self.sent: list[OutboxMessage] = []
+        self.failures: list[Exception] = []
+
+    def __call__(self, message: OutboxMessage) -> str:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.sent.append(message)
+        return f"fake:{message.send_key}"
+
+    def deliver(self) -> int:
+        """Send whatever the outbox holds that can be sent now.
+
+        Returns:
+            how many messages were claimed for it.
+        """
+        worker, claimed = Worker(self, name="fake sender", sweep=None), 0
+        while count := worker.run_once():
+            claimed += count
+        return claimed
+
+
+@pytest.fixture
+def fake_sender() -> FakeSender:
+    """A sender that remembers what it was given, and delivers what the outbox holds."""
+    return FakeSender()
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from typing import Any
 
 import peewee
 
-from close_engine import approvals  # noqa: F401 - its tables are checked, too
+from close_engine import approvals, inbox  # noqa: F401 - their tables are checked, too
 from close_engine.backend import current
 from close_engine.catalog import Catalog, Column, ForeignKey, Guard, Index
 from close_engine.conversations import CloseEngineConversation
 from close_engine.fields import EnumField
-from close_engine.machine import pairs
+from close_engine.machine import ACTION_TRANSITIONS, pairs
 from close_engine.models import BaseModel, Client, Lead, StageChange, User
 from close_engine.schema import status
 
@@ -90,6 +90,7 @@ def checks() -> list[Check]:
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
     made += [Check(f"triggers on {guard.table}", list(_trigger_problems(catalog, guard))) for guard in catalog.guards]
     made.append(Check("allowed stage changes", list(_transition_problems("conversation", pairs()))))
+    made.append(Check("allowed decisions", list(_transition_problems("action", ACTION_TRANSITIONS))))
     made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
     if {Lead, User, CloseEngineConversation} <= readable:
         made.append(Check("back-references", list(_reference_problems())))

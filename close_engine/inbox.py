@@ -1,0 +1,191 @@
+"""What comes in: texts of leads and payments, each processed once, however often its webhook is retried.
+
+    received = receive(lead, key="SM123", text="Yes, let's go!")
+    if received.answer:
+        draft_a_reply(received.conversation)
+
+    record_payment(lead, key="evt_1")                   # completes the conversation; the second time changes nothing
+
+Both hold the conversation's row, so neither fails with a conflict. Both move the conversation on, so a reply that was
+drafted before is a conflict when it is submitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import peewee
+
+from close_engine.backend import current, now
+from close_engine.conversations import CloseEngineConversation
+from close_engine.errors import LeadNotFound, PaymentUnmatched
+from close_engine.fields import TextField, UtcDateTimeField, clean_text, stored_time
+from close_engine.firing import change_stage, context_of, touch
+from close_engine.models import BaseModel, Lead, StageChange
+from close_engine.stages import ACTIVE_STAGES, Stage
+from close_engine.transaction import atomic
+
+__all__ = ["InboxEntry", "Received", "receive", "record_payment"]
+
+
+class InboxEntry(BaseModel):
+    """Something that came in and was processed: a row of the inbox.
+
+    Attributes:
+        kind: `text` or `payment`; the key is unique within it.
+        key: the provider's id of it.
+        conversation_id: the conversation it was for; None where the lead had none.
+        body: the text.
+    """
+
+    id: Any = peewee.BigAutoField()
+    kind = TextField[str]()
+    key = TextField[str]()
+    lead_id = TextField[str]()
+    conversation_id = TextField["str | None"](null=True)
+    body = TextField["str | None"](null=True)
+    received_at = UtcDateTimeField[datetime](default=now)
+
+    class Meta:
+        table_name = "inbox"
+        own_table = "inbox"
+
+
+InboxEntry.add_index(InboxEntry.kind, InboxEntry.key, unique=True)
+
+
+@dataclass(frozen=True)
+class Received:
+    """What became of an inbound text.
+
+    Attributes:
+        conversation: the lead's conversation as it is now; None where it has none.
+        duplicate: whether this key was processed before, and so nothing was changed.
+        resumed: the StageChange by which a stalled conversation was resumed; None where it was not stalled.
+    """
+
+    conversation: CloseEngineConversation | None
+    duplicate: bool = False
+    resumed: StageChange | None = None
+
+    @property
+    def answer(self) -> bool:
+        """Whether there is an active conversation in which this text is to be answered, for the first time."""
+        return not self.duplicate and self.conversation is not None and self.conversation.stage in ACTIVE_STAGES
+
+
+def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) -> Received:
+    """Process an inbound text once: the lead is no longer silent, and a stalled conversation goes on.
+
+    Args:
+        lead: who wrote it, or the id.
+        key: the provider's id of the text: the same again changes nothing.
+        text: what it says; it is kept in the inbox.
+        actor: for the history, where it resumes the conversation; the default is the lead.
+
+    Returns:
+        the conversation, and whether to answer in it.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+        InvalidValue: the key or the text cannot be stored.
+    """
+    lead_id = lead.id if isinstance(lead, Lead) else lead
+    with atomic():
+        conversation = _held(lead_id)
+        if conversation is None and Lead.get_or_none(Lead.id == lead_id) is None:
+            raise LeadNotFound(lead_id)
+        if _entered_before("text", key, lead_id, conversation, text):
+            return Received(conversation, duplicate=True)
+        if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
+            return Received(conversation)
+        if conversation.stage is Stage.STALLED:
+            context = context_of("resume", actor or f"lead:{lead_id}", "the lead wrote", None, f"text:{key}")
+            return Received(conversation, resumed=change_stage(conversation, "resume", {}, context))
+        touch(conversation, "receive()")
+        binding = current()
+        binding.database.execute_sql(
+            binding.dialect.sql("UPDATE {silence} SET since = %s WHERE conversation_id = %s"),
+            (stored_time(now()), conversation.id),
+        )
+    return Received(conversation)
+
+
+def record_payment(
+    lead: Lead | str, key: str, *, actor: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> StageChange:
+    """Complete the lead's conversation, from whatever stage it is in, because it paid.
+
+    Args:
+        lead: who paid, or the id.
+        key: the payment provider's id of the payment: the same again returns the first result and changes nothing.
+        actor, metadata: for the history.
+
+    Returns:
+        the StageChange that completed it.
+
+    Raises:
+        PaymentUnmatched: there is no such lead, it has no conversation, no payment link was sent to it, or it has
+            paid already, under another key. Nothing is recorded: look at it, and try again or refund.
+        InvalidValue: an argument cannot be stored.
+    """
+    lead_id = lead.id if isinstance(lead, Lead) else lead
+    with atomic():
+        conversation = _held(lead_id)
+        if conversation is None:
+            raise PaymentUnmatched(lead_id, key, "the lead has no close conversation")
+        if _entered_before("payment", key, lead_id, conversation):
+            return _completion(conversation)
+        if conversation.stage is Stage.COMPLETED:
+            first = _payment_of(conversation, other_than=key)
+            if first is not None:
+                raise PaymentUnmatched(lead_id, key, f"its conversation is COMPLETED by payment {first.key!r} already")
+            return _completion(conversation)
+        if conversation.payment_link_sent_at is None:
+            raise PaymentUnmatched(lead_id, key, "no payment link was sent to the lead")
+        return change_stage(
+            conversation, "complete", {}, context_of("complete", actor, None, metadata, f"payment:{key}")
+        )
+
+
+def _held(lead_id: str) -> CloseEngineConversation | None:
+    """The lead's conversation, held against every other writer."""
+    query = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
+    conversation: CloseEngineConversation | None = current().dialect.hold(query).first()
+    return conversation
+
+
+def _entered_before(
+    kind: str, key: str, lead_id: str, conversation: CloseEngineConversation | None, body: str | None = None
+) -> bool:
+    """Enter it into the inbox, or find that it stands there."""
+    entry = {
+        "kind": kind,
+        "key": clean_text("key", key),
+        "lead_id": lead_id,
+        "conversation_id": conversation and conversation.id,
+        "body": body,
+    }
+    insert = InboxEntry.insert(entry).on_conflict(action="nothing", conflict_target=[InboxEntry.kind, InboxEntry.key])
+    return not insert.as_rowcount().execute()
+
+
+def _payment_of(conversation: CloseEngineConversation, other_than: str) -> InboxEntry | None:
+    entry: InboxEntry | None = InboxEntry.get_or_none(
+        (InboxEntry.kind == "payment")
+        & (InboxEntry.conversation_id == conversation.id)
+        & (InboxEntry.key != other_than)
+    )
+    return entry
+
+
+def _completion(conversation: CloseEngineConversation) -> StageChange:
+    change: StageChange = (
+        StageChange.select()
+        .where((StageChange.conversation_id == conversation.id) & (StageChange.dest == Stage.COMPLETED))
+        .get()
+    )
+    return change
