@@ -287,14 +287,22 @@ def trigger_between(source: Stage, dest: Stage) -> str | None:
 
 
 def mermaid() -> str:
-    """The state diagram in Mermaid's words, without the triggers that every active stage has (they are noted)."""
-    everywhere = [t for t in TRANSITIONS if set(ACTIVE_STAGES) <= set(t.sources) and t.dest is not None]
-    lines = ["stateDiagram-v2", f"    [*] --> {S.INITIATED}", '    state "any active stage" as ACTIVE']
+    """The state diagram in Mermaid's words. What every active stage can do is drawn once, from the group of them."""
+    inside: list[str] = []
+    outside: list[str] = []
     for transition in TRANSITIONS:
-        sources = ["ACTIVE", *(s for s in transition.sources if s not in ACTIVE_STAGES)]
-        dests = ["ACTIVE" if transition.dest is None else transition.dest]
-        if transition not in everywhere:
-            sources = list(transition.sources)
+        sources: tuple[str, ...] = transition.sources
+        if set(ACTIVE_STAGES) <= set(sources):
+            sources = ("ACTIVE", *(stage for stage in sources if stage not in ACTIVE_STAGES))
         for source in sources:
-            lines.extend(f"    {source} --> {dest}: {transition.trigger}" for dest in dests)
-    return "\n".join([*lines, f"    {S.COMPLETED} --> [*]"])
+            within = source in ACTIVE_STAGES and transition.dest in ACTIVE_STAGES
+            arrow = f"{source} --> {transition.dest or 'WHERE_IT_STALLED'}: {transition.trigger}"
+            (inside if within else outside).append(arrow)
+    group = [
+        'state "any active stage" as ACTIVE {',
+        '    state "the stage it stalled in" as WHERE_IT_STALLED',
+        *(f"    {arrow}" for arrow in inside),
+        "}",
+    ]
+    lines = [f"[*] --> {S.INITIATED}", *group, *outside, f"{S.COMPLETED} --> [*]"]
+    return "\n".join(["stateDiagram-v2", *(f"    {line}" for line in lines)])

@@ -23,7 +23,7 @@ from tests.servers import postgres_database, postgres_server
 if TYPE_CHECKING:
     from close_engine.testing import MovableClock
 
-pytest_plugins = ["close_engine.testing"]
+pytest_plugins = ["close_engine.testing", "tests.foreign"]
 
 SERVER = "CLOSE_ENGINE_TEST_SERVER"
 

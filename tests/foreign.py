@@ -1,0 +1,156 @@
+"""A writer that knows nothing of this library: plain SQL through the driver, as the CRM or a script sends it.
+
+The fixture `foreign` is one, beside the library on every database; `foreign_postgres` where only PostgreSQL has what is
+tested.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import peewee
+import psycopg2
+import pytest
+
+#: What the guard's refusal is, as the drivers raise it.
+REFUSED = (psycopg2.errors.CheckViolation, sqlite3.IntegrityError)
+
+
+COLUMNS = [
+    *("id", "lead_id", "rep_id", "entry_point", "stage", "autonomy_level", "questions_asked", "collected_data"),
+    *("edit_rounds", "payment_link_url", "payment_link_sent_at", "stalled_at", "completed_at", "closed_lost_at"),
+    *("closed_lost_reason", "created_at", "updated_at"),
+]
+
+
+class Change(NamedTuple):
+    """What a row of the history says."""
+
+    trigger: str
+    source: str | None
+    dest: str
+    actor: str | None
+    reason: str | None = None
+    metadata: Any = None
+    key: str | None = None
+
+
+class ForeignWriter:
+    """A connection past the library; `close_engine.` before a table's name stands for the prefix on SQLite, too."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.is_postgres = not isinstance(connection, sqlite3.Connection)
+        self._numbers = itertools.count(1)
+
+    @classmethod
+    def beside(cls, database: peewee.Database, url: str) -> ForeignWriter:
+        """A connection of its own to the same database; one in memory has but the one."""
+        if url.startswith("postgresql"):
+            connection = psycopg2.connect(url)
+            connection.autocommit = True
+            return cls(connection)
+        if url.endswith(":memory:"):
+            return cls(database.connection())
+        connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+        connection.execute("PRAGMA foreign_keys = on")
+        return cls(connection)
+
+    @property
+    def actor(self) -> str:
+        """Whom the history names for what this writer does."""
+        return f"database:{self.run('SELECT session_user')[0][0]}" if self.is_postgres else "database"
+
+    def run(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows of a statement, or of none."""
+        if not self.is_postgres:
+            sql = sql.replace("close_engine.", "close_engine_").replace("%s", "?")
+        with closing(self.connection.cursor()) as cursor:
+            cursor.execute(sql, values)
+            return [tuple(row) for row in cursor.fetchall()] if cursor.description else []
+
+    def lead(self) -> str:
+        """The id of a new lead."""
+        lead_id = f"lead {next(self._numbers)} of {id(self)}"
+        self.run("INSERT INTO leads (id, phone) VALUES (%s, '+15550100')", lead_id)
+        return lead_id
+
+    def insert(self, stage: Any, conversation_id: str | None = None, **columns: Any) -> str:
+        """The id of a new conversation."""
+        columns = {
+            "id": conversation_id or f"conversation {next(self._numbers)} of {id(self)}",
+            "lead_id": self.lead(),
+            "entry_point": "SMS_REPLY",
+            "stage": stage,
+            "updated_at": "2026-01-01 00:00:00.000",
+            **columns,
+        }
+        marks = ", ".join(["%s"] * len(columns))
+        self.run(f"INSERT INTO close_engine_conversations ({', '.join(columns)}) VALUES ({marks})", *columns.values())
+        return str(columns["id"])
+
+    def update(self, conversation_id: str, **columns: Any) -> None:
+        """Set the columns, and no other."""
+        assignments = ", ".join(f"{name} = %s" for name in columns)
+        self.run(
+            f"UPDATE close_engine_conversations SET {assignments} WHERE id = %s", *columns.values(), conversation_id
+        )
+
+    def row(self, conversation_id: str) -> dict[str, Any]:
+        """Column to value, moments as naive datetimes."""
+        (values,) = self.run(
+            f"SELECT {', '.join(COLUMNS)} FROM close_engine_conversations WHERE id = %s", conversation_id
+        )
+        row = dict(zip(COLUMNS, values, strict=True))
+        return {name: moment(value) if name.endswith("_at") else value for name, value in row.items()}
+
+    def stage(self, conversation_id: str) -> str:
+        return str(self.row(conversation_id)["stage"])
+
+    def history(self, conversation_id: str) -> list[Change]:
+        """What the history says of a conversation, oldest first."""
+        rows = self.run(
+            'SELECT "trigger", source, dest, actor, reason, metadata, "key" FROM close_engine.history '
+            "WHERE conversation_id = %s ORDER BY id",
+            conversation_id,
+        )
+        return [
+            Change(*row)._replace(metadata=json.loads(row[5]) if isinstance(row[5], str) else row[5]) for row in rows
+        ]
+
+    def recorded_at(self, conversation_id: str) -> list[datetime]:
+        """When the changes of a conversation were made, oldest first."""
+        rows = self.run(
+            "SELECT created_at FROM close_engine.history WHERE conversation_id = %s ORDER BY id", conversation_id
+        )
+        return [moment(created_at) for (created_at,) in rows]
+
+    def silent_since(self) -> dict[str, datetime]:
+        """Conversation to since when it is silent, of those that may stall."""
+        rows = self.run("SELECT conversation_id, since FROM close_engine.silence")
+        return {conversation_id: moment(since) for conversation_id, since in rows}
+
+
+def moment(value: Any) -> Any:
+    """A stored moment as a naive datetime: SQLite has text."""
+    return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
+@pytest.fixture
+def foreign(database: peewee.Database, database_url: str) -> Iterator[ForeignWriter]:
+    writer = ForeignWriter.beside(database, database_url)
+    yield writer
+    writer.connection.close()
+
+
+@pytest.fixture
+def foreign_postgres(postgres: peewee.Database, postgres_url: str) -> Iterator[ForeignWriter]:
+    writer = ForeignWriter.beside(postgres, postgres_url)
+    yield writer
+    writer.connection.close()

@@ -1,0 +1,493 @@
+"""The guard in the database, against writers who go past the library."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import psycopg2
+import pytest
+
+from close_engine import CloseEngineConversation, Stage, StageChange
+from close_engine.machine import pairs
+from tests.design import ACTIVE, STAGES, TABLE, TRIGGER_BETWEEN
+from tests.foreign import REFUSED, Change, ForeignWriter, moment
+
+OLD = "2026-01-01 00:00:00.000"
+BEFORE = "2025-12-24 18:00:00.000"
+
+#: Trigger: the columns that the guard fills where a writer forgets them, and with what.
+FORGOTTEN: dict[str, dict[str, Any]] = {
+    "request_edits": {"edit_rounds": 3},
+    "send_payment_link": {"payment_link_sent_at": "now"},
+    "complete": {"completed_at": "now"},
+    "stall": {"stalled_at": "now"},
+    "resume": {"stalled_at": None},
+    "close_lost": {"closed_lost_at": "now"},
+    "reopen": {"closed_lost_at": None, "closed_lost_reason": None},
+}
+STAMPED = {"COMPLETED": "completed_at", "STALLED": "stalled_at", "CLOSED_LOST": "closed_lost_at"}
+STAMPED["PAYMENT_SENT"] = "payment_link_sent_at"
+
+#: What an earlier stay in other stages may have left in a row.
+LEFT_OVER = {
+    "edit_rounds": 2,
+    "closed_lost_reason": "no budget",
+    **dict.fromkeys(["payment_link_sent_at", "stalled_at", "completed_at", "closed_lost_at"], BEFORE),
+}
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc).replace(tzinfo=None)
+
+
+@contextmanager
+def during() -> Iterator[list[datetime]]:
+    """Between which moments something happened, to the precision that is stored."""
+    span = [now() - timedelta(milliseconds=1)]
+    yield span
+    span.append(now() + timedelta(milliseconds=1))
+
+
+def test_the_database_allows_what_the_machine_allows(foreign: ForeignWriter) -> None:
+    rows = foreign.run(
+        'SELECT "trigger", source, dest FROM close_engine.transitions WHERE machine = %s', "conversation"
+    )
+    assert len(rows) == len(TRIGGER_BETWEEN)
+    assert set(rows) == {(trigger, *ends) for ends, trigger in TRIGGER_BETWEEN.items()}
+    assert set(rows) == {(trigger, source.value, dest.value) for trigger, source, dest in pairs()}
+
+
+@pytest.mark.parametrize("source", STAGES)
+def test_of_all_stage_changes_by_plain_sql_exactly_the_tables_pass(source: str, foreign: ForeignWriter) -> None:
+    for dest in STAGES:
+        pair = f"{source} -> {dest}"
+        conversation = foreign.insert(source)
+        before = foreign.row(conversation)
+        expected = [Change("open", None, source, foreign.actor)]
+        trigger = TRIGGER_BETWEEN.get((source, dest))
+        if trigger is None and source != dest:
+            with pytest.raises(REFUSED, match="close_engine: "):
+                foreign.update(conversation, stage=dest)
+            assert (pair, foreign.row(conversation)) == (pair, before)
+        else:
+            foreign.update(conversation, stage=dest)
+            assert (pair, foreign.stage(conversation)) == (pair, dest)
+            assert foreign.row(conversation)["updated_at"] > before["updated_at"], pair
+            if trigger is not None:
+                expected.append(Change(trigger, source, dest, foreign.actor))
+        assert (pair, foreign.history(conversation)) == (pair, expected)
+
+
+@pytest.mark.parametrize("unknown", ["DREAMING", "", "initiated", " INITIATED", None])
+def test_an_unknown_stage_can_neither_be_entered_nor_begun(unknown: str | None, foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("INITIATED")
+    with pytest.raises((*REFUSED, psycopg2.errors.NotNullViolation)):
+        foreign.update(conversation, stage=unknown)
+    with pytest.raises((*REFUSED, psycopg2.errors.NotNullViolation)):
+        foreign.insert(unknown, "strange")
+    assert foreign.stage(conversation) == "INITIATED"
+    assert len(foreign.history(conversation)) == 1
+    assert foreign.history("strange") == []
+    assert list(foreign.silent_since()) == [conversation]
+
+
+def test_postgresql_says_what_it_refuses(foreign_postgres: ForeignWriter) -> None:
+    conversation = foreign_postgres.insert("COMPLETED", "c1")
+    with pytest.raises(psycopg2.errors.CheckViolation) as refused:
+        foreign_postgres.update(conversation, stage="QUALIFYING")
+    assert refused.value.diag.message_primary == "close_engine: conversation c1 cannot go from COMPLETED to QUALIFYING"
+    assert refused.value.diag.message_hint == "The allowed stage changes are in close_engine.transitions."
+    with pytest.raises(psycopg2.errors.CheckViolation, match="close_engine: DREAMING is no stage"):
+        foreign_postgres.insert("DREAMING")
+
+
+@pytest.mark.parametrize("trigger", FORGOTTEN)
+def test_stamps_that_a_foreign_writer_forgets_are_filled(trigger: str, foreign: ForeignWriter) -> None:
+    for source in TABLE[trigger].sources:
+        for left_over in ({"edit_rounds": 2}, LEFT_OVER):
+            conversation = foreign.insert(source, **left_over)
+            before = foreign.row(conversation)
+            with during() as span:
+                foreign.update(conversation, stage=TABLE[trigger].dests[0])
+            row, changed_at = foreign.row(conversation), foreign.recorded_at(conversation)[-1]
+            assert span[0] <= changed_at <= span[1]
+            stamps = {name: changed_at if what == "now" else what for name, what in FORGOTTEN[trigger].items()}
+            after = {"stage": TABLE[trigger].dests[0], "updated_at": row["updated_at"]}
+            assert row == {**before, **after, **stamps}
+            assert span[0] <= row["updated_at"] <= span[1] + timedelta(milliseconds=1)
+
+
+@pytest.mark.parametrize("trigger", FORGOTTEN)
+def test_stamps_that_a_foreign_writer_sets_are_kept(trigger: str, foreign: ForeignWriter) -> None:
+    given = {"edit_rounds": 7, "closed_lost_reason": "his own words", "updated_at": "2026-02-01 10:00:00.000"}
+    stamps = {name: given.get(name, "2026-02-01 09:00:00.000") for name in FORGOTTEN[trigger]}
+    conversation = foreign.insert(TABLE[trigger].sources[0], **LEFT_OVER)
+    before = foreign.row(conversation)
+    foreign.update(conversation, stage=TABLE[trigger].dests[0], updated_at=given["updated_at"], **stamps)
+    kept = {name: moment(value) if name.endswith("_at") else value for name, value in stamps.items()}
+    after = {"stage": TABLE[trigger].dests[0], "updated_at": moment(given["updated_at"])}
+    assert foreign.row(conversation) == {**before, **after, **kept}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_conversation_may_begin_in_any_known_stage(stage: str, foreign: ForeignWriter) -> None:
+    column = STAMPED.get(stage)
+    with during() as span:
+        conversation = foreign.insert(stage)
+    row = foreign.row(conversation)
+    (opened_at,) = foreign.recorded_at(conversation)
+    assert foreign.history(conversation) == [Change("open", None, stage, foreign.actor)]
+    assert span[0] <= opened_at <= span[1]
+    assert {name for name in STAMPED.values() if row[name] is not None} == ({column} if column else set())
+    assert foreign.silent_since() == ({conversation: opened_at} if stage in ACTIVE else {})
+    if column:
+        assert span[0] <= row[column] <= span[1]
+        stamped = foreign.row(foreign.insert(stage, **{column: BEFORE}))
+        assert (stamped[column], stamped["updated_at"]) == (moment(BEFORE), moment(OLD))
+    assert CloseEngineConversation.get_by_id(conversation).stage == stage
+
+
+def test_one_statement_moves_many_conversations_from_different_stages(foreign: ForeignWriter) -> None:
+    sources = [*ACTIVE, "STALLED"]
+    made = {source: foreign.insert(source) for source in sources}
+    foreign.run("UPDATE close_engine_conversations SET stage = 'CLOSED_LOST', closed_lost_reason = 'the year is over'")
+    for source, conversation in made.items():
+        assert foreign.history(conversation)[1:] == [Change("close_lost", source, "CLOSED_LOST", foreign.actor)]
+        assert foreign.row(conversation)["closed_lost_at"] is not None
+    assert foreign.silent_since() == {}
+
+
+def test_one_refused_row_refuses_the_whole_statement(foreign: ForeignWriter) -> None:
+    made = [foreign.insert(stage) for stage in ("BUILDING", "COMPLETED", "STALLED")]
+    before = [foreign.row(conversation) for conversation in made]
+    with pytest.raises(REFUSED):
+        foreign.run("UPDATE close_engine_conversations SET stage = 'CLOSED_LOST'")
+    assert [foreign.row(conversation) for conversation in made] == before
+    assert [len(foreign.history(conversation)) for conversation in made] == [1, 1, 1]
+
+
+def test_one_statement_may_move_each_row_elsewhere(foreign: ForeignWriter) -> None:
+    building, stalled = foreign.insert("BUILDING"), foreign.insert("STALLED")
+    foreign.run(
+        "UPDATE close_engine_conversations SET stage = CASE stage WHEN 'STALLED' THEN 'EDIT_LOOP' ELSE 'STALLED' END"
+    )
+    assert foreign.history(building)[1:] == [Change("stall", "BUILDING", "STALLED", foreign.actor)]
+    assert foreign.history(stalled)[1:] == [Change("resume", "STALLED", "EDIT_LOOP", foreign.actor)]
+    assert list(foreign.silent_since()) == [stalled]
+
+
+def test_a_rolled_back_change_leaves_nothing(foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("INITIATED")
+    before, silent = foreign.row(conversation), foreign.silent_since()
+    foreign.run("BEGIN")
+    foreign.update(conversation, stage="QUALIFYING")
+    foreign.update(conversation, stage="STALLED")
+    foreign.insert("BUILDING", "never")
+    foreign.run("ROLLBACK")
+    assert (foreign.row(conversation), foreign.silent_since()) == (before, silent)
+    assert len(foreign.history(conversation)) == 1
+    assert foreign.history("never") == []
+
+
+def test_changes_of_one_transaction_are_recorded_one_by_one(foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("INITIATED")
+    foreign.run("BEGIN")
+    foreign.update(conversation, stage="QUALIFYING")
+    foreign.run("SAVEPOINT aside")
+    foreign.update(conversation, stage="BUILDING")
+    foreign.run("ROLLBACK TO SAVEPOINT aside")
+    foreign.update(conversation, stage="STALLED")
+    foreign.update(conversation, stage="QUALIFYING")
+    foreign.run("COMMIT")
+    ends = [(change.source, change.dest) for change in foreign.history(conversation)]
+    assert ends == [
+        (None, "INITIATED"),
+        ("INITIATED", "QUALIFYING"),
+        ("QUALIFYING", "STALLED"),
+        ("STALLED", "QUALIFYING"),
+    ]
+
+
+UPSERT = (
+    "INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, updated_at) "
+    f"SELECT 'another', lead_id, entry_point, %s, '{OLD}' FROM close_engine_conversations WHERE id = %s "
+    "ON CONFLICT (lead_id) DO "
+)
+
+
+def test_an_upsert_is_guarded_as_the_update_that_it_is(foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("QUALIFYING")
+    foreign.run(UPSERT + "UPDATE SET stage = EXCLUDED.stage", "STALLED", conversation)
+    assert foreign.history(conversation)[1:] == [Change("stall", "QUALIFYING", "STALLED", foreign.actor)]
+    assert foreign.row(conversation)["stalled_at"] is not None
+    before = foreign.row(conversation)
+    with pytest.raises(REFUSED):
+        foreign.run(UPSERT + "UPDATE SET stage = EXCLUDED.stage || ''", "PEACEFUL", conversation)
+    foreign.update(conversation, stage="COMPLETED")
+    with pytest.raises(REFUSED):
+        foreign.run(UPSERT + "UPDATE SET stage = EXCLUDED.stage", "INITIATED", conversation)
+    foreign.run(UPSERT + "NOTHING", "INITIATED", conversation)
+    assert foreign.stage(conversation) == "COMPLETED"
+    assert foreign.row(conversation)["stalled_at"] == before["stalled_at"]
+    assert len(foreign.history(conversation)) == 3
+    assert foreign.history("another") == []
+    assert foreign.silent_since() == {}
+
+
+def test_a_conversation_keeps_its_id(foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("QUALIFYING", "c1")
+    with pytest.raises(REFUSED, match="keeps its id, by which its history is found"):
+        foreign.update(conversation, id="c2")
+    with pytest.raises(REFUSED, match="keeps its id"):
+        foreign.update(conversation, id="c2", stage="STALLED")
+    assert foreign.stage("c1") == "QUALIFYING"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["DELETE FROM close_engine_conversations WHERE id = %s", "DELETE FROM leads WHERE id = (%s || '''s lead')"],
+    ids=["itself", "with its lead"],
+)
+def test_deleting_keeps_the_history_and_forgets_the_silence(statement: str, foreign: ForeignWriter) -> None:
+    foreign.run("INSERT INTO leads (id) VALUES ('c1''s lead')")
+    foreign.insert("INITIATED", "c1", lead_id="c1's lead")
+    kept = foreign.insert("BUILDING")
+    foreign.update("c1", stage="QUALIFYING")
+    past = foreign.history("c1")
+    foreign.run(statement, "c1")
+    assert foreign.run("SELECT 1 FROM close_engine_conversations WHERE id = 'c1'") == []
+    assert foreign.history("c1") == past
+    assert len(past) == 2
+    assert list(foreign.silent_since()) == [kept]
+
+
+def test_what_is_deleted_and_written_again_begins_again(foreign: ForeignWriter) -> None:
+    foreign.insert("QUALIFYING", "c1")
+    foreign.run("DELETE FROM close_engine_conversations WHERE id = 'c1'")
+    foreign.insert("INITIATED", "c1")
+    assert [(change.source, change.dest) for change in foreign.history("c1")] == [
+        (None, "QUALIFYING"),
+        (None, "INITIATED"),
+    ]
+    assert list(foreign.silent_since()) == ["c1"]
+
+
+def test_truncating_keeps_the_history_and_forgets_the_silence(foreign_postgres: ForeignWriter) -> None:
+    foreign_postgres.insert("QUALIFYING", "c1")
+    foreign_postgres.run("TRUNCATE leads CASCADE")
+    assert len(foreign_postgres.history("c1")) == 1
+    assert foreign_postgres.silent_since() == {}
+
+
+def test_copied_rows_are_guarded_stamped_and_recorded(foreign_postgres: ForeignWriter) -> None:
+    leads = [foreign_postgres.lead() for _ in range(3)]
+
+    def copy(*stages: str) -> None:
+        lines = [f"{stage}\t{lead}\tSMS_REPLY\t{stage}\t{OLD}\n" for stage, lead in zip(stages, leads, strict=False)]
+        columns = ("id", "lead_id", "entry_point", "stage", "updated_at")
+        with foreign_postgres.connection.cursor() as cursor:
+            cursor.copy_from(io.StringIO("".join(lines)), "close_engine_conversations", columns=columns)
+
+    with pytest.raises(REFUSED, match="LIMBO is no stage"):
+        copy("BUILDING", "LIMBO")
+    assert foreign_postgres.history("BUILDING") == []
+    copy("BUILDING", "STALLED", "COMPLETED")
+    for stage in ("BUILDING", "STALLED", "COMPLETED"):
+        assert foreign_postgres.history(stage) == [Change("open", None, stage, foreign_postgres.actor)]
+    assert foreign_postgres.row("STALLED")["stalled_at"] is not None
+    assert list(foreign_postgres.silent_since()) == ["BUILDING"]
+
+
+FUTURE = "2099-01-01 00:00:00.000"
+
+
+@pytest.mark.parametrize("change", [{"stage": "STALLED"}, {"stage": "QUALIFYING"}, {"edit_rounds": 1}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"updated_at": OLD}, {"updated_at": FUTURE}, {"updated_at": BEFORE}], ids=str)
+@pytest.mark.parametrize("before", [OLD, FUTURE])
+def test_updated_at_moves_on_at_every_write(
+    change: dict[str, Any], given: dict[str, str], before: str, foreign: ForeignWriter
+) -> None:
+    conversation = foreign.insert("QUALIFYING", updated_at=before)
+    assert foreign.row(conversation)["updated_at"] == moment(before)
+    foreign.update(conversation, **change, **given)
+    after = foreign.row(conversation)["updated_at"]
+    assert after > moment(before)
+    if given.get("updated_at", "") > before:
+        assert after >= moment(given["updated_at"])
+    elif before == OLD:
+        assert abs(after - now()) < timedelta(minutes=1)
+    loaded = CloseEngineConversation.get_by_id(conversation)
+    assert loaded.updated_at.replace(tzinfo=None) == after
+    loaded.close_lost("found by its updated_at")
+
+
+def test_writes_of_the_same_millisecond_are_told_apart(foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("QUALIFYING")
+    seen = set()
+    for number in range(50):
+        foreign.update(conversation, stage="STALLED" if number % 2 == 0 else "QUALIFYING")
+        seen.add(foreign.row(conversation)["updated_at"])
+    assert len(seen) == 50
+    assert len(foreign.history(conversation)) == 51
+
+
+ODD_IDS = [
+    "it's",
+    '"quoted"',
+    "'; DROP TABLE leads; --",
+    "%s {history} ?",
+    '{"id": null}',
+    "ключ 🔑",
+    "\\n\\",
+    " ",
+    "1e3",
+]
+
+
+@pytest.mark.parametrize("odd", ODD_IDS)
+def test_odd_ids_are_ids(odd: str, foreign: ForeignWriter) -> None:
+    foreign.run("INSERT INTO leads (id, phone) VALUES (%s, %s)", odd, "+1")
+    foreign.insert("INITIATED", odd, lead_id=odd)
+    foreign.update(odd, stage="QUALIFYING")
+    conversation = CloseEngineConversation.get_by_id(odd)
+    change = conversation.collect_info(actor=odd, reason=odd, metadata={odd: odd}, key=odd)
+    assert foreign.history(odd)[-1] == Change(
+        "collect_info", "QUALIFYING", "COLLECTING_INFO", odd, odd, {odd: odd}, odd
+    )
+    assert conversation.collect_info(key=odd).id == change.id
+    assert [change.lead_id for change in conversation.history()] == [odd] * 3
+    with pytest.raises(REFUSED):
+        foreign.update(odd, stage="INITIATED")
+    foreign.run("DELETE FROM close_engine_conversations WHERE id = %s", odd)
+    assert foreign.silent_since() == {}
+
+
+SETTINGS = [
+    "SET timezone = 'Pacific/Kiritimati'",
+    "SET timezone = 'America/Los_Angeles'",
+    "SET datestyle = 'SQL, DMY'",
+    "SET datestyle = 'German'",
+    "SET intervalstyle = 'sql_standard'",
+    "SET standard_conforming_strings = off; SET escape_string_warning = off",
+    "SET search_path = pg_catalog, public",
+    "SET default_transaction_isolation = 'serializable'",
+    "SET transform_null_equals = on",
+    "SET close_engine.context = ''",
+    """SET close_engine.context = '{"actor": "somebody else", "reason": "forged"}'""",
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_settings_of_a_session_change_nothing(setting: str, postgres: Any, foreign_postgres: ForeignWriter) -> None:
+    foreign_postgres.run(setting)
+    with during() as span:
+        conversation = foreign_postgres.insert("QUALIFYING")
+        foreign_postgres.update(conversation, stage="STALLED")
+    assert foreign_postgres.history(conversation)[1:] == [
+        Change("stall", "QUALIFYING", "STALLED", foreign_postgres.actor)
+    ]
+    foreign_postgres.run("SET datestyle = 'ISO'")
+    row = foreign_postgres.row(conversation)
+    for stamp in (row["stalled_at"], row["updated_at"], *foreign_postgres.recorded_at(conversation)):
+        assert span[0] <= stamp <= span[1]
+
+    postgres.execute_sql(setting)  # a worker's session, too
+    postgres.execute_sql("SET datestyle = 'ISO'") if "datestyle" in setting else None
+    with during() as span:
+        change = CloseEngineConversation.get_by_id(conversation).resume(actor="worker-7")
+    assert foreign_postgres.history(conversation)[-1] == Change("resume", "STALLED", "QUALIFYING", "worker-7")
+    assert span[0] <= change.created_at.replace(tzinfo=None) <= span[1]
+    assert StageChange.get_by_id(change.id).__data__ == change.__data__
+
+
+def other_trigger(writer: ForeignWriter, name: str, event: str, body: str) -> None:
+    """A trigger of somebody else on the conversations."""
+    writer.run(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body} RETURN NEW; END$$")
+    writer.run(f"CREATE TRIGGER {name} {event} ON close_engine_conversations FOR EACH ROW EXECUTE FUNCTION {name}()")
+
+
+def test_the_guard_sees_a_row_as_triggers_of_others_leave_it(foreign_postgres: ForeignWriter) -> None:
+    conversation = foreign_postgres.insert("QUALIFYING")
+    body = "IF NEW.edit_rounds = 9 THEN NEW.stage := NEW.closed_lost_reason; END IF;"
+    other_trigger(foreign_postgres, "overrule", "BEFORE UPDATE", body)
+    with pytest.raises(REFUSED, match="from QUALIFYING to PAYMENT_SENT"):
+        foreign_postgres.update(conversation, stage="STALLED", edit_rounds=9, closed_lost_reason="PAYMENT_SENT")
+    foreign_postgres.update(conversation, stage="STALLED", edit_rounds=9, closed_lost_reason="BUILDING")
+    assert foreign_postgres.stage(conversation) == "BUILDING"
+    assert foreign_postgres.history(conversation)[1:] == [
+        Change("start_building", "QUALIFYING", "BUILDING", foreign_postgres.actor)
+    ]
+
+
+def test_the_opening_is_recorded_before_what_triggers_of_others_make_of_it(foreign_postgres: ForeignWriter) -> None:
+    body = "UPDATE close_engine_conversations SET stage = 'QUALIFYING' WHERE id = NEW.id;"
+    other_trigger(foreign_postgres, "begin_at_once", "AFTER INSERT", body)
+    conversation = foreign_postgres.insert("INITIATED")
+    assert [change.trigger for change in foreign_postgres.history(conversation)] == ["open", "start_qualifying"]
+    assert foreign_postgres.stage(conversation) == "QUALIFYING"
+
+
+def test_of_two_foreign_writers_the_later_is_guarded_by_what_the_earlier_wrote(
+    foreign_postgres: ForeignWriter, postgres_url: str
+) -> None:
+    conversation = foreign_postgres.insert("PAYMENT_SENT")
+    other = ForeignWriter(psycopg2.connect(postgres_url))
+    other.connection.autocommit = True
+    refusals: list[Exception] = []
+
+    def stall() -> None:
+        try:
+            other.update(conversation, stage="STALLED")
+        except REFUSED as refused:
+            refusals.append(refused)
+
+    foreign_postgres.run("BEGIN")
+    foreign_postgres.update(conversation, stage="COMPLETED")
+    later = threading.Thread(target=stall)
+    later.start()
+    while not foreign_postgres.run("SELECT 1 FROM pg_locks WHERE NOT granted"):
+        assert later.is_alive()
+    foreign_postgres.run("COMMIT")
+    later.join()
+    other.connection.close()
+    assert "cannot go from COMPLETED to STALLED" in str(refusals)
+    assert [change.dest for change in foreign_postgres.history(conversation)] == ["PAYMENT_SENT", "COMPLETED"]
+
+
+@pytest.mark.parametrize("stage", [b"COMPLETED", 1, 1.5], ids=repr)
+def test_what_is_no_text_is_no_stage(stage: Any, foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("PAYMENT_SENT")
+    with pytest.raises((*REFUSED, psycopg2.ProgrammingError)):
+        foreign.update(
+            conversation, stage=psycopg2.Binary(stage) if foreign.is_postgres and isinstance(stage, bytes) else stage
+        )
+    assert foreign.stage(conversation) == "PAYMENT_SENT"
+
+
+@pytest.mark.parametrize("policy", ["", "OR IGNORE", "OR REPLACE", "OR FAIL", "OR ROLLBACK"])
+def test_sqlites_conflict_policies_do_not_get_past_the_guard(policy: str, foreign: ForeignWriter) -> None:
+    if foreign.is_postgres:
+        policy = ""  # it has none
+    conversation = foreign.insert("COMPLETED")
+    with pytest.raises(REFUSED):
+        foreign.run(f"UPDATE {policy} close_engine_conversations SET stage = 'INITIATED' WHERE id = %s", conversation)
+    assert foreign.stage(conversation) == "COMPLETED"
+    stalled = foreign.insert("STALLED")
+    foreign.run(f"UPDATE {policy} close_engine_conversations SET stage = 'BUILDING' WHERE id = %s", stalled)
+    assert foreign.history(stalled)[1:] == [Change("resume", "STALLED", "BUILDING", foreign.actor)]
+    assert foreign.row(stalled)["stalled_at"] is None
+
+
+def test_stages_are_enums_again_when_the_library_reads_them(foreign: ForeignWriter) -> None:
+    conversation = foreign.insert("EDIT_LOOP")
+    foreign.update(conversation, stage="PREVIEW_SENT")
+    changes = CloseEngineConversation.get_by_id(conversation).history()
+    assert [(change.source, change.dest) for change in changes] == [
+        (None, Stage.EDIT_LOOP),
+        (Stage.EDIT_LOOP, Stage.PREVIEW_SENT),
+    ]

@@ -1,0 +1,156 @@
+"""The machine by itself: the table as data, the decision on a draft, and the diagram."""
+
+from __future__ import annotations
+
+import gc
+import re
+from typing import Any
+
+import pytest
+from transitions import Machine
+
+import close_engine
+from close_engine import CloseEngineConversation, GuardRefused, Stage, TransitionNotAllowed, UnknownTrigger
+from close_engine.machine import TRANSITIONS, TRIGGERS, Draft, decide, mermaid, pairs, trigger_between
+from close_engine.stages import AutonomyLevel
+from tests.design import ACTIVE, GIVEN, REASON, STAGES, TABLE, TRIGGER_BETWEEN, URL, triggers_from
+
+ARGUMENTS = {"payment_link_url": URL, "closed_lost_reason": REASON}
+
+
+def test_the_table_is_the_designs() -> None:
+    assert list(TRIGGERS) == [transition.trigger for transition in TRANSITIONS] == list(TABLE)
+    found = {(str(source), str(dest)): trigger for trigger, source, dest in pairs()}
+    assert found == TRIGGER_BETWEEN
+    assert len(list(pairs())) == len(found), "two triggers lead from one stage to another"
+
+
+def test_every_trigger_has_a_meaning_and_a_method_of_its_own() -> None:
+    for transition in TRANSITIONS:
+        assert transition.meaning
+        assert getattr(CloseEngineConversation, transition.trigger).__doc__
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
+    for trigger, rule in TABLE.items():
+        draft = Draft(Stage(stage), payment_link_sent=True, given=ARGUMENTS)
+        if stage in rule.sources:
+            transition = decide(trigger, draft)
+            dest = None if trigger == "resume" else rule.dests[0]
+            assert (trigger, transition) == (trigger, TRIGGERS[trigger])
+            assert (trigger, transition.dest) == (trigger, dest)
+            assert (trigger, draft.stage) == (trigger, dest or stage)
+        else:
+            with pytest.raises(TransitionNotAllowed, match=f"is {stage}, from where {trigger} is not") as refused:
+                decide(trigger, draft)
+            assert (refused.value.stage, refused.value.trigger) == (stage, trigger)
+            assert refused.value.allowed == triggers_from(stage)
+            assert draft.stage == stage
+
+
+@pytest.mark.parametrize(
+    ("trigger", "source", "facts", "missing"),
+    [
+        ("send_payment_link", Stage.PREVIEW_SENT, {}, "a payment link URL must be given"),
+        (
+            "send_payment_link",
+            Stage.EDIT_LOOP,
+            {"given": {"payment_link_url": " "}},
+            "a payment link URL must be given",
+        ),
+        ("send_payment_link", Stage.EDIT_LOOP, {"given": {"payment_link_url": 7}}, "a payment link URL must be given"),
+        *(
+            (
+                "send_payment_link",
+                Stage.PENDING_APPROVAL,
+                {"given": {"payment_link_url": URL, "approved_by": nobody}, "autonomy_level": level},
+                "its autonomy level asks for an approval first (give approved_by)",
+            )
+            for level in (AutonomyLevel.SEMI_AUTO, AutonomyLevel.MANUAL)
+            for nobody in (None, "", "\n")
+        ),
+        ("complete", Stage.PAYMENT_SENT, {}, "no payment link was sent"),
+        ("complete", Stage.CLOSED_LOST, {}, "no payment link was sent"),
+        ("close_lost", Stage.STALLED, {}, "a reason must be given"),
+        ("close_lost", Stage.BUILDING, {"given": {"closed_lost_reason": "\t"}}, "a reason must be given"),
+    ],
+)
+def test_a_guard_refuses_and_says_what_is_missing(
+    trigger: str, source: Stage, facts: dict[str, Any], missing: str
+) -> None:
+    draft = Draft(source, "c1", **facts)
+    with pytest.raises(GuardRefused) as refused:
+        decide(trigger, draft)
+    assert str(refused.value) == f"Conversation 'c1' is {source}, and {trigger} is refused: {missing}."
+    assert (refused.value.conversation_id, refused.value.trigger) == ("c1", trigger)
+    assert (refused.value.stage, refused.value.guard) == (source, missing)
+    assert draft.stage is source
+
+
+@pytest.mark.parametrize("level", list(AutonomyLevel))
+def test_an_approved_payment_link_may_be_sent_at_any_autonomy_level(level: AutonomyLevel) -> None:
+    given = {"payment_link_url": URL, "approved_by": "Ann"}
+    assert decide("send_payment_link", Draft(Stage.EDIT_LOOP, None, level, given=given)).dest is Stage.PAYMENT_SENT
+
+
+def test_a_trigger_that_the_table_does_not_have_is_an_error_of_its_own() -> None:
+    draft = Draft(Stage.QUALIFYING)
+    for name in ("to_COMPLETED", "trigger", "", "may_stall"):  # also what `transitions` itself would make or know
+        with pytest.raises(UnknownTrigger) as unknown:
+            decide(name, draft)
+        assert (unknown.value.trigger, unknown.value.known) == (name, list(TABLE))
+        assert str(unknown.value) == f"There is no trigger {name!r}; the triggers are {', '.join(TABLE)}."
+    assert draft == Draft(Stage.QUALIFYING)
+
+
+def test_the_trigger_between_two_stages() -> None:
+    for source in Stage:
+        for dest in Stage:
+            assert trigger_between(source, dest) == TRIGGER_BETWEEN.get((source.value, dest.value)), (source, dest)
+
+
+def test_the_machine_is_built_once_and_never_for_a_row() -> None:
+    def machines() -> int:
+        return sum(isinstance(thing, Machine) for thing in gc.get_objects())
+
+    close_engine.connect("sqlite:///:memory:")
+    before = machines()
+    conversations = [CloseEngineConversation(lead="l1", entry_point="SMS_REPLY") for _ in range(100)]
+    for conversation in conversations:
+        assert conversation.may("start_qualifying")
+        assert not conversation.may("reopen")
+    assert machines() == before
+    plain = {"__data__", "_dirty", "__rel__", "__reprcache__"}
+    assert {name for conversation in conversations for name in vars(conversation)} <= plain
+
+
+def read_off(diagram: str) -> set[tuple[str, str, str]]:
+    """Every (trigger, from, to) that the diagram shows; an arrow from or to a group is one from or to each in it."""
+    meant = {"ACTIVE": ACTIVE, "WHERE_IT_STALLED": ACTIVE}
+    arrows = re.findall(r"^ *(\w+) --> (\w+): (\w+)$", diagram, re.MULTILINE)
+    assert len(set(arrows)) == len(arrows)
+    return {
+        (trigger, source, dest)
+        for start, end, trigger in arrows
+        for source in meant.get(start, [start])
+        for dest in meant.get(end, [end])
+    }
+
+
+def test_the_diagram_shows_every_transition_and_no_other() -> None:
+    diagram = mermaid()
+    assert read_off(diagram) == {(trigger, *ends) for ends, trigger in TRIGGER_BETWEEN.items()}
+    assert diagram.splitlines()[:2] == ["stateDiagram-v2", "    [*] --> INITIATED"]
+    assert diagram.splitlines()[-1] == "    COMPLETED --> [*]"
+
+
+def test_the_diagram_groups_the_active_stages_and_no_other() -> None:
+    group = re.search(r'state "any active stage" as ACTIVE \{\n(.*?)\n    \}', mermaid(), re.DOTALL)
+    assert group is not None
+    assert set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", group[1])) == {*ACTIVE, "WHERE_IT_STALLED"}
+
+
+def test_what_must_be_given_is_what_the_guards_ask_for() -> None:
+    asked = {t.trigger for t in TRANSITIONS if any(guard.on_arguments for guard in t.guards)}
+    assert asked == set(GIVEN)
