@@ -150,7 +150,12 @@ class PostgresCatalog(Catalog):
         Guard(
             "close_engine_conversations",
             "0003_guard",
-            ("zz_close_engine_deletion", "zz_close_engine_guard", "zz_close_engine_opening"),
+            (
+                "aa_close_engine_opening",
+                "zz_close_engine_deletion",
+                "zz_close_engine_guard",
+                "zz_close_engine_truncation",
+            ),
         ),
         Guard("close_engine_conversations", "0004_outbox", ("zz_close_engine_closing",)),
         Guard("close_engine_conversations", "0005_decisions", ("zz_close_engine_drafts",)),

@@ -1,15 +1,26 @@
 """The guard: triggers that refuse every stage change outside the table, fill forgotten stamps and write the history.
 
 They hold for every writer. A writer that goes through close_engine leaves a context (who, why, under which key) for
-the row it is about to write; the guard takes it up only for exactly that write, recognised by the row's id and the
-new `updated_at`, which is later than the old. On PostgreSQL the functions run with their owner's rights, so the Prisma
-application's role needs none on our schema.
+the row it is about to write; the guard takes it up only for exactly that write, recognised by the row's id, the trigger
+that leads there and the new `updated_at`, which is later than the old. On PostgreSQL the functions run with their
+owner's rights, so the Prisma application's role needs none on our schema.
 
 Conversations that exist already get one history row each, with the trigger `adopted`. Every script here may run again
 over what it made before.
 """
 
 import peewee
+
+# The context of this very change, or none.
+TAKE_UP = """
+    context := nullif(current_setting('close_engine.context', true), '')::jsonb;
+    IF context ->> 'trigger' IS DISTINCT FROM {fired} OR coalesce(context ->> 'id', NEW.id) <> NEW.id
+        OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
+        context := NULL;
+    ELSE
+        moment := NEW.updated_at;
+    END IF;
+"""
 
 # What both functions end with.
 WRITE_DOWN = """
@@ -31,6 +42,7 @@ CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     moment timestamp(3) := clock_timestamp() AT TIME ZONE 'UTC';
+    later boolean;
     context jsonb;
     fired text;
 BEGIN
@@ -56,14 +68,8 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
             MESSAGE = 'close_engine: conversation ' || OLD.id || ' keeps its id, by which its history is found';
     END IF;
-    IF NEW.stage IS DISTINCT FROM OLD.stage AND NEW.updated_at > OLD.updated_at THEN
-        context := nullif(current_setting('close_engine.context', true), '')::jsonb;
-        IF coalesce(context ->> 'id', NEW.id) <> NEW.id
-            OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
-            context := NULL;
-        END IF;
-    END IF;
-    IF NEW.updated_at <= OLD.updated_at THEN
+    later := NEW.updated_at > OLD.updated_at;
+    IF NOT later THEN
         NEW.updated_at := greatest(moment, OLD.updated_at + interval '1 millisecond');
     END IF;
     IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN
@@ -77,6 +83,9 @@ BEGIN
             MESSAGE = 'close_engine: conversation ' || OLD.id || ' cannot go from ' || OLD.stage || ' to '
                 || coalesce(NEW.stage, 'NULL'),
             HINT = 'The allowed stage changes are in close_engine.transitions.';
+    END IF;
+    IF later THEN
+{take_up}
     END IF;
 
     IF fired = 'request_edits' AND NEW.edit_rounds = OLD.edit_rounds THEN
@@ -100,9 +109,6 @@ BEGIN
         END IF;
     END IF;
 
-    IF context IS NOT NULL THEN
-        moment := NEW.updated_at;
-    END IF;
 {write_down}
     RETURN NEW;
 END
@@ -113,14 +119,10 @@ RECORD_OPENING = """
 CREATE OR REPLACE FUNCTION close_engine.record_opening() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-    moment timestamp(3) := NEW.updated_at;
-    context jsonb := nullif(current_setting('close_engine.context', true), '')::jsonb;
+    moment timestamp(3) := clock_timestamp() AT TIME ZONE 'UTC';
+    context jsonb;
 BEGIN
-    IF context IS NULL OR coalesce(context ->> 'id', NEW.id) <> NEW.id
-        OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
-        context := NULL;
-        moment := clock_timestamp() AT TIME ZONE 'UTC';
-    END IF;
+{take_up}
 {write_down}
     RETURN NULL;
 END
@@ -131,26 +133,35 @@ FORGET_SILENCE = """
 CREATE OR REPLACE FUNCTION close_engine.forget_silence() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
-    DELETE FROM close_engine.silence WHERE conversation_id = OLD.id;
+    IF TG_OP = 'TRUNCATE' THEN
+        DELETE FROM close_engine.silence;
+    ELSE
+        DELETE FROM close_engine.silence WHERE conversation_id = OLD.id;
+    END IF;
     RETURN NULL;
 END
 $body$
 """
 
-# PostgreSQL fires a table's triggers in the order of their names: the guard is to see the row as it will be written.
-POSTGRES_TRIGGERS = [
-    "CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON close_engine_conversations "
-    "FOR EACH ROW EXECUTE FUNCTION close_engine.guard_conversation()",
-    "CREATE OR REPLACE TRIGGER zz_close_engine_opening AFTER INSERT ON close_engine_conversations "
-    "FOR EACH ROW EXECUTE FUNCTION close_engine.record_opening()",
-    "CREATE OR REPLACE TRIGGER zz_close_engine_deletion AFTER DELETE ON close_engine_conversations "
-    "FOR EACH ROW EXECUTE FUNCTION close_engine.forget_silence()",
-]
+# PostgreSQL fires a table's triggers in the order of their names: the guard is to see the row as it will be written,
+# and the opening is to be recorded before what the triggers of others make of it.
+POSTGRES_TRIGGERS = {
+    "aa_close_engine_opening": "AFTER INSERT ON close_engine_conversations FOR EACH ROW "
+    "EXECUTE FUNCTION close_engine.record_opening()",
+    "zz_close_engine_deletion": "AFTER DELETE ON close_engine_conversations FOR EACH ROW "
+    "EXECUTE FUNCTION close_engine.forget_silence()",
+    "zz_close_engine_guard": "BEFORE INSERT OR UPDATE ON close_engine_conversations FOR EACH ROW "
+    "EXECUTE FUNCTION close_engine.guard_conversation()",
+    "zz_close_engine_truncation": "AFTER TRUNCATE ON close_engine_conversations FOR EACH STATEMENT "
+    "EXECUTE FUNCTION close_engine.forget_silence()",
+}
+POSTGRES_FUNCTIONS = "close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_silence()"
 
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 MILLISECONDS = f"coalesce(strftime('%Y-%m-%d %H:%M:%f', {{0}}), {NOW})"
 CONTEXT = """(SELECT context FROM close_engine_context
-    WHERE coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+    WHERE json_extract(context, '$.trigger') = {fired}
+      AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
       AND json_extract(context, '$.updated_at') = NEW.updated_at{and_written})"""
 FIRED = """(SELECT "trigger" FROM close_engine_transitions
     WHERE machine = 'conversation' AND source = OLD.stage AND dest = NEW.stage)"""
@@ -202,7 +213,7 @@ END""",
     "close_engine_opening": f"""
 AFTER INSERT ON close_engine_conversations
 BEGIN
-    {RECORD.format(fired="'open'", source="NULL", now=NOW, context=CONTEXT.format(and_written=""))}
+    {RECORD.format(fired="'open'", source="NULL", now=NOW, context=CONTEXT.format(fired="'open'", and_written=""))}
     {KEEP_SILENCE}
     UPDATE close_engine_conversations SET
         payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN {NOW} ELSE payment_link_sent_at END,
@@ -223,7 +234,7 @@ BEGIN
             fired=FIRED,
             source="OLD.stage",
             now=NOW,
-            context=CONTEXT.format(and_written=" AND NEW.updated_at > OLD.updated_at"),
+            context=CONTEXT.format(fired=FIRED, and_written=" AND NEW.updated_at > OLD.updated_at"),
         )
     }
     {KEEP_SILENCE}
@@ -236,16 +247,18 @@ BEGIN
     {stamp("reopen", "closed_lost_at", "NULL")}
     {stamp("reopen", "closed_lost_reason", "NULL")}
 END""",
-    # The library finds a row again by the text of its updated_at: it must be later than before, and have its form.
+    # The library finds a row again by the text of its updated_at: it must be later than before, and have its form,
+    # which only a row that is being inserted did not have before.
     "close_engine_version": f"""
 AFTER UPDATE ON close_engine_conversations
-WHEN NEW.updated_at <= OLD.updated_at OR NEW.updated_at IS NOT {MILLISECONDS.format("NEW.updated_at")}
+WHEN NEW.updated_at IS NOT {MILLISECONDS.format("NEW.updated_at")}
+    OR (NEW.updated_at <= OLD.updated_at AND OLD.updated_at IS {MILLISECONDS.format("OLD.updated_at")})
 BEGIN
     UPDATE close_engine_conversations
     SET updated_at = max({MILLISECONDS.format("updated_at")},
         CASE WHEN NEW.updated_at <= OLD.updated_at THEN {NOW} ELSE '' END,
         strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at, '+0.001 seconds'))
-    WHERE id = NEW.id AND updated_at = NEW.updated_at;
+    WHERE id = NEW.id;
 END""",
     "close_engine_deletion": """
 AFTER DELETE ON close_engine_conversations
@@ -271,15 +284,21 @@ WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
 ]
 
 
+def function_text(text, fired, source):
+    take_up, write_down = (part.format(fired=fired, source=source) for part in (TAKE_UP, WRITE_DOWN))
+    return text.replace("{take_up}", take_up).replace("{write_down}", write_down)
+
+
 def up(migrator, db):
     if isinstance(db, peewee.PostgresqlDatabase):
-        opening = WRITE_DOWN.format(fired="'open'", source="NULL")
         statements = [
-            GUARD.replace("{write_down}", WRITE_DOWN.format(fired="fired", source="OLD.stage")),
-            RECORD_OPENING.replace("{write_down}", opening),
+            function_text(GUARD, fired="fired", source="OLD.stage"),
+            function_text(RECORD_OPENING, fired="'open'", source="NULL"),
             FORGET_SILENCE,
-            *POSTGRES_TRIGGERS,
+            # Whoever may see our schema could otherwise make them write for a table of his own.
+            f"REVOKE EXECUTE ON FUNCTION {POSTGRES_FUNCTIONS} FROM PUBLIC",
         ]
+        statements += [f"CREATE OR REPLACE TRIGGER {name} {body}" for name, body in POSTGRES_TRIGGERS.items()]
         prefix, now = "close_engine.", "clock_timestamp() AT TIME ZONE 'UTC'"
     else:
         form = MILLISECONDS.format("updated_at")
@@ -293,14 +312,8 @@ def up(migrator, db):
 
 def down(migrator, db):
     if isinstance(db, peewee.PostgresqlDatabase):
-        statements = [
-            "DROP TRIGGER IF EXISTS zz_close_engine_guard ON close_engine_conversations",
-            "DROP TRIGGER IF EXISTS zz_close_engine_opening ON close_engine_conversations",
-            "DROP TRIGGER IF EXISTS zz_close_engine_deletion ON close_engine_conversations",
-            "DROP FUNCTION IF EXISTS close_engine.guard_conversation()",
-            "DROP FUNCTION IF EXISTS close_engine.record_opening()",
-            "DROP FUNCTION IF EXISTS close_engine.forget_silence()",
-        ]
+        statements = [f"DROP TRIGGER IF EXISTS {name} ON close_engine_conversations" for name in POSTGRES_TRIGGERS]
+        statements += [f"DROP FUNCTION IF EXISTS {POSTGRES_FUNCTIONS}"]
     else:
         statements = [f"DROP TRIGGER IF EXISTS {name}" for name in SQLITE_TRIGGERS]
     for statement in statements:
