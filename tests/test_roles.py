@@ -1,0 +1,205 @@
+"""Database roles: the CRM's, which has no rights on our schema, and a worker's, which has the least that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from urllib.parse import urlsplit, urlunsplit
+
+import peewee
+import psycopg2
+import pytest
+
+import close_engine
+from close_engine import CloseEngineConversation, EntryPoint, Lead, Stage
+from close_engine.testing import bring_to, new_lead
+from tests.foreign import REFUSED, Change, ForeignWriter
+from tests.servers import execute, new_name
+
+PASSWORD = "secret"
+
+#: What the role of the CRM's own application has.
+CRM = [
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON leads, close_engine_conversations, pending_actions TO {role}",
+]
+
+#: The least that a worker needs to open conversations and fire their triggers, besides what everybody has.
+WORKER = [
+    "GRANT SELECT (id, phone, autonomy_level, close_entry_point, qualification_data) ON leads TO {role}",
+    "GRANT UPDATE (close_entry_point) ON leads TO {role}",
+    "GRANT SELECT, INSERT, UPDATE ON close_engine_conversations TO {role}",
+    "GRANT USAGE ON SCHEMA close_engine TO {role}",
+    "GRANT SELECT ON close_engine.migrations, close_engine.history, close_engine.history_id_seq TO {role}",
+]
+
+#: What it needs on top to verify the installation.
+VERIFIER = [
+    "GRANT SELECT (id) ON users TO {role}",
+    "GRANT SELECT (id, autonomy_level) ON clients TO {role}",
+    "GRANT SELECT ON pending_actions, close_engine.transitions TO {role}",
+]
+
+
+@pytest.fixture
+def role(server: str) -> Iterator[str]:
+    """A new role that can log in and nothing else; given up after the databases it has rights in."""
+    role = new_name()
+    execute(server, f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'")
+    yield role
+    execute(server, f"DROP ROLE {role}")
+
+
+def url_as(url: str, role: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{role}:{PASSWORD}@{host}"))
+
+
+def granted(url: str, role: str, statements: list[str]) -> None:
+    execute(url, *(statement.format(role=role) for statement in statements))
+
+
+@pytest.fixture
+def crm(role: str, postgres_url: str) -> Iterator[ForeignWriter]:
+    """The CRM's application: rights on its tables, none on our schema."""
+    granted(postgres_url, role, CRM)
+    writer = ForeignWriter(psycopg2.connect(url_as(postgres_url, role)))
+    writer.connection.autocommit = True
+    yield writer
+    writer.connection.close()
+
+
+@pytest.fixture
+def owner(crm: ForeignWriter, postgres_url: str) -> Iterator[ForeignWriter]:
+    """Who may read our schema."""
+    writer = ForeignWriter(psycopg2.connect(postgres_url))
+    writer.connection.autocommit = True
+    yield writer
+    writer.connection.close()
+
+
+def test_a_role_without_rights_on_our_schema_writes_and_is_guarded(
+    crm: ForeignWriter, owner: ForeignWriter, role: str
+) -> None:
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        crm.run("SELECT * FROM close_engine.history")
+    conversation = crm.insert("QUALIFYING")
+    crm.update(conversation, stage="STALLED")
+    with pytest.raises(REFUSED, match="cannot go from STALLED to CLOSED"):
+        crm.update(conversation, stage="CLOSED")
+    with pytest.raises(REFUSED, match="LIMBO is no stage"):
+        crm.insert("LIMBO")
+    assert crm.row(conversation)["stalled_at"] is not None
+    crm.run("DELETE FROM close_engine_conversations")
+    assert owner.history(conversation) == [
+        Change("open", None, "QUALIFYING", f"database:{role}"),
+        Change("stall", "QUALIFYING", "STALLED", f"database:{role}"),
+    ]
+    assert owner.silent_since() == {}
+
+
+TRICKS = """
+CREATE TEMPORARY TABLE transitions (machine text, trigger text, source text, dest text);
+INSERT INTO transitions VALUES ('conversation', 'hop', 'COMPLETED', 'INITIATED');
+CREATE TEMPORARY TABLE history (LIKE transitions);
+CREATE TEMPORARY TABLE silence (LIKE transitions);
+CREATE FUNCTION pg_temp.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS $$SELECT 'epoch'::timestamptz$$;
+CREATE FUNCTION pg_temp.current_setting(text, boolean) RETURNS text LANGUAGE sql AS $$SELECT '{"actor": "x"}'$$;
+CREATE FUNCTION pg_temp.differ(text, text) RETURNS boolean LANGUAGE sql AS $$SELECT true$$;
+CREATE OPERATOR pg_temp.= (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_temp.differ);
+CREATE OPERATOR pg_temp.<= (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_temp.differ);
+CREATE DOMAIN pg_temp.jsonb AS text;
+"""
+
+
+@pytest.mark.parametrize("path", ["pg_temp, public, pg_catalog", "public, pg_temp, pg_catalog", "public", "pg_temp"])
+def test_the_guard_looks_nothing_up_where_a_writer_can_put_things(
+    path: str, crm: ForeignWriter, owner: ForeignWriter, role: str
+) -> None:
+    conversation, building = crm.insert("COMPLETED"), crm.insert("BUILDING")
+    crm.run(TRICKS)
+    crm.run(f"SET search_path = {path}")
+    table = "public.close_engine_conversations"
+    with pytest.raises(REFUSED, match="cannot go from COMPLETED to INITIATED"):
+        crm.run(f"UPDATE {table} SET stage = 'INITIATED' WHERE id OPERATOR(pg_catalog.=) %s", conversation)
+    crm.run(f"UPDATE {table} SET stage = 'STALLED' WHERE id OPERATOR(pg_catalog.=) %s", building)
+    assert owner.history(building)[1:] == [Change("stall", "BUILDING", "STALLED", f"database:{role}")]
+    assert owner.row(building)["stalled_at"].year > 2000
+    assert crm.run("SELECT count(*) FROM pg_temp.history") == [(0,)]
+
+
+def test_nobody_can_make_our_functions_write_for_a_table_of_his_own(owner: ForeignWriter, role: str) -> None:
+    owner.run(f"GRANT USAGE ON SCHEMA close_engine TO {role}")
+    owner.run(f"SET SESSION AUTHORIZATION {role}")
+    owner.run("CREATE TEMPORARY TABLE forged (id text, lead_id text, stage text, updated_at timestamp(3))")
+    for function in ("record_opening", "guard_conversation", "forget_silence"):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=function):
+            owner.run(
+                f"CREATE TRIGGER forge AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION close_engine.{function}()"
+            )
+
+
+@pytest.fixture
+def worker(role: str, postgres: peewee.Database, postgres_url: str) -> Iterator[peewee.Database]:
+    """The library, bound as a worker with the least rights, and leads for it to work on."""
+    granted(postgres_url, role, WORKER)
+    for stage in Stage:
+        new_lead(id=f"lead {stage}")
+    database = close_engine.connect(url_as(postgres_url, role))
+    yield database
+    database.close()
+
+
+def work() -> None:
+    """All that this library does with a conversation."""
+    assert close_engine.migrate() == []
+    for stage in Stage:
+        conversation = close_engine.open_conversation(
+            f"lead {stage}", EntryPoint.SMS_REPLY, key="SM1", actor="worker-7"
+        )
+        bring_to(conversation, stage)
+        assert [change.actor for change in conversation.history()][:1] == ["worker-7"]
+    stalled = Lead.get_by_id("lead STALLED").close_conversation
+    assert stalled.resume(key="SM2").id == stalled.resume(key="SM2").id
+    with close_engine.locked(stalled.id) as held:
+        held.close_lost("no budget")
+    reopened = close_engine.open_conversation("lead STALLED", EntryPoint.REP_CLOSE)
+    reopened.payment_link_url = "https://pay.example.com/7"
+    reopened.save()
+    assert [change.trigger for change in reopened.history()][-3:] == ["resume", "close_lost", "reopen"]
+    assert CloseEngineConversation.in_stage_longer_than(Stage.BUILDING, timedelta(0)).count() == 1
+
+
+def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
+    work()
+    for table in ("close_engine.history", "close_engine.silence", "close_engine.transitions"):
+        with pytest.raises(peewee.ProgrammingError, match="permission denied"):
+            worker.execute_sql(f"DELETE FROM {table}")
+    granted(postgres_url, role, VERIFIER)
+    assert close_engine.verify() == []
+
+
+RIGHTS = [
+    "UPDATE (close_entry_point) ON leads",
+    *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
+    "USAGE ON SCHEMA close_engine",
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "history_id_seq")),
+    *(f"SELECT ({column}) ON leads" for column in ("id", "phone", "autonomy_level", "close_entry_point")),
+]
+
+
+def works_without(right: str, role: str, url: str) -> bool:
+    execute(url, f"REVOKE {right} FROM {role}")
+    try:
+        with close_engine.atomic():
+            work()
+    except peewee.ProgrammingError as error:
+        return "permission denied" not in str(error)
+    finally:
+        execute(url, f"GRANT {right} TO {role}")
+    return True
+
+
+def test_a_worker_needs_all_of_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
+    assert [right for right in RIGHTS if works_without(right, role, postgres_url)] == []
+    work()
