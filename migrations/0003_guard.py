@@ -14,7 +14,7 @@ import peewee
 # The context of this very change, or none.
 TAKE_UP = """
     context := nullif(current_setting('close_engine.context', true), '')::jsonb;
-    IF context ->> 'trigger' IS DISTINCT FROM {fired} OR coalesce(context ->> 'id', NEW.id) <> NEW.id
+    IF coalesce(context ->> 'trigger', {fired}) <> {fired} OR coalesce(context ->> 'id', NEW.id) <> NEW.id
         OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
         context := NULL;
     ELSE
@@ -160,7 +160,7 @@ POSTGRES_FUNCTIONS = "close_engine.guard_conversation(), close_engine.record_ope
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 MILLISECONDS = f"coalesce(strftime('%Y-%m-%d %H:%M:%f', {{0}}), {NOW})"
 CONTEXT = """(SELECT context FROM close_engine_context
-    WHERE json_extract(context, '$.trigger') = {fired}
+    WHERE coalesce(json_extract(context, '$.trigger'), {fired}) = {fired}
       AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
       AND json_extract(context, '$.updated_at') = NEW.updated_at{and_written})"""
 FIRED = """(SELECT "trigger" FROM close_engine_transitions

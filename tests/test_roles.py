@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 
 import close_engine
-from close_engine import CloseEngineConversation, EntryPoint, Lead, Stage
+from close_engine import ActionType, CloseEngineConversation, EntryPoint, Lead, Stage
 from close_engine.testing import bring_to, new_lead
 from tests.foreign import REFUSED, Change, ForeignWriter
 from tests.servers import execute, new_name
@@ -23,21 +23,20 @@ CRM = [
     "GRANT SELECT, INSERT, UPDATE, DELETE ON leads, close_engine_conversations, pending_actions TO {role}",
 ]
 
-#: The least that a worker needs to open conversations and fire their triggers, besides what everybody has.
+#: The least that a worker needs, besides what everybody has.
 WORKER = [
     "GRANT SELECT (id, phone, autonomy_level, close_entry_point, qualification_data) ON leads TO {role}",
-    "GRANT UPDATE (close_entry_point) ON leads TO {role}",
-    "GRANT SELECT, INSERT, UPDATE ON close_engine_conversations TO {role}",
+    "GRANT UPDATE (close_entry_point, qualification_data) ON leads TO {role}",
+    "GRANT SELECT, INSERT, UPDATE ON close_engine_conversations, pending_actions TO {role}",
     "GRANT USAGE ON SCHEMA close_engine TO {role}",
-    "GRANT SELECT ON close_engine.migrations, close_engine.history, close_engine.history_id_seq TO {role}",
+    "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
+    "GRANT SELECT ON SEQUENCE close_engine.history_id_seq TO {role}",
+    "GRANT INSERT ON close_engine.inbox, close_engine.outbox TO {role}",
+    "GRANT UPDATE ON close_engine.outbox, close_engine.silence TO {role}",
 ]
 
 #: What it needs on top to verify the installation.
-VERIFIER = [
-    "GRANT SELECT (id) ON users TO {role}",
-    "GRANT SELECT (id, autonomy_level) ON clients TO {role}",
-    "GRANT SELECT ON pending_actions, close_engine.transitions TO {role}",
-]
+VERIFIER = ["GRANT SELECT (id) ON users TO {role}", "GRANT SELECT (id, autonomy_level) ON clients TO {role}"]
 
 
 @pytest.fixture
@@ -169,6 +168,18 @@ def work() -> None:
     assert [change.trigger for change in reopened.history()][-3:] == ["resume", "close_lost", "reopen"]
     assert CloseEngineConversation.in_stage_longer_than(Stage.BUILDING, timedelta(0)).count() == 1
 
+    reopened.record(questions=["budget"], data={"budget": 900})
+    close_engine.submit(reopened, ActionType.SEND_MESSAGE, "Hello", policy=lambda level, type: True).approve(by="Ann")
+    (message,) = close_engine.outbox.claim()
+    message.sent("provider-1")
+    reopened.reload()
+    assert reopened.stage is Stage.QUALIFYING
+    close_engine.submit(reopened, ActionType.SEND_MESSAGE, "Are you there?")
+    reopened.stall()
+    assert close_engine.receive("lead STALLED", "SM3", "Hi").resumed
+    assert close_engine.record_payment("lead PAYMENT_SENT", "pay 1")
+    close_engine.sweep()
+
 
 def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
     work()
@@ -180,19 +191,23 @@ def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, po
 
 
 RIGHTS = [
-    "UPDATE (close_entry_point) ON leads",
-    *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
-    "USAGE ON SCHEMA close_engine",
-    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "history_id_seq")),
     *(f"SELECT ({column}) ON leads" for column in ("id", "phone", "autonomy_level", "close_entry_point")),
+    *(f"UPDATE ({column}) ON leads" for column in ("close_entry_point", "qualification_data")),
+    *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
+    *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
+    "USAGE ON SCHEMA close_engine",
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "history_id_seq", "outbox", "inbox")),
+    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox")),
+    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "silence")),
 ]
 
 
 def works_without(right: str, role: str, url: str) -> bool:
     execute(url, f"REVOKE {right} FROM {role}")
     try:
-        with close_engine.atomic():
+        with close_engine.atomic() as transaction:
             work()
+            transaction.rollback()
     except peewee.ProgrammingError as error:
         return "permission denied" not in str(error)
     finally:
