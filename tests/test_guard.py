@@ -496,6 +496,18 @@ def test_sqlites_conflict_policies_do_not_get_past_the_guard(sqlite: ForeignWrit
         assert sqlite.row(stalled)["stalled_at"] is None
 
 
+def test_sqlites_replace_is_recorded_as_the_deletion_and_new_beginning_that_it_is(sqlite: ForeignWriter) -> None:
+    sqlite.insert("COMPLETED", "c1")
+    values = sqlite.row("c1") | {"stage": "BUILDING", "created_at": OLD, "updated_at": OLD, "completed_at": None}
+    marks = ", ".join(["%s"] * len(values))
+    sqlite.run(f"REPLACE INTO close_engine_conversations ({', '.join(values)}) VALUES ({marks})", *values.values())
+    assert [(change.trigger, change.dest) for change in sqlite.history("c1")] == [
+        ("open", "COMPLETED"),
+        ("open", "BUILDING"),
+    ]
+    assert list(sqlite.silent_since()) == ["c1"]
+
+
 @pytest.mark.parametrize("later", ["close_engine_record", "close_engine_version"])
 def test_sqlites_triggers_work_in_whatever_order_they_fire(later: str, sqlite: ForeignWriter) -> None:
     ((sql,),) = sqlite.run("SELECT sql FROM sqlite_master WHERE name = %s", later)
