@@ -46,7 +46,14 @@ DECLARE
     context jsonb;
     fired text;
 BEGIN
+    -- now() of a session elsewhere than in UTC.
+    IF NEW.updated_at = localtimestamp(3) THEN
+        NEW.updated_at := current_timestamp AT TIME ZONE 'UTC';
+    END IF;
     IF TG_OP = 'INSERT' THEN
+        IF NEW.created_at = localtimestamp(3) THEN
+            NEW.created_at := current_timestamp AT TIME ZONE 'UTC';
+        END IF;
         IF NOT EXISTS (SELECT FROM close_engine.transitions
                        WHERE machine = 'conversation' AND NEW.stage IN (source, dest)) THEN
             RAISE EXCEPTION USING ERRCODE = 'check_violation',

@@ -420,6 +420,25 @@ def test_the_settings_of_a_session_change_nothing(postgres: Any, foreign_postgre
         assert span[0] <= resumed.created_at.replace(tzinfo=None) <= span[1], setting
 
 
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/Los_Angeles"])
+def test_now_in_a_session_elsewhere_than_in_utc_means_now(zone: str, foreign_postgres: ForeignWriter) -> None:
+    conversation, lead = foreign_postgres.insert("BUILDING"), foreign_postgres.lead()
+    foreign_postgres.run(f"SET timezone = '{zone}'")
+    with during() as span:
+        foreign_postgres.run(
+            "INSERT INTO close_engine_conversations (id, lead_id, entry_point, updated_at) "
+            "VALUES ('c1', %s, 'SMS_REPLY', now())",
+            lead,
+        )
+        foreign_postgres.run(
+            "UPDATE close_engine_conversations SET stage = 'STALLED', updated_at = CURRENT_TIMESTAMP WHERE id = %s",
+            conversation,
+        )
+    opened, moved = foreign_postgres.row("c1"), foreign_postgres.row(conversation)
+    for stored in (opened["created_at"], opened["updated_at"], moved["updated_at"]):
+        assert span[0] <= stored <= span[1]
+
+
 def other_trigger(writer: ForeignWriter, name: str, event: str, body: str) -> None:
     """A trigger of somebody else on the conversations."""
     writer.run(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body} RETURN NEW; END$$")
