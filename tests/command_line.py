@@ -6,7 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,29 @@ class Result:
         return [line.split() for line in self.out.splitlines()]
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str, input: str = "") -> Result:
     """Run the command line in this process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
-        main(list(arguments))
+    with pytest.MonkeyPatch.context() as patched:
+        for name, stream in {"stdin": io.StringIO(input), "stdout": out, "stderr": err}.items():
+            patched.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
     for stream in (out, err):
         stream.seek(0)
     return Result(int(ended.value.code or 0), out.read(), err.read())
 
 
-def process(*arguments: str, stdout: Any = subprocess.PIPE, input: str = "", **options: Any) -> Result:
-    """Run the installed command in a process of its own."""
+def process(*arguments: str, stdout: Any = subprocess.PIPE, **options: Any) -> Result:
+    """Run the installed command in a process of its own, with nobody to answer its questions."""
     done = subprocess.run(
-        [COMMAND, *arguments], stdout=stdout, stderr=subprocess.PIPE, input=input, text=True, check=False, **options
+        [COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        **options,
     )
     return Result(done.returncode, done.stdout, done.stderr)
 

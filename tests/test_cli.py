@@ -203,7 +203,7 @@ def test_down_asks_before_data_would_be_lost(conversation_in: Any, database_url:
     conversation_in(Stage.BUILDING)
     close_engine.backend.current().database.close()
 
-    result = process("down", MIGRATIONS[0], "--database", database_url, input=answer)
+    result = run("down", MIGRATIONS[0], "--database", database_url, input=answer)
 
     assert result.code == code
     assert "close_engine_conversations (1)" in result.err
@@ -218,7 +218,7 @@ def test_down_asks_only_for_what_the_target_would_drop(conversation_in: Any, dat
     conversation_in(Stage.BUILDING)
     close_engine.backend.current().database.close()
 
-    result = process("down", "0002_history", "--database", database_url, input="n\n")
+    result = run("down", "0002_history", "--database", database_url, input="n\n")
 
     assert "history" in result.err
     assert "close_engine_conversations" not in result.err
@@ -296,7 +296,8 @@ def test_the_commands_are_these() -> None:
 
 
 def test_a_command_line_that_cannot_be_understood_ends_with_2() -> None:
-    assert process("fly").code == process("show").code == process("demo", "--leads", "1").code == 2
+    for arguments in (("fly",), ("show",), ("demo", "--leads", "1"), ("status", "--fast")):
+        assert run(*arguments).code == 2
 
 
 # -- how it fails ----------------------------------------------------------------------------------------------------
