@@ -121,9 +121,13 @@ def _connect(context: typer.Context, missing: Literal["refuse", "make", "pretend
     try:
         database.connect()
     except (peewee.DatabaseError, sqlite3.DatabaseError, TypeError) as error:
+        needed = (
+            "It must be a SQLite file that this user may write, in a directory where he may write"
+            if file
+            else "Check that the server is up, and that every part of the URL is right"
+        )
         raise ConfigurationError(
-            f"The database {without_password(url)} cannot be opened: {_one_line(error)}. Check that it is there and "
-            "may be used, and that every part of the URL is right."
+            f"The database {without_password(url)} cannot be opened: {_one_line(error)}. {needed}."
         ) from error
 
 

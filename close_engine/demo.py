@@ -252,11 +252,12 @@ def _given(trigger: str) -> dict[str, Any]:
 
 def _ending_in(stage: Stage) -> tuple[Story, int]:
     """A story, and after how many of its triggers it stands in a stage."""
-    for story in STORIES:
-        for steps, trigger in enumerate(story.triggers, 1):
-            if TRIGGERS[trigger].dest is stage:
-                return story, steps
-    return STORIES[0], 0
+    return next(
+        (story, steps)
+        for story in STORIES
+        for steps, trigger in enumerate(story.triggers, 1)
+        if TRIGGERS[trigger].dest is stage
+    )
 
 
 #: Who is there even among few: every story to its end, and somebody who stands in each active stage when it is over.

@@ -325,6 +325,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     sentence = refused("status", "--database", f"sqlite:///{tmp_path}/letter.db")
 
     assert f"The database sqlite:///{tmp_path}/letter.db cannot be opened: file is not a database." in sentence
+    assert "a SQLite file that this user may write, in a directory where he may write" in sentence
 
 
 def test_an_option_that_sqlite_does_not_know_is_named(sqlite_template: Path) -> None:
@@ -410,6 +411,7 @@ def test_a_server_that_does_not_answer_is_named_without_the_password() -> None:
         "The database postgresql://ana:***@127.0.0.1:1/crm cannot be opened: connection to server"
     )
     assert "Connection refused" in sentence
+    assert "Check that the server is up" in sentence
     assert "s3cret" not in sentence
 
 
@@ -459,7 +461,9 @@ def test_a_role_without_rights_is_told_so(postgres_url: str, server: str) -> Non
         "host=127.0.0.1 password = 's3 cret' dbname=crm",
     ],
 )
-def test_a_url_that_cannot_be_used_is_named_without_its_password(url: str) -> None:
+def test_a_url_that_cannot_be_used_is_named_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("close_engine.backend._binding", None)
+
     sentence = refused("status", "--database", url)
 
     assert sentence.startswith("The database URL ")
