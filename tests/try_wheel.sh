@@ -8,7 +8,7 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 unset PYTHONPATH CLOSE_ENGINE_DATABASE
 "$python" -m venv "$place/venv"
-"$place/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" "$wheel"
+"$place/venv/bin/pip" install --quiet --quiet --disable-pip-version-check --constraint "$constraints" "$wheel"
 PATH=$place/venv/bin:$PATH
 mkdir "$place/elsewhere"
 cd "$place/elsewhere"
