@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test check format lint types coverage docs wheel bench clean
 
 demo: $(INSTALLED)
-	$(BIN)/close-engine demo
+	@$(BIN)/close-engine demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2
@@ -41,9 +41,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m bench
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $(INSTALLED)
+	@echo "Installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

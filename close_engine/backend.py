@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 import peewee
 from playhouse import db_url
@@ -359,17 +359,10 @@ def connect(
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    try:
-        parts = urlsplit(url)
-        secret = parts.password
-    except ValueError:
-        return f"{url.partition('://')[0]}://…"
-    netloc = parts.netloc.replace(f":{secret}@", ":***@") if secret else parts.netloc
-    query = urlencode(
-        [(name, "***" if "password" in name else value) for name, value in parse_qsl(parts.query)], safe="/"
-    )
-    return urlunsplit(parts._replace(netloc=netloc, query=query))
+    """The URL as it may be shown, also where it is none: rather too little of it than a password."""
+    # Up to the last "@": a password that is not escaped may hold anything that ends it in a URL.
+    shown = re.sub(r"^([^:/@]*://[^:/@]*|[^:/@]*):(?!//).*@", r"\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"(password\w*\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", shown, flags=re.IGNORECASE)
 
 
 def _database_from(url: str) -> peewee.Database:
@@ -383,7 +376,7 @@ def _database_from(url: str) -> peewee.Database:
     if scheme.startswith("sqlite"):
         options = {"pragmas": {"journal_mode": "wal", "foreign_keys": 1}, "timeout": 60}
     else:
-        parts = urlsplit(url)
+        parts = _parts(url)
         query = dict(parse_qsl(parts.query))
         schema = query.pop("schema", "public")
         if schema != "public":
@@ -398,6 +391,21 @@ def _database_from(url: str) -> peewee.Database:
         reason = "it names no database" if "no database name" in str(error) else type(error).__name__
         raise ConfigurationError(f"The database URL {without_password(url)!r} cannot be used: {reason}.") from None
     return database
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of a PostgreSQL URL, refused where a password that is not escaped would end up in another part."""
+    try:
+        parts = urlsplit(url)
+        readable = "@" not in parts.path and (parts.port is None or parts.port > 0)
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ConfigurationError(
+            f"The database URL {without_password(url)!r} cannot be used: its host or port cannot be read. In a user's "
+            "name or password write %2F for /, %3F for ?, %23 for #, %5B for [, %5D for ] and %40 for @."
+        )
+    return parts
 
 
 def _dialect_of(database: peewee.Database) -> Dialect:
