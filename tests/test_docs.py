@@ -1,15 +1,17 @@
 """The prose is guarded: its examples run, and what it lists is all there is.
 
-A block of Python in README.md or docs/ runs, after the blocks above it on its page, on a fresh database. A block of
-text directly below it is what it prints (`...` stands for anything). What is not to run stands in another language.
+The examples of a page run in their order, on a fresh database: blocks of Python, of which the block of text below is
+what they print, and console sessions. What is not to run stands in another language.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
-from doctest import ELLIPSIS, OutputChecker
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -24,32 +26,45 @@ def name_of(page: Path) -> str:
     return page.name
 
 
-WITH_EXAMPLES = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+WITH_EXAMPLES = [page for page in PAGES if {"python", "console"} & {block.language for block in blocks(page)}]
 
 
 @pytest.fixture
 def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty working directory, and a database in it for whoever names none."""
+    """An empty working directory, a database in it for whoever names none, and a wide terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", f"sqlite:///{tmp_path}/close_engine.db")
+    monkeypatch.setenv("COLUMNS", "200")
     yield
     current().database.close()
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
-def test_examples_run_and_print_what_stands_below_them(
+def test_examples_run_and_print_what_stands_there(
     page: Path, empty_place: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     namespace: dict[str, object] = {"__name__": page.stem}
-    printed = None
+    printed = ""
     for example in blocks(page):
         if example.language == "python":
             # With as many lines before it as on the page, so that a traceback points there.
             exec(compile("\n" * (example.line - 1) + example.text, str(page), "exec"), namespace)
             printed = capsys.readouterr().out
         elif example.language == "text" and printed:
-            assert OutputChecker().check_output(example.text, printed, ELLIPSIS), f"line {example.line}: {printed}"
-            printed = None
+            assert_printed(page, example.line, example.text, printed)
+            printed = ""
+        elif example.language == "console":
+            for command, output in re.findall(r"^\$ close-engine (.+)\n((?:(?!\$ ).*\n)*)", example.text, re.MULTILINE):
+                with pytest.raises(SystemExit) as ended:
+                    cli.main(shlex.split(command))
+                assert not ended.value.code, command
+                assert_printed(page, example.line, output, capsys.readouterr().out)
+
+
+def assert_printed(page: Path, line: int, shown: str, printed: str) -> None:
+    """What stands on the page is what was printed; `...` stands for anything."""
+    matches = OutputChecker().check_output(shown, printed, ELLIPSIS | NORMALIZE_WHITESPACE)
+    assert matches, f"{page.name}, line {line}, shows\n{shown}but this was printed:\n{printed}"
 
 
 def test_the_readme_has_an_example_of_twenty_lines() -> None:
@@ -93,24 +108,46 @@ def test_every_error_is_in_the_guide() -> None:
     assert [name for name in errors.__all__ if f"`{name}`" not in guide] == []
 
 
+def test_imports_run_downward_as_the_design_lists_the_files() -> None:
+    listed = section(ROOT / "docs/design.md", "Files").partition("```text\n")[2].partition("```")[0]
+    order = [name for line in listed.splitlines() for name in line.partition("  ")[0].split(", ")]
+
+    upward = []
+    for position, name in enumerate(order):
+        text = (ROOT / f"close_engine/{name}.py").read_text()
+        found = re.findall(r"^from close_engine(?:\.(\w+))? import (\w+)", text, re.MULTILINE)
+        upward += [(name, module or word) for module, word in found if (module or word) not in order[:position]]
+    assert upward == []
+
+
 CLI_PAGE = ROOT / "docs/cli.md"
-COMMANDS = typer.main.get_command(cli.app).commands
+GROUP = typer.main.get_command(cli.app)
+COMMANDS = GROUP.commands
+
+
+def options_of(command: Any) -> list[str]:
+    return [word for parameter in command.params for word in parameter.opts if word.startswith("-")]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_documented_with_its_options_and_an_example(name: str) -> None:
     text = section(CLI_PAGE, name)
-    options = [word for parameter in COMMANDS[name].params for word in parameter.opts if word.startswith("-")]
 
-    assert [option for option in options if f"`{option}" not in text] == []
-    assert re.search(rf"^close-engine {name}\b", text, re.MULTILINE), "an example is missing"
+    assert [option for option in options_of(COMMANDS[name]) if f"`{option}" not in text] == []
+    assert re.search(rf"^\$ close-engine {name}\b", text, re.MULTILINE), "an example is missing"
+
+
+def test_the_options_of_every_command_are_documented() -> None:
+    text = section(CLI_PAGE, "Options of every command")
+
+    assert [option for option in options_of(GROUP) if f"`{option}" not in text] == []
 
 
 def test_nothing_is_documented_that_is_not_a_command() -> None:
-    sections = re.findall(r"^## ([a-z-]+)$", CLI_PAGE.read_text(), re.MULTILINE)
-    used = re.findall(r"(?:^|`)close-engine ([a-z]+)", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE)
+    sections = re.findall(r"^## (.+)$", CLI_PAGE.read_text(), re.MULTILINE)
+    used = re.findall(r"(?:^|`|\$ )close-engine ([a-z]+)", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE)
 
-    assert set(sections) == set(COMMANDS)
+    assert set(sections) == {"Options of every command", *COMMANDS}
     assert set(used) <= set(COMMANDS)
 
 
