@@ -43,7 +43,9 @@ class Tables:
     """The names of the CRM's three tables, which differ between deployments.
 
     Attributes:
-        leads, users, clients: str, the name of each.
+        leads: name of the table of leads.
+        users: of users.
+        clients: of clients.
     """
 
     leads: str
