@@ -1,4 +1,7 @@
-"""What the README says to a Prisma database: its models are the tables, and its rights are enough and no more."""
+"""What we say about a PostgreSQL database of a CRM is so.
+
+Prisma's models are the tables, the rights are enough and no more, and the queries run.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ import psycopg2
 import pytest
 
 import close_engine
-from close_engine import EntryPoint, Lead, Stage, User
+from close_engine import ActionType, EntryPoint, Lead, Stage, User, outbox, submit
 from close_engine.testing import bring_to
 from tests.crm import AFTER, BEFORE, query, restore
-from tests.prose import README, block
+from tests.prose import README, ROOT, block
 from tests.servers import execute, new_name, postgres_database
+
+OPERATIONS = ROOT / "docs/operations.md"
 
 TYPES = {"String": "text", "Int": "integer", "Json": "jsonb", "DateTime": "timestamp(3) without time zone"}
 ACTIONS = {"Cascade": "CASCADE", "SetNull": "SET NULL"}
@@ -153,18 +158,40 @@ def test_the_rights_that_the_readme_grants_are_enough_and_no_more(url: str, role
     with close_engine.locked(conversation.id) as held:
         held.close_lost("no answer")
     conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY)
-    bring_to(conversation, Stage.COMPLETED)
+    bring_to(conversation, Stage.PREVIEW_SENT).record(questions=["budget"], data={"budget": 900})
+    conversation.reload()
+    link = {"paymentUrl": "https://pay.example.com/1"}
+    action = submit(conversation, ActionType.SEND_PAYMENT_LINK, "Here it is.", metadata=link, policy=lambda *_: True)
+    action.approve(by="dana")
+    outbox.claim()[0].sent("SM2")
+    assert close_engine.receive(lead, key="SM3", text="Thank you!").answer
+    assert close_engine.record_payment(lead, key="evt_1").dest is Stage.COMPLETED
+    close_engine.sweep()
     assert rep.close_engine_conversations.count() == 1
     for forbidden in (
         "UPDATE close_engine.history SET actor = 'nobody'",
         "DELETE FROM close_engine.history",
         "INSERT INTO close_engine.transitions VALUES ('conversation', 'undo', 'COMPLETED', 'INITIATED')",
+        "DELETE FROM close_engine.outbox",
         "DELETE FROM close_engine_conversations",
         "UPDATE leads SET phone = ''",
     ):
         with pytest.raises(peewee.ProgrammingError, match="permission denied"):
             database.execute_sql(forbidden)
     database.close()
+
+
+def test_the_queries_of_what_to_watch_run(postgres_url: str, postgres: peewee.Database) -> None:
+    bring_to(close_engine.open_conversation(Lead.create(phone="+15550100"), EntryPoint.SMS_REPLY), Stage.BUILDING)
+    query(postgres_url, "UPDATE close_engine_conversations SET stage = 'STALLED'")
+    outbox.enqueue(Lead.get().close_conversation, "SEND_MESSAGE", "Are you still there?")
+
+    by_others, waiting = (query(postgres_url, sql) for sql in block(OPERATIONS, "sql").split(";\n\n"))
+
+    assert [(actor.partition(":")[0], trigger, count) for actor, trigger, count in by_others] == [
+        ("database", "stall", 1)
+    ]
+    assert [(status, leased, count) for status, leased, count, *_ in waiting] == [("PENDING", False, 1)]
 
 
 def test_the_applications_role_needs_no_right_on_our_schema(url: str, roles: dict[str, str]) -> None:
