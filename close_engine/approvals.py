@@ -97,7 +97,8 @@ class PendingAction(BaseModel):
     Attributes:
         metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` where it is to wait.
         status: PENDING until it is decided, and EXPIRED from `expires_at` on.
-        approved_by, approved_at: who decided, and when it was approved.
+        approved_by: who decided.
+        approved_at: when it was approved.
     """
 
     conversation_id = TextField[str](index=True)

@@ -42,8 +42,10 @@ _SQLITE_NEEDED = (3, 35, 0)
 class Tables:
     """The names of the CRM's three tables, which differ between deployments.
 
-    Each defaults to its environment variable (`CLOSE_ENGINE_LEADS_TABLE`, `CLOSE_ENGINE_USERS_TABLE`,
-    `CLOSE_ENGINE_CLIENTS_TABLE`), and that to what Prisma calls it with `@@map`.
+    Attributes:
+        leads: name of the table of leads.
+        users: of users.
+        clients: of clients.
     """
 
     leads: str
@@ -52,6 +54,8 @@ class Tables:
 
     @classmethod
     def named(cls, leads: str | None = None, users: str | None = None, clients: str | None = None) -> Tables:
+        """The names given. Each defaults to its environment variable (`CLOSE_ENGINE_LEADS_TABLE`,
+        `CLOSE_ENGINE_USERS_TABLE`, `CLOSE_ENGINE_CLIENTS_TABLE`), and that to what Prisma calls it with `@@map`."""
         given = {"leads": leads, "users": users, "clients": clients}
         return cls(
             **{
@@ -313,7 +317,7 @@ def bind(
 
     Args:
         database: a PostgresqlDatabase or SqliteDatabase, pooled or not.
-        leads, users, clients: names of the CRM's tables; see `Tables` for the defaults.
+        leads, users, clients: names of the CRM's tables; see `Tables.named` for the defaults.
         clock: returns the current moment, timezone-aware; tests pass one that they can move.
 
     Returns:

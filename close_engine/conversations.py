@@ -236,6 +236,7 @@ class CloseEngineConversation(BaseModel):
             the history row.
 
         Raises:
+            UnknownTrigger: the table has no such trigger at all.
             TransitionNotAllowed: the table has no such trigger from this stage.
             GuardRefused: it does, but a guard fails.
             StageConflict: somebody changed the conversation since it was loaded.
@@ -306,6 +307,10 @@ class CloseEngineConversation(BaseModel):
         approved_by: str | None = None,
     ) -> Answer:
         """Whether a trigger may be fired now, with these arguments; nothing is read or written.
+
+        Args:
+            trigger: a name of the transition table.
+            reason, payment_link_url, approved_by: what `fire` would be given.
 
         Returns:
             an Answer, which is true or false and has the reason when not.

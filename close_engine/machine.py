@@ -85,9 +85,12 @@ class Transition:
     """One row of the table.
 
     Attributes:
+        trigger: its name.
+        sources: the stages that it leads from.
         dest: where it leads; None is "the stage it stalled in", which the history knows.
-        stamps: column name to what happens to it.
         meaning: what the trigger says, for the documentation.
+        guards: conditions on top of the stage.
+        stamps: column name to what happens to it.
     """
 
     trigger: str

@@ -87,11 +87,16 @@ class StageChange(BaseModel):
 
     Attributes:
         id: int, ascending in the order in which the changes of one conversation were made.
+        conversation_id: id of the conversation.
+        lead_id: id of its lead.
         trigger: a trigger of the table; `open` for the first row, `adopted` for what was there before the history.
         source: the Stage that was left; None for the first row.
         dest: the Stage that was entered.
-        actor: who did it, as given; `database:<role>` where somebody wrote past this library.
+        actor: who did it, as given; where somebody wrote past this library, `database:<role>`, on SQLite `database`.
+        reason: why, as given.
+        metadata: what else was given.
         key: the idempotency key it was made under.
+        created_at: when, in UTC.
     """
 
     id: Any = peewee.BigAutoField()

@@ -33,7 +33,8 @@ class Swept:
     """What one `sweep` moved.
 
     Attributes:
-        stalled, lost: ids of conversations.
+        stalled: ids of conversations.
+        lost: ids of conversations.
         expired: ids of pending actions.
         released: ids of messages whose lease had run out.
     """

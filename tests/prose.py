@@ -1,0 +1,40 @@
+"""What is written for people, as tests read it: pages, their sections and their fenced blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the number of its first line, its text."""
+
+    language: str
+    line: int
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text()
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield Block(found[1], text.count("\n", 0, found.start()) + 2, found[2])
+
+
+def block(page: Path, language: str, having: str = "") -> str:
+    """The text of the only such block of a page."""
+    (text,) = (block.text for block in blocks(page) if block.language == language and having in block.text)
+    return text
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading of the second level; empty where there is none."""
+    return "".join(
+        re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
+    )

@@ -1,0 +1,163 @@
+"""The prose is guarded: its examples run, and what it lists is all there is.
+
+The examples of a page run in their order, on a fresh database: blocks of Python, of which the block of text below is
+what they print, and console sessions. What is not to run stands in another language.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import close_engine
+from close_engine import cli, errors, machine
+from close_engine.backend import current
+from tests.prose import PAGES, README, ROOT, block, blocks, section
+
+
+def name_of(page: Path) -> str:
+    return page.name
+
+
+WITH_EXAMPLES = [page for page in PAGES if {"python", "console"} & {block.language for block in blocks(page)}]
+
+
+@pytest.fixture
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working directory, a database in it for whoever names none, and a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", f"sqlite:///{tmp_path}/close_engine.db")
+    monkeypatch.setenv("COLUMNS", "200")
+    yield
+    current().database.close()
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
+def test_examples_run_and_print_what_stands_there(
+    page: Path, empty_place: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    namespace: dict[str, object] = {"__name__": page.stem}
+    printed = ""
+    for example in blocks(page):
+        if example.language == "python":
+            # With as many lines before it as on the page, so that a traceback points there.
+            exec(compile("\n" * (example.line - 1) + example.text, str(page), "exec"), namespace)
+            printed = capsys.readouterr().out
+        elif example.language == "text" and printed:
+            assert_printed(page, example.line, example.text, printed)
+            printed = ""
+        elif example.language == "console":
+            for command, output in re.findall(r"^\$ close-engine (.+)\n((?:(?!\$ ).*\n)*)", example.text, re.MULTILINE):
+                with pytest.raises(SystemExit) as ended:
+                    cli.main(shlex.split(command))
+                assert not ended.value.code, command
+                assert_printed(page, example.line, output, capsys.readouterr().out)
+
+
+def assert_printed(page: Path, line: int, shown: str, printed: str) -> None:
+    """What stands on the page is what was printed; `...` stands for anything."""
+    matches = OutputChecker().check_output(shown, printed, ELLIPSIS | NORMALIZE_WHITESPACE)
+    assert matches, f"{page.name}, line {line}, shows\n{shown}but this was printed:\n{printed}"
+
+
+def test_the_readme_has_an_example_of_twenty_lines() -> None:
+    lines = block(README, "python").splitlines()
+
+    assert len(lines) <= 20
+
+
+def test_the_diagram_is_the_machines() -> None:
+    shown = block(README, "mermaid")
+
+    assert shown == machine.mermaid() + "\n", "put what `close-engine graph` prints into README.md"
+
+
+def test_the_guides_table_is_the_machines() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+?) \| (.+?) \|", section(ROOT / "docs/guide.md", "Stages and triggers"), re.MULTILINE
+    )
+    shown = {trigger: (sources, dest) for trigger, sources, dest in rows}
+
+    expected = {}
+    for transition in machine.TRANSITIONS:
+        sources = [str(stage) for stage in transition.sources]
+        active = [str(stage) for stage in close_engine.ACTIVE_STAGES]
+        if set(active) <= set(sources):
+            sources = ["any active", *sources[len(active) :]]
+        dest = "the stage it stalled in" if transition.dest is None else str(transition.dest)
+        expected[transition.trigger] = (", ".join(sources), dest)
+    assert shown == expected
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    shown = re.findall(r"^::: close_engine\.(?:\w+\.)?(\w+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+
+    assert set(close_engine.__all__) - {"__version__"} - set(shown) == set()
+
+
+def test_every_error_is_in_the_guide() -> None:
+    guide = section(ROOT / "docs/guide.md", "Errors")
+
+    assert [name for name in errors.__all__ if f"`{name}`" not in guide] == []
+
+
+def test_imports_run_downward_as_the_design_lists_the_files() -> None:
+    listed = section(ROOT / "docs/design.md", "Files").partition("```text\n")[2].partition("```")[0]
+    order = [name for line in listed.splitlines() for name in line.partition("  ")[0].split(", ")]
+
+    upward = []
+    for position, name in enumerate(order):
+        text = (ROOT / f"close_engine/{name}.py").read_text()
+        found = re.findall(r"^from close_engine(?:\.(\w+))? import (\w+)", text, re.MULTILINE)
+        upward += [(name, module or word) for module, word in found if (module or word) not in order[:position]]
+    assert upward == []
+
+
+CLI_PAGE = ROOT / "docs/cli.md"
+GROUP = typer.main.get_command(cli.app)
+COMMANDS = GROUP.commands
+
+
+def options_of(command: Any) -> list[str]:
+    return [word for parameter in command.params for word in parameter.opts if word.startswith("-")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented_with_its_options_and_an_example(name: str) -> None:
+    text = section(CLI_PAGE, name)
+
+    assert [option for option in options_of(COMMANDS[name]) if f"`{option}" not in text] == []
+    assert re.search(rf"^\$ close-engine {name}\b", text, re.MULTILINE), "an example is missing"
+
+
+def test_the_options_of_every_command_are_documented() -> None:
+    text = section(CLI_PAGE, "Options of every command")
+
+    assert [option for option in options_of(GROUP) if f"`{option}" not in text] == []
+
+
+def test_nothing_is_documented_that_is_not_a_command() -> None:
+    sections = re.findall(r"^## (.+)$", CLI_PAGE.read_text(), re.MULTILINE)
+    used = re.findall(r"(?:^|`|\$ )close-engine ([a-z]+)", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE)
+
+    assert set(sections) == {"Options of every command", *COMMANDS}
+    assert set(used) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+
+    for path, anchor in links:
+        target = (page.parent / path) if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, anchor
