@@ -14,15 +14,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote
 
 import peewee
+import psycopg2
 from playhouse import db_url
+from playhouse.pool import PooledDatabase
+from psycopg2.extensions import parse_dsn
 
 from close_engine.catalog import Catalog, PostgresCatalog, SqliteCatalog
 from close_engine.errors import ConfigurationError
@@ -33,7 +36,18 @@ __all__ = ["DEFAULT_URL", "Binding", "Dialect", "Postgres", "Sqlite", "Tables", 
 DEFAULT_URL = "sqlite:///close_engine.db"
 
 #: Query parameters that Prisma puts into its URLs and libpq does not know.
-_PRISMA_ONLY = {"connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size", "socket_timeout"}
+_PRISMA_ONLY = {
+    "connection_limit",
+    "pgbouncer",
+    "pool_timeout",
+    "socket_timeout",
+    "sslaccept",
+    "statement_cache_size",
+}
+
+_ENCODE = "percent-encode the special characters in its user and password"
+
+_POOL_OPTIONS = ("max_connections", "stale_timeout", "timeout")
 
 _SQLITE_NEEDED = (3, 35, 0)
 
@@ -276,8 +290,17 @@ class Binding:
     dialect: Dialect
 
 
+class _NotBound(ConfigurationError, AttributeError):
+    """An AttributeError as well, as who looks for an attribute of the proxy expects."""
+
+
+class _DatabaseProxy(peewee.DatabaseProxy):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(current().database, name)
+
+
 #: What the models are bound to, in Peewee's own way; `bind` initializes it.
-database_proxy = peewee.DatabaseProxy()
+database_proxy = _DatabaseProxy()
 
 _binding: Binding | None = None
 
@@ -294,15 +317,20 @@ def current() -> Binding:
         ConfigurationError: there is none yet.
     """
     if _binding is None:
-        raise ConfigurationError(
-            "No database is bound: call close_engine.connect(url) or close_engine.bind(database) first."
-        )
+        raise _NotBound("No database is bound: call close_engine.connect(url) or close_engine.bind(database) first.")
     return _binding
 
 
 def now() -> datetime:
-    """The current moment by the binding's clock: timezone-aware UTC, in milliseconds."""
-    return milliseconds(current().clock())
+    """The current moment by the binding's clock: timezone-aware UTC, in milliseconds.
+
+    Raises:
+        ConfigurationError: the clock's moments have no timezone.
+    """
+    moment = current().clock()
+    if moment.utcoffset() is None:
+        raise ConfigurationError(f"The clock says {moment} without a timezone: bind one that says it in UTC.")
+    return milliseconds(moment)
 
 
 def bind(
@@ -356,60 +384,85 @@ def connect(
         the database.
 
     Raises:
-        ConfigurationError: the URL cannot be used.
+        ConfigurationError: the URL cannot be used. No error shows its password.
     """
     url = url or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
     return bind(_database_from(url), leads=leads, users=users, clients=clients, clock=clock)
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown, also where it is none: rather too little of it than a password."""
-    # Up to the last "@": a password that is not escaped may hold anything that ends it in a URL.
-    shown = re.sub(r"^([^:/@]*://[^:/@]*|[^:/@]*):(?!//).*@", r"\1:***@", url, flags=re.DOTALL)
-    return re.sub(r"(password\w*\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", shown, flags=re.IGNORECASE)
+    """The URL as it may be shown, whatever is wrong with it."""
+    url = re.sub(r"(password\w*\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
+    head, at, tail = url.rpartition("@")
+    if at:
+        return re.sub(r"(^(?:[^:]*://)?[^:]*:).*", r"\1***", head, flags=re.DOTALL) + at + tail
+    # Without a host, what should be the password stands where the port does.
+    return re.sub(r"(://[^/?#:]+:)(?![0-9]+(?:[/?,]|$))[^/?#]+", r"\1***", url)
+
+
+_URL = re.compile(
+    r"(?P<scheme>(?P<kind>sqlite|postgres(?:ql)?)(?:\+pool)?)://(?P<place>(?:[^/@]*@)?[^?]+)(?:\?(?P<query>.*))?",
+    re.DOTALL,
+)
 
 
 def _database_from(url: str) -> peewee.Database:
-    scheme, _, rest = url.partition("://")
-    if scheme.partition("+")[0] not in ("sqlite", "postgres", "postgresql") or not rest:
-        raise ConfigurationError(
-            f"The database URL {without_password(url)!r} cannot be used: write "
-            "postgresql://user:password@host/name or sqlite:///file.db."
-        )
-    options: dict[str, Any] = {}
-    if scheme.startswith("sqlite"):
-        options = {"pragmas": {"journal_mode": "wal", "foreign_keys": 1}, "timeout": 60}
-    else:
-        parts = _parts(url)
-        query = dict(parse_qsl(parts.query))
-        schema = query.pop("schema", "public")
-        if schema != "public":
-            quoted = '"' + schema.replace('"', '""') + '"'
-            search_path = "-c search_path=" + re.sub(r"([\\ ])", r"\\\1", quoted)
-            options["options"] = f"{query.pop('options', '')} {search_path}"
-        known = {name: value for name, value in query.items() if name not in _PRISMA_ONLY}
-        url = urlunsplit(parts._replace(query=urlencode(known)))
     try:
-        database: peewee.Database = db_url.connect(url, unquote_password=True, unquote_user=True, **options)
-    except (ValueError, RuntimeError) as error:
-        reason = "it names no database" if "no database name" in str(error) else type(error).__name__
-        raise ConfigurationError(f"The database URL {without_password(url)!r} cannot be used: {reason}.") from None
-    return database
+        match = _URL.fullmatch(url)
+        if match is None:
+            raise ValueError("write postgresql://user:password@host/name or sqlite:///file.db")
+        query = dict(pair.partition("=")[::2] for pair in (match["query"] or "").split("&") if pair)
+        database = db_url.schemes[match["scheme"]]
+        options: dict[str, Any] = {}
+        if issubclass(database, PooledDatabase):
+            options = {name: _number(name, query.pop(name)) for name in _POOL_OPTIONS if name in query}
+        read = _sqlite_options if match["kind"] == "sqlite" else _postgres_options
+        made: peewee.Database = database(**options, **read(match["place"], query))
+    except ValueError as error:
+        raise ConfigurationError(f"The database URL {without_password(url)!r} cannot be used: {error}.") from None
+    return made
 
 
-def _parts(url: str) -> SplitResult:
-    """The parts of a PostgreSQL URL, refused where a password that is not escaped would end up in another part."""
+def _number(name: str, value: str) -> int:
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a number")
+    return int(value)
+
+
+def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
+    if query:
+        raise ValueError(f"SQLite knows no parameter {', '.join(query)}")
+    if not place.startswith("/"):
+        raise ValueError(f"a file takes three slashes, sqlite:///{place}")
+    # Waiting comes first: where many processes open a new file, the change to WAL is what they wait for.
+    return {
+        "database": place[1:] or ":memory:",
+        "pragmas": [("busy_timeout", 60000), ("foreign_keys", 1), ("journal_mode", "wal")],
+    }
+
+
+def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
+    """What psycopg2 is to be given; libpq itself reads the URL."""
+    schema = unquote(query.pop("schema", "public"))
+    known = "&".join(f"{name}={value}" for name, value in query.items() if name not in _PRISMA_ONLY)
     try:
-        parts = urlsplit(url)
-        readable = "@" not in parts.path and (parts.port is None or parts.port > 0)
-    except ValueError:
-        readable = False
-    if not readable:
-        raise ConfigurationError(
-            f"The database URL {without_password(url)!r} cannot be used: its host or port cannot be read. In a user's "
-            "name or password write %2F for /, %3F for ?, %23 for #, %5B for [, %5D for ] and %40 for @."
-        )
-    return parts
+        options: dict[str, Any] = parse_dsn(f"postgresql://{place}?{known}")
+    except psycopg2.ProgrammingError as error:
+        # What else libpq says may quote the password.
+        unknown = re.search(r'URI query parameter: ("[^"]*")', str(error))
+        raise ValueError(f"there is no parameter {unknown[1]}" if unknown else _ENCODE) from None
+    if "@" in options.get("host", ""):
+        raise ValueError(_ENCODE)
+    if not re.fullmatch("[0-9,]*", options.get("port", "")):
+        raise ValueError("its port is not a number; a host follows the password after @")
+    if "dbname" not in options:
+        raise ValueError("it names no database")
+    options["database"] = options.pop("dbname")
+    if schema != "public":
+        quoted = '"' + schema.replace('"', '""') + '"'
+        search_path = "-c search_path=" + re.sub(r"([\\ ])", r"\\\1", quoted)
+        options["options"] = f"{options.get('options', '')} {search_path}"
+    return options
 
 
 def _dialect_of(database: peewee.Database) -> Dialect:

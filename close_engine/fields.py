@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from decimal import Decimal
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -126,11 +127,14 @@ class UtcDateTimeField(CleanField[V], Generic[V]):
     def clean(self, value: Any) -> datetime:
         if not isinstance(value, datetime):
             raise InvalidValue(self.label, value, "it must be a datetime with a timezone")
-        if value.tzinfo is None:
+        if value.utcoffset() is None:
             raise InvalidValue(
                 self.label, value, "it has no timezone; write datetime.now(timezone.utc) or .replace(tzinfo=…)"
             )
-        return milliseconds(value)
+        try:
+            return milliseconds(value)
+        except OverflowError:
+            raise InvalidValue(self.label, value, "in UTC it is before the year 1 or after the year 9999") from None
 
     def db_value(self, value: Any) -> Any:
         return value if value is None else stored_time(self.clean(value))
@@ -138,7 +142,9 @@ class UtcDateTimeField(CleanField[V], Generic[V]):
     def python_value(self, value: Any) -> Any:
         if isinstance(value, str):
             value = datetime.fromisoformat(value)
-        return value if value is None else milliseconds(value.replace(tzinfo=timezone.utc))
+        if value is not None and value.tzinfo is None:
+            value = value.replace(tzinfo=timezone.utc)
+        return value if value is None else milliseconds(value)
 
 
 class JsonField(peewee.JSONField):
@@ -146,13 +152,12 @@ class JsonField(peewee.JSONField):
 
     accessor_class = CleaningAccessor
 
+    def __init__(self, **options: Any) -> None:
+        # Peewee writes every value by this: also one that is compared with, or given to `append`.
+        super().__init__(dumps=lambda value: dump_json(self.clean(value)), **options)
+
     def clean(self, value: Any) -> Any:
         return clean_json(f"{self.model.__name__}.{self.name}", value)
-
-    def db_value(self, value: Any) -> Any:
-        if value is not None and not isinstance(value, peewee.Node):
-            value = self.clean(value)
-        return super().db_value(value)  # type: ignore[no-untyped-call]
 
 
 class _OneOrNone(peewee.BackrefAccessor):
@@ -215,17 +220,24 @@ def clean_json(label: str, value: Any) -> Any:
         raise InvalidValue(label, "…", "it is nested too deeply, or contains itself") from None
 
 
+#: Of a whole number of 4000 digits: Python reads no more than 4300.
+_MOST_BITS = 13287
+
+
 def _clean_json(label: str, value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return clean_text(label, value)
     if isinstance(value, int):
+        if value.bit_length() > _MOST_BITS:
+            raise InvalidValue(label, "…", "a number in JSON may have 4000 digits")
         return int(value)
     if isinstance(value, float):
         if value - value != 0:
             raise InvalidValue(label, value, "JSON has no NaN and no infinity")
-        return float(value)
+        # PostgreSQL has no negative zero there, and writes out the zeros of an exponent, which reads as an int.
+        return float(value) + 0.0 if abs(value) < 1e16 else int(Decimal(repr(float(value))))
     if isinstance(value, Mapping):
         copy = {}
         for key, item in value.items():

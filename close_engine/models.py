@@ -136,4 +136,4 @@ def _follow_binding(database: peewee.Database) -> None:
             model._meta.set_table_name(name)
 
 
-database_proxy.attach_callback(_follow_binding)
+database_proxy.attach_callback(_follow_binding)  # type: ignore[no-untyped-call]
