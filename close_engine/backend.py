@@ -45,6 +45,9 @@ _PRISMA_ONLY = {
     "statement_cache_size",
 }
 
+#: As in the first migration, which makes the schema where it is run without this library.
+_MADE_HERE = "Made by the migrations of close_engine, and dropped with them."
+
 _ENCODE = "percent-encode the special characters in its user and password"
 
 _POOL_OPTIONS = ("max_connections", "stale_timeout", "timeout")
@@ -146,7 +149,7 @@ class Dialect:
         """Make room for our tables."""
 
     def drop_schema(self, database: peewee.Database) -> None:
-        """Take away the room that `create_schema` made."""
+        """Take away the room, if `create_schema` made it."""
 
 
 class Postgres(Dialect):
@@ -210,9 +213,14 @@ class Postgres(Dialect):
         found = database.execute_sql("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'")
         if not found.fetchall():
             database.execute_sql("CREATE SCHEMA close_engine")
+            database.execute_sql(f"COMMENT ON SCHEMA close_engine IS '{_MADE_HERE}'")
 
     def drop_schema(self, database: peewee.Database) -> None:
-        database.execute_sql("DROP SCHEMA close_engine")
+        found = database.execute_sql(
+            "SELECT obj_description(oid, 'pg_namespace') FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"
+        )
+        if found.fetchall() == [(_MADE_HERE,)]:
+            database.execute_sql("DROP SCHEMA close_engine")
 
 
 class Sqlite(Dialect):

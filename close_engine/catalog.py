@@ -12,7 +12,7 @@ Column(type='TEXT', required=False, default="'none'")
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import peewee
 
@@ -95,10 +95,16 @@ class Catalog:
     Attributes:
         exact: whether types, defaults and names of foreign keys are to agree, or names and nullability alone.
         guards: the triggers that there must be.
+        helpers: our tables that no model stands for, each with the migrations that make and fill it.
     """
 
     exact: bool
     guards: tuple[Guard, ...]
+    helpers: ClassVar[dict[str, tuple[str, ...]]] = {
+        "created": ("0001_conversations",),
+        "silence": ("0002_history", "0003_guard"),
+        "transitions": ("0002_history",),
+    }
 
     def __init__(self, database: peewee.Database) -> None:
         self.database = database
@@ -165,7 +171,8 @@ class PostgresCatalog(Catalog):
     def columns(self, table: str, schema: str | None = None) -> dict[str, Column]:
         rows = self.database.execute_sql(
             """
-            SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid)
+            SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                coalesce(pg_get_expr(d.adbin, d.adrelid), nullif(a.attidentity::text, ''))
             FROM pg_class c
             JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = coalesce(%s, current_schema())
             JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -221,6 +228,7 @@ class SqliteCatalog(Catalog):
     """SQLite's: there the names and the nullability are enough."""
 
     exact = False
+    helpers: ClassVar[dict[str, tuple[str, ...]]] = {**Catalog.helpers, "context": ("0002_history",)}
     guards = (
         Guard(
             "close_engine_conversations",

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import peewee
@@ -91,9 +92,11 @@ def migration_sql(*, standalone: bool = False) -> list[str]:
     """
     binding = current()
     statements: list[str] = []
+    mine = get_ident()
 
     def record(event: Any) -> None:
-        if event.sql.split(None, 1)[0].upper() not in _LEAVE_NO_TRACE:
+        # The hooks of a database hear of every thread's statements.
+        if get_ident() == mine and event.sql.split(None, 1)[0].upper() not in _LEAVE_NO_TRACE:
             statements.append(_with_values(event.sql.strip(), event.params or (), binding.database.param))
 
     with atomic() as transaction, _schema_errors():

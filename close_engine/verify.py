@@ -88,6 +88,7 @@ def checks() -> list[Check]:
     readable = {model for model in models if not _missing_columns(catalog, model)}
     made = [Check("migrations", found)]
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
+    made.append(Check("tables of our own", list(_helper_problems(catalog))))
     made += [Check(f"triggers on {guard.table}", list(_trigger_problems(catalog, guard))) for guard in catalog.guards]
     made.append(Check("allowed stage changes", list(_transition_problems("conversation", pairs()))))
     made.append(Check("allowed decisions", list(_transition_problems("action", ACTION_TRANSITIONS))))
@@ -110,7 +111,7 @@ def _table_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
     found = catalog.columns(meta.table_name, meta.schema)
     if not found:
         configured = f" or say what it is called (connect(…, {meta.name}s=…))" if model in _CRMS_OWN else ""
-        yield f"The table {table} is missing: restore it, or migrate again{configured}."
+        yield f"The table {table} is missing: restore it from a backup{configured}."
         return
     for field in meta.sorted_fields:
         yield from _column_problems(catalog, model, field, found.get(field.column_name))
@@ -129,7 +130,7 @@ def _table_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
 def _column_problems(catalog: Catalog, model: type[BaseModel], field: Any, found: Column | None) -> Iterator[str]:
     where, expected = f"{_name(model)}.{field.column_name}", catalog.expected(field)
     if found is None:
-        add = f"ALTER TABLE {_name(model)} ADD COLUMN {field.column_name} {expected}"
+        add = f'ALTER TABLE {_quoted(model)} ADD COLUMN "{field.column_name}" {expected}'
         yield f"The column {where} is missing: add it ({add})."
     elif field.column_name in _CRMS_OWN.get(model, ()):
         return
@@ -182,15 +183,32 @@ def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[
             yield f"The table {_name(model)} must have the foreign key {expected}, found {there}: add it so."
 
 
+def _helper_problems(catalog: Catalog) -> Iterator[str]:
+    modelled = {getattr(model._meta, "own_table", None) for model in BaseModel.__subclasses__()}
+    for table, migrations in catalog.helpers.items():
+        schema, name = current().dialect.own_table(table)
+        if table not in modelled and not current().database.table_exists(name, schema):
+            yield f"The table {current().dialect.sql(f'{{{table}}}')} is missing: {_made_again(migrations)}."
+
+
+def _made_again(migrations: Sequence[str]) -> str:
+    """What to do about something that migrations make again when they are run again."""
+    return (
+        f"delete the row {' and the row '.join(migrations)} from {current().dialect.sql('{migrations}')} and run "
+        "close-engine migrate, which makes it again"
+    )
+
+
 def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
+    if not catalog.columns(guard.table):
+        return
     found = catalog.triggers(guard.table)
     for name in guard.triggers:
         trigger = found.get(name)
         if trigger is None:
             yield (
-                f"The trigger {name} on {guard.table} is missing, so the table is not guarded: delete the row "
-                f"{guard.migration} from {current().dialect.sql('{migrations}')} and run close-engine migrate, "
-                "which makes it again."
+                f"The trigger {name} on {guard.table} is missing, so the table is not guarded: "
+                f"{_made_again([guard.migration])}."
             )
         elif not trigger.enabled:
             yield (
@@ -216,7 +234,6 @@ def _transition_problems(machine: str, expected: Iterable[tuple[str, str, str]])
     table = binding.dialect.sql("{transitions}")
     schema, name = binding.dialect.own_table("transitions")
     if not binding.database.table_exists(name, schema):
-        yield f"The table {table} is missing, so every stage change is refused: restore it, or migrate again."
         return
     found = set(_rows('SELECT "trigger", source, dest FROM {transitions} WHERE machine = %s', [machine]))
     allowed = {(trigger, str(source), str(dest)) for trigger, source, dest in expected}

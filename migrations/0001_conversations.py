@@ -1,8 +1,8 @@
 """The tables and columns that Prisma declares too: conversations, pending actions, and what leads and clients gain.
 
 What Prisma has pushed already is adopted after checking that it matches; what is missing is added exactly as
-`prisma db push` would. What this migration added, and so may drop again, is listed in a table `created`. Nothing is
-added where anything does not match.
+`prisma db push` would. What this migration added, and so may drop again, is listed in a table `created`; a schema that
+it made says so in its comment. Nothing is added where anything does not match.
 
 The CRM's table names come from the database object (close_engine.bind sets them) or from the environment variables
 CLOSE_ENGINE_LEADS_TABLE, CLOSE_ENGINE_USERS_TABLE and CLOSE_ENGINE_CLIENTS_TABLE.
@@ -14,6 +14,24 @@ import peewee
 from playhouse.migrations import MigrationError
 
 REQUIRED, NULLABLE = True, False
+
+# What the database says of a schema that a migration made.
+MADE_HERE = "Made by the migrations of close_engine, and dropped with them."
+
+# No trigger leads out of any other stage.
+STAGES = [
+    "INITIATED",
+    "QUALIFYING",
+    "COLLECTING_INFO",
+    "BUILDING",
+    "PREVIEW_SENT",
+    "EDIT_LOOP",
+    "PENDING_APPROVAL",
+    "PAYMENT_SENT",
+    "COMPLETED",
+    "STALLED",
+    "CLOSED_LOST",
+]
 
 # Column: (name, PostgreSQL type, required, default as PostgreSQL prints it, or None).
 CONVERSATIONS = [
@@ -89,6 +107,8 @@ def up(migrator, db):
     for table in TABLES:
         if catalog.columns(table):
             problems += table_mismatches(catalog, table, names)
+    if not problems and catalog.columns("close_engine_conversations"):
+        problems += unknown_stages(db)
     for table, columns in ADDED.items():
         present = catalog.columns(names[table])
         problems += column_mismatches(names[table], [c for c in columns if c[0] in present], present, catalog)
@@ -202,18 +222,30 @@ def table_mismatches(catalog, table, names):
                 "make it nullable or give it a default"
             )
     indexes = catalog.indexes(table)
-    for name, column, unique in [*catalog.primary_key(table), *INDEXES[table]]:
+    for name, column, unique in [(f"{table}_pkey", "id", True), *INDEXES[table]]:
         if indexes.get(name) != (column, unique):
             problems.append(f"{table} should have {'a unique' if unique else 'an'} index {name} on {column}")
-    if catalog.exact and table == "close_engine_conversations":
+    if table == "close_engine_conversations":
         keys = catalog.foreign_keys(table)
         for name, column, target, on_delete in FOREIGN_KEYS:
-            if keys.get(name) != (column, names[target], on_delete, "CASCADE"):
+            if (name if catalog.exact else None, column, names[target], on_delete, "CASCADE") not in keys:
                 problems.append(
                     f"{table} should have a foreign key {name} from {column} to {names[target]}(id) "
                     f"ON DELETE {on_delete} ON UPDATE CASCADE"
                 )
     return problems
+
+
+def unknown_stages(db):
+    rows = db.execute_sql(
+        "SELECT stage, count(*), min(id) FROM close_engine_conversations GROUP BY stage ORDER BY stage"
+    )
+    return [
+        f"{count} of close_engine_conversations have the unknown stage {stage!r}, for example {example!r}; "
+        f"correct them to one of {', '.join(STAGES)}"
+        for stage, count, example in rows.fetchall()
+        if stage not in STAGES
+    ]
 
 
 class Postgres:
@@ -230,11 +262,16 @@ class Postgres:
         # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
         if not self.rows("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"):
             self.db.execute_sql("CREATE SCHEMA close_engine")
+            self.db.execute_sql(f"COMMENT ON SCHEMA close_engine IS '{MADE_HERE}'")
 
     def drop_schema(self):
         # The log of migrations may still be in it.
-        inside = "SELECT 1 FROM pg_catalog.pg_class WHERE relnamespace = 'close_engine'::pg_catalog.regnamespace"
-        if not self.rows(inside):
+        empty = """
+            SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'
+                AND pg_catalog.obj_description(oid, 'pg_namespace') = %s
+                AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class c WHERE c.relnamespace = pg_namespace.oid)
+        """
+        if self.rows(empty, (MADE_HERE,)):
             self.db.execute_sql("DROP SCHEMA close_engine")
 
     def place(self):
@@ -272,9 +309,6 @@ class Postgres:
             if " WHERE " not in index.sql
         }
 
-    def primary_key(self, table):
-        return [(f"{table}_pkey", "id", True)]
-
     def foreign_keys(self, table):
         rows = self.rows(
             """
@@ -289,7 +323,7 @@ class Postgres:
             (table,),
         )
         actions = {"c": "CASCADE", "n": "SET NULL", "a": "NO ACTION", "r": "RESTRICT", "d": "SET DEFAULT"}
-        return {name: (column, target, actions[d], actions[u]) for name, column, target, d, u in rows}
+        return [(name, column, target, actions[d], actions[u]) for name, column, target, d, u in rows]
 
     def definition(self, name, kind, required, default):
         parts = [quoted(name), kind]
@@ -338,7 +372,7 @@ class Sqlite:
         return not kind.upper().startswith("INT")
 
     def tables(self):
-        return [name for name in self.db.get_tables() if not name.startswith("sqlite_")]
+        return [name for name in self.db.get_tables() if not name.startswith(("sqlite_", "close_engine_"))]
 
     def columns(self, table):
         return {
@@ -347,10 +381,16 @@ class Sqlite:
         }
 
     def indexes(self, table):
-        return {index.name: (",".join(index.columns), index.unique) for index in self.db.get_indexes(table)}
+        primary_key = {f"{table}_pkey": (",".join(self.db.get_primary_keys(table)), True)}
+        return primary_key | {
+            index.name: (",".join(index.columns), index.unique)
+            for index in self.db.get_indexes(table)
+            if " WHERE " not in (index.sql or "")
+        }
 
-    def primary_key(self, table):
-        return []
+    def foreign_keys(self, table):
+        keys = self.db.get_foreign_keys(table)
+        return [(None, key.column, key.dest_table, key.on_delete, key.on_update) for key in keys]
 
     def definition(self, name, kind, required, default):
         parts = [quoted(name), "INTEGER" if kind == "integer" else "TEXT"]

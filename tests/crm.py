@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,14 @@ Catalog = dict[str, dict[str, tuple[Any, ...]]]
 
 
 def query(url: str, sql: str, values: Any = None) -> list[tuple[Any, ...]]:
-    """The rows of a statement, past the library."""
+    """The rows of a statement, or of the last of a script, past the library and in one transaction."""
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            if ";" in sql:
+                connection.executescript(f"BEGIN; {sql}; COMMIT")
+                return []
+            with connection:
+                return connection.execute(sql, values or ()).fetchall()
     with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
         cursor.execute(sql, values)
         return cursor.fetchall() if cursor.description else []
@@ -103,3 +111,20 @@ def columns_of(described: Catalog) -> dict[str, list[str]]:
         table, _, column = name.partition(".")
         columns.setdefault(table, []).append(column)
     return columns
+
+
+def everything(url: str) -> Any:
+    """All that a database of either kind is made of but for its rows."""
+    if url.startswith("sqlite"):
+        return query(
+            url, "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
+        )
+    (there,) = query(url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'close_engine'")
+    schemas = ["public", "close_engine"] if there == (1,) else ["public"]
+    functions = (
+        "SELECT pg_get_functiondef(p.oid) FROM pg_proc p WHERE p.pronamespace = 'close_engine'::regnamespace ORDER BY 1"
+    )
+    return (
+        {schema: (catalog(url, schema=schema), catalog(url, UNSEEN, schema)) for schema in schemas},
+        query(url, functions) if len(schemas) == 2 else [],
+    )

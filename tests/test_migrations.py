@@ -1,0 +1,781 @@
+"""Migrating: fresh, over what Prisma pushed, all of it or nothing, many at once, and back without a trace."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peewee
+import pytest
+
+import close_engine
+from close_engine import (
+    AutonomyLevel,
+    CloseEngineConversation,
+    EntryPoint,
+    Lead,
+    SchemaError,
+    Stage,
+    StageChange,
+)
+from close_engine.approvals import PendingAction
+from close_engine.schema import directory, migration_sql, rows_at_stake
+from close_engine.testing import bring_to
+from tests.crm import AFTER, everything, query, restore
+from tests.servers import execute, postgres_database
+
+PACKAGE = Path(close_engine.__file__).parent
+SCRIPTS = sorted(path.stem for path in directory().glob("[0-9]*.py"))
+
+CRM = """
+    CREATE TABLE users (id TEXT NOT NULL PRIMARY KEY, name TEXT);
+    CREATE TABLE leads (id TEXT NOT NULL PRIMARY KEY, phone TEXT);
+    CREATE TABLE clients (id TEXT NOT NULL PRIMARY KEY);
+    INSERT INTO users (id) VALUES ('rep_1');
+    INSERT INTO leads (id, phone) VALUES ('lead_1', '+1555'), ('lead_2', '+1556'), ('lead_3', '')
+"""
+
+LEFT_ON_SQLITE = {"sqlite_sequence"}  # SQLite's own; it cannot be dropped
+
+
+@contextmanager
+def bound(url: str, **names: str) -> Iterator[peewee.Database]:
+    database = close_engine.connect(url, **names)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def crm_url(empty_url: str) -> str:
+    """The URL of a database that has a small CRM."""
+    query(empty_url, CRM)
+    return empty_url
+
+
+@pytest.fixture
+def pushed_url(server: str) -> Iterator[str]:
+    """The URL of a CRM's database into which Prisma has pushed our tables."""
+    with postgres_database(server) as url:
+        restore(url, AFTER)
+        yield url
+
+
+def refused(url: str, **names: str) -> SchemaError:
+    """The error of a migration, which must have changed nothing."""
+    before = everything(url)
+    with bound(url, **names), pytest.raises(SchemaError) as caught:
+        close_engine.migrate()
+    assert everything(url) == before
+    assert str(caught.value).startswith("Nothing was changed: ")
+    return caught.value
+
+
+# -- what is there afterwards --------------------------------------------------------------------------------------
+
+
+def test_a_database_without_a_crm_gets_one_only_when_asked(empty_url: str) -> None:
+    refused(empty_url)
+
+    with bound(empty_url) as database:
+        assert close_engine.migrate(standalone=True) == SCRIPTS
+        assert {"leads", "users", "clients", "close_engine_conversations", "pending_actions"} <= set(
+            database.get_tables()
+        )
+        assert close_engine.verify() == []
+        after = everything(empty_url)
+        assert close_engine.migrate() == close_engine.migrate(standalone=True) == []
+        assert everything(empty_url) == after
+        assert [(each.name, each.known) for each in close_engine.status()] == [(name, True) for name in SCRIPTS]
+        assert all(each.applied_at for each in close_engine.status())
+        close_engine.rollback(SCRIPTS[0])
+        assert set(database.get_tables()) - LEFT_ON_SQLITE == {"leads", "users", "clients"}
+
+
+def test_the_crms_rows_are_as_they_were_and_the_new_columns_have_their_defaults(crm_url: str) -> None:
+    with bound(crm_url):
+        close_engine.migrate()
+
+        assert query(crm_url, "SELECT id, phone FROM leads ORDER BY id") == [
+            ("lead_1", "+1555"),
+            ("lead_2", "+1556"),
+            ("lead_3", ""),
+        ]
+        assert {lead.autonomy_level for lead in Lead.select()} == {AutonomyLevel.FULL_AUTO}
+        assert {lead.close_entry_point for lead in Lead.select()} == {None}
+
+
+def test_ids_may_be_varchar(server: str) -> None:
+    with postgres_database(server) as url:
+        query(url, CRM)
+        query(url, "ALTER TABLE leads ALTER id TYPE varchar(30); ALTER TABLE users ALTER id TYPE varchar")
+        with bound(url):
+            close_engine.migrate()
+
+            conversation = close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY, rep="rep_1")
+            assert bring_to(conversation, Stage.COMPLETED).lead.id == "lead_1"
+            assert close_engine.verify() == []
+
+
+def test_conversations_that_exist_already_get_one_row_of_history_each(pushed_url: str) -> None:
+    query(
+        pushed_url,
+        """
+        INSERT INTO leads (id, first_name, company_name, phone, updated_at)
+        SELECT 'lead_' || n, 'Ada', 'Ltd', '+1555', now() FROM generate_series(1, 11) n;
+        INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, created_at, updated_at)
+        SELECT 'c' || n, 'lead_' || n, 'SMS_REPLY', stage, '2026-01-01', '2026-01-02 03:04:05.678'
+        FROM unnest(%s) WITH ORDINALITY AS stages (stage, n)
+        """,
+        ([stage.value for stage in Stage],),
+    )
+    rows = "SELECT * FROM close_engine_conversations ORDER BY id"
+    before = query(pushed_url, rows)
+
+    with bound(pushed_url):
+        close_engine.migrate()
+
+        assert query(pushed_url, rows) == before
+        changes = list(StageChange.select())
+        assert {change.trigger for change in changes} == {"adopted"}
+        assert {change.source for change in changes} == {None}
+        assert sorted(change.dest for change in changes) == sorted(Stage)
+        assert close_engine.verify() == []
+        stalled = CloseEngineConversation.get(CloseEngineConversation.stage == Stage.STALLED)
+        assert stalled.resume().dest is Stage.QUALIFYING  # where it stalled, nobody has recorded
+        assert [change.trigger for change in stalled.history()] == ["adopted", "resume"]
+        close_engine.rollback(SCRIPTS[0])
+    assert len(query(pushed_url, rows)) == 11
+
+
+# -- what Prisma pushed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "",
+        "DROP TABLE pending_actions",
+        "DROP TABLE close_engine_conversations",
+        "ALTER TABLE leads DROP qualification_data",
+        "ALTER TABLE leads DROP qualification_data, DROP close_entry_point",
+        "ALTER TABLE clients DROP autonomy_level; DROP TABLE close_engine_conversations, pending_actions",
+    ],
+)
+def test_what_prisma_pushed_is_adopted_and_stays_when_migrated_back(pushed_url: str, missing: str) -> None:
+    pushed = everything(pushed_url)
+    if missing:
+        query(pushed_url, missing)
+    before = everything(pushed_url)
+
+    with bound(pushed_url):
+        close_engine.migrate()
+
+        assert everything(pushed_url)[0]["public"][0] == pushed[0]["public"][0]
+        assert close_engine.verify() == []
+        close_engine.rollback(SCRIPTS[0])
+    assert everything(pushed_url) == before
+
+
+STAGES = ", ".join(Stage)
+
+#: What is different from what Prisma makes, and the sentence that says so.
+MISMATCHES = [
+    (
+        "ALTER TABLE close_engine_conversations DROP stalled_at",
+        'column close_engine_conversations.stalled_at is missing; expected "stalled_at" timestamp(3) without time zone',
+    ),
+    (
+        "ALTER TABLE pending_actions DROP draft_message",
+        'column pending_actions.draft_message is missing; expected "draft_message" text NOT NULL',
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ALTER stalled_at TYPE timestamptz",
+        "column close_engine_conversations.stalled_at is timestamp with time zone; "
+        "expected timestamp(3) without time zone",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ALTER updated_at TYPE timestamp",
+        "column close_engine_conversations.updated_at is timestamp without time zone not null; "
+        "expected timestamp(3) without time zone not null",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ALTER collected_data TYPE json",
+        "column close_engine_conversations.collected_data is json; expected jsonb",
+    ),
+    (
+        "CREATE TYPE \"Action\" AS ENUM ('SEND_MESSAGE'); "
+        'ALTER TABLE pending_actions ALTER type TYPE "Action" USING type::"Action"',
+        'column pending_actions.type is "Action" not null; expected text not null',
+    ),
+    (
+        "ALTER TABLE leads ALTER qualification_data TYPE text",
+        "column leads.qualification_data is text; expected jsonb",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ALTER stage DROP DEFAULT",
+        "column close_engine_conversations.stage is text not null; expected text not null default 'INITIATED'::text",
+    ),
+    (
+        "ALTER TABLE clients ALTER autonomy_level SET DEFAULT 'MANUAL'",
+        "column clients.autonomy_level is text not null default 'MANUAL'::text; "
+        "expected text not null default 'FULL_AUTO'::text",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ALTER updated_at SET DEFAULT now()",
+        "column close_engine_conversations.updated_at is timestamp(3) without time zone not null default now(); "
+        "expected timestamp(3) without time zone not null",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ALTER rep_id SET NOT NULL",
+        "column close_engine_conversations.rep_id is text not null; expected text",
+    ),
+    (
+        "ALTER TABLE leads ALTER autonomy_level DROP NOT NULL",
+        "column leads.autonomy_level is text default 'FULL_AUTO'::text; "
+        "expected text not null default 'FULL_AUTO'::text",
+    ),
+    (
+        "DROP INDEX close_engine_conversations_created_at_idx",
+        "close_engine_conversations should have an index close_engine_conversations_created_at_idx on created_at",
+    ),
+    (
+        "DROP INDEX close_engine_conversations_lead_id_key; "
+        "CREATE INDEX close_engine_conversations_lead_id_key ON close_engine_conversations (lead_id)",
+        "close_engine_conversations should have a unique index close_engine_conversations_lead_id_key on lead_id",
+    ),
+    (
+        "DROP INDEX pending_actions_status_idx; "
+        "CREATE INDEX pending_actions_status_idx ON pending_actions (status) WHERE status = 'PENDING'",
+        "pending_actions should have an index pending_actions_status_idx on status",
+    ),
+    (
+        "ALTER INDEX pending_actions_status_idx RENAME TO status",
+        "pending_actions should have an index pending_actions_status_idx on status",
+    ),
+    (
+        "ALTER TABLE pending_actions DROP CONSTRAINT pending_actions_pkey",
+        "pending_actions should have a unique index pending_actions_pkey on id",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations DROP CONSTRAINT close_engine_conversations_rep_id_fkey",
+        "close_engine_conversations should have a foreign key close_engine_conversations_rep_id_fkey "
+        "from rep_id to users(id) ON DELETE SET NULL ON UPDATE CASCADE",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations DROP CONSTRAINT close_engine_conversations_lead_id_fkey, "
+        "ADD CONSTRAINT close_engine_conversations_lead_id_fkey FOREIGN KEY (lead_id) REFERENCES leads(id)",
+        "close_engine_conversations should have a foreign key close_engine_conversations_lead_id_fkey "
+        "from lead_id to leads(id) ON DELETE CASCADE ON UPDATE CASCADE",
+    ),
+    (
+        "ALTER TABLE close_engine_conversations ADD brand text NOT NULL",
+        "column close_engine_conversations.brand is not known here and must always be given; "
+        "make it nullable or give it a default",
+    ),
+    (
+        "INSERT INTO leads (id, first_name, company_name, phone, updated_at) VALUES ('l', '', '', '', now()); "
+        "INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, updated_at) "
+        "VALUES ('c1', 'l', 'SMS_REPLY', 'WON', now())",
+        "1 of close_engine_conversations have the unknown stage 'WON', for example 'c1'; "
+        f"correct them to one of {STAGES}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), MISMATCHES)
+def test_what_prisma_pushed_is_refused_where_it_differs_and_nothing_is_changed(
+    pushed_url: str, change: str, sentence: str
+) -> None:
+    query(pushed_url, change)
+
+    assert refused(pushed_url).problems == [sentence]
+
+
+def test_every_mismatch_is_told_at_once(pushed_url: str) -> None:
+    changes = [MISMATCHES[number] for number in (0, 8, 15)]
+    for change, _ in changes:
+        query(pushed_url, change)
+
+    error = refused(pushed_url)
+
+    assert set(error.problems) == {sentence for _, sentence in changes}
+    assert str(error).splitlines() == [
+        "Nothing was changed: the tables there are not what is needed; make them so and migrate again:",
+        *(f"  - {problem}" for problem in error.problems),
+    ]
+
+
+def test_a_column_more_that_need_not_be_given_is_no_mismatch(pushed_url: str) -> None:
+    query(
+        pushed_url,
+        "ALTER TABLE close_engine_conversations ADD brand text, ADD rank int NOT NULL DEFAULT 0, "
+        "ADD number int GENERATED ALWAYS AS IDENTITY, ADD twice int GENERATED ALWAYS AS (edit_rounds * 2) STORED",
+    )
+    with bound(pushed_url):
+        close_engine.migrate()
+        assert close_engine.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            "ALTER TABLE close_engine_conversations DROP stalled_at",
+            'column close_engine_conversations.stalled_at is missing; expected "stalled_at" TEXT',
+        ),
+        (
+            "ALTER TABLE close_engine_conversations ADD brand TEXT NOT NULL",
+            "column close_engine_conversations.brand is not known here and must always be given; "
+            "make it nullable or give it a default",
+        ),
+        (
+            "DROP INDEX pending_actions_status_idx",
+            "pending_actions should have an index pending_actions_status_idx on status",
+        ),
+        (
+            "DROP TABLE pending_actions; CREATE TABLE pending_actions (id TEXT NOT NULL, conversation_id TEXT NOT NULL, "
+            "lead_id TEXT NOT NULL, type TEXT NOT NULL, draft_message TEXT, metadata TEXT, status TEXT NOT NULL, "
+            "approved_by TEXT, approved_at TEXT, expires_at TEXT, created_at TEXT NOT NULL); "
+            "CREATE INDEX pending_actions_status_idx ON pending_actions (status); "
+            "CREATE INDEX pending_actions_lead_id_idx ON pending_actions (lead_id); "
+            "CREATE INDEX pending_actions_conversation_id_idx ON pending_actions (conversation_id)",
+            "column pending_actions.draft_message is TEXT; expected text not null\n"
+            "pending_actions should have a unique index pending_actions_pkey on id",
+        ),
+        (
+            "REFERENCES",
+            "close_engine_conversations should have a foreign key close_engine_conversations_rep_id_fkey "
+            "from rep_id to users(id) ON DELETE SET NULL ON UPDATE CASCADE",
+        ),
+    ],
+)
+def test_on_sqlite_names_nullability_and_references_must_match(tmp_path: Path, change: str, sentence: str) -> None:
+    with bound(f"sqlite:///{tmp_path}/made.db"):
+        close_engine.migrate(standalone=True)
+    there = f"sqlite:///{tmp_path}/pushed.db"
+    made = query(
+        f"sqlite:///{tmp_path}/made.db",
+        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'trigger' AND tbl_name IN "
+        "('users', 'leads', 'clients', 'pending_actions', 'close_engine_conversations') ORDER BY type DESC",
+    )
+    statements = [statement for (statement,) in made]
+    if change == "REFERENCES":
+        statements = [statement.replace("ON DELETE SET NULL", "") for statement in statements]
+    else:
+        statements.append(change)
+    query(
+        there,
+        ";\n".join(["SELECT 1", *statements]).replace("ADD brand TEXT NOT NULL", "ADD brand TEXT NOT NULL DEFAULT ''"),
+    )
+    if "brand" in change:  # SQLite adds no such column to a table, but can be made with one
+        query(there, "PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql = replace(sql, ' DEFAULT ''''', '')")
+
+    assert "\n".join(refused(there).problems) == sentence
+
+
+def test_on_sqlite_what_is_there_is_adopted_and_stays(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/crm.db"
+    with bound(url) as database:
+        close_engine.migrate(standalone=True)
+        database.execute_sql("DELETE FROM close_engine_created")
+        close_engine.rollback(SCRIPTS[0])
+        before = everything(url)
+        assert [name for kind, name, *_ in before if kind == "table"] == [
+            "clients",
+            "close_engine_conversations",
+            "leads",
+            "pending_actions",
+            "users",
+        ]
+
+        assert close_engine.migrate() == SCRIPTS
+        assert close_engine.verify() == []
+        close_engine.rollback(SCRIPTS[0])
+        assert everything(url) == before
+
+
+# -- a CRM that is not there ---------------------------------------------------------------------------------------
+
+
+def test_missing_tables_are_told_with_what_was_found_and_how_to_name_them(empty_url: str) -> None:
+    query(empty_url, 'CREATE TABLE "Lead" (id TEXT PRIMARY KEY); CREATE TABLE "User" (id TEXT PRIMARY KEY)')
+    place = "" if empty_url.startswith("sqlite") else " in schema public"
+
+    assert refused(empty_url, users="User").problems == [
+        f"the CRM's table of leads was looked for as 'leads'{place} and not found: say what it is called with "
+        "connect(..., leads=...) or the environment variable CLOSE_ENGINE_LEADS_TABLE",
+        f"the CRM's table of clients was looked for as 'clients'{place} and not found: say what it is called with "
+        "connect(..., clients=...) or the environment variable CLOSE_ENGINE_CLIENTS_TABLE",
+        f"the tables found{place} are: Lead, User; a database that is to have no CRM gets minimal tables with "
+        "close-engine migrate --standalone",
+    ]
+    assert "the tables found" in str(refused(empty_url, leads="lead", users="USER", clients="Client"))
+
+
+def test_a_schema_that_is_not_there_is_told(server: str) -> None:
+    with postgres_database(server) as url:
+        query(url, CRM)
+
+        with bound(f"{url}&schema=crm"), pytest.raises(SchemaError) as caught:
+            close_engine.migrate()
+
+        assert caught.value.problems[-1] == (
+            'the tables found in schema "crm" are: none at all; a database that is to have no CRM gets minimal tables '
+            "with close-engine migrate --standalone"
+        )
+
+
+def test_an_id_that_is_no_text_is_told(crm_url: str) -> None:
+    query(
+        crm_url,
+        "DROP TABLE leads; CREATE TABLE leads (id INTEGER PRIMARY KEY); "
+        "DROP TABLE clients; CREATE TABLE clients (x TEXT)",
+    )
+    integer = "INTEGER" if crm_url.startswith("sqlite") else "integer"
+
+    assert refused(crm_url).problems == [
+        f"column leads.id is {integer}; expected text or varchar, as Prisma's String is",
+        "the CRM's table 'clients' of clients has no column id; expected text or varchar",
+    ]
+
+
+# -- all or nothing ------------------------------------------------------------------------------------------------
+
+FAILING = """
+def up(migrator, db):
+    db.execute_sql("CREATE TABLE half_done (id TEXT)")
+    db.execute_sql("SELECT nothing_such")
+"""
+
+MIGRATE = """
+import sys, close_engine
+close_engine.connect(sys.argv[1])
+try:
+    print(close_engine.migrate())
+except close_engine.SchemaError as error:
+    print(error)
+"""
+
+
+def in_an_installation(place: Path, url: str) -> str:
+    """What a package says that stands as pip installs it, with the migrations inside."""
+    done = subprocess.run(
+        [sys.executable, "-c", MIGRATE, url],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Path:
+    place = tmp_path / "site-packages"
+    shutil.copytree(PACKAGE, place / "close_engine", ignore=shutil.ignore_patterns("__pycache__", "migrations"))
+    shutil.copytree(directory(), place / "close_engine" / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    return place
+
+
+def test_an_installed_package_finds_its_scripts_and_undoes_everything_when_one_fails(
+    crm_url: str, installation: Path
+) -> None:
+    script = installation / "close_engine" / "migrations" / "0099_fails.py"
+    script.write_text(FAILING)
+    before = everything(crm_url)
+
+    told = in_an_installation(installation, crm_url)
+
+    assert told.startswith("Nothing was changed: the database refuses, ")
+    assert "nothing_such" in told
+    assert everything(crm_url) == before
+
+    script.unlink()
+    assert in_an_installation(installation, crm_url) == f"{SCRIPTS}\n"
+
+    script.write_text(FAILING)
+    migrated = everything(crm_url)
+    in_an_installation(installation, crm_url)
+    assert everything(crm_url) == migrated
+
+
+def test_a_migration_that_a_newer_version_applied_is_known_by_its_name(crm_url: str) -> None:
+    with bound(crm_url) as database:
+        close_engine.migrate()
+        schema = "close_engine_" if crm_url.startswith("sqlite") else "close_engine."
+        query(crm_url, f"INSERT INTO {schema}migrations (name, applied) VALUES ('0999_later', '2026-01-01 00:00:00')")
+
+        assert close_engine.migrate() == []
+        assert (close_engine.status()[-1].name, close_engine.status()[-1].known) == ("0999_later", False)
+        before = everything(crm_url)
+        with pytest.raises(SchemaError) as caught:
+            close_engine.rollback()
+        assert str(caught.value) == ('Nothing was changed: cannot revert "0999_later": migration file is missing.')
+        with pytest.raises(SchemaError, match='"0000_never" is not an applied migration'):
+            close_engine.rollback("0000_never")
+        assert everything(crm_url) == before
+        assert not database.in_transaction()
+
+
+ROLE = "close_engine_migrator"
+
+
+@pytest.fixture
+def role(server: str) -> Iterator[str]:
+    """A role that may do nothing but connect."""
+    execute(server, f"CREATE ROLE {ROLE} LOGIN")
+    yield ROLE
+    execute(server, f"DROP ROLE {ROLE}")
+
+
+@pytest.fixture
+def role_url(role: str, server: str) -> Iterator[tuple[str, str]]:
+    """The URL of a CRM's database, for its owner and for the role."""
+    with postgres_database(server) as url:
+        query(url, CRM)
+        yield url, url.replace("//postgres:@", f"//{role}:@")
+
+
+def test_a_role_without_the_rights_changes_nothing(role_url: tuple[str, str]) -> None:
+    url, as_role = role_url
+    before = everything(url)
+
+    with bound(as_role), pytest.raises(SchemaError) as caught:
+        close_engine.migrate()
+    assert str(caught.value).startswith("Nothing was changed: the database refuses, permission denied for database ")
+
+    # It gets further with every right, until the last is given.
+    execute(url, f"CREATE SCHEMA close_engine AUTHORIZATION {ROLE}")
+    before = everything(url)
+    for denied, grant in (
+        ("schema public", "GRANT ALL ON SCHEMA public TO"),
+        ("table leads", "GRANT ALL ON users, leads, clients TO"),
+    ):
+        with bound(as_role), pytest.raises(SchemaError, match=f"permission denied for {denied}|must be owner"):
+            close_engine.migrate()
+        assert everything(url) == before
+        execute(url, f"{grant} {ROLE}")
+
+
+def test_a_schema_that_was_made_beforehand_needs_no_right_to_make_one_and_stays(role_url: tuple[str, str]) -> None:
+    url, as_role = role_url
+    execute(
+        url,
+        f"CREATE SCHEMA close_engine AUTHORIZATION {ROLE}",
+        f"GRANT ALL ON SCHEMA public TO {ROLE}",
+        *(f"ALTER TABLE {table} OWNER TO {ROLE}" for table in ("leads", "users", "clients")),
+    )
+    before = everything(url)
+
+    with bound(as_role):
+        assert close_engine.migrate() == SCRIPTS
+        assert close_engine.verify() == []
+        bring_to(close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY), Stage.COMPLETED)
+        assert close_engine.rollback(SCRIPTS[0]) == SCRIPTS[::-1]
+        assert everything(url) == before
+        assert close_engine.migrate() == SCRIPTS
+
+
+# -- many at once --------------------------------------------------------------------------------------------------
+
+
+def migrate_at_once(url: str, barrier: Any, results: Any) -> None:
+    """One of the processes; it reports what it applied, or its error."""
+    database = close_engine.connect(url)
+    barrier.wait(60)
+    try:
+        results.put(close_engine.migrate(standalone=True))
+    except Exception as error:
+        results.put(repr(error))
+    database.close()
+
+
+def test_of_eight_processes_at_once_one_migrates_and_all_succeed(empty_url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(8), context.Queue()
+    processes = [context.Process(target=migrate_at_once, args=(empty_url, barrier, results)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    told = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+
+    assert sorted(told, key=len) == [[]] * 7 + [SCRIPTS]
+    with bound(empty_url):
+        assert close_engine.verify() == []
+
+
+# -- as a script ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_the_printed_script_does_what_migrating_does_and_printing_it_leaves_no_trace(
+    empty_url: str, server: str, tmp_path: Path, standalone: bool
+) -> None:
+    if not standalone:
+        query(empty_url, CRM)
+    before = everything(empty_url)
+    with bound(empty_url):
+        script = ";\n".join(migration_sql(standalone=standalone))
+    assert everything(empty_url) == before
+
+    @contextmanager
+    def another() -> Iterator[str]:
+        if empty_url.startswith("sqlite"):
+            yield f"sqlite:///{tmp_path}/another.db"
+        else:
+            with postgres_database(server) as url:
+                yield url
+
+    with another() as url:
+        if not standalone:
+            query(url, CRM)
+        query(url, script)
+        with bound(empty_url):
+            close_engine.migrate(standalone=standalone)
+        assert everything(url) == everything(empty_url)
+        with bound(url):
+            assert close_engine.verify() == []
+            assert close_engine.migrate() == migration_sql() == []
+            lead = Lead.create(phone="+1557")
+            bring_to(close_engine.open_conversation(lead, EntryPoint.SMS_REPLY), Stage.COMPLETED)
+            close_engine.rollback(SCRIPTS[0])
+        with bound(empty_url):
+            close_engine.rollback(SCRIPTS[0])
+        assert everything(url) == everything(empty_url)
+
+
+def test_the_printed_script_quotes_names_and_values(server: str) -> None:
+    names = {"leads": 'it\'s "leads"', "users": "?", "clients": "a;b"}
+    with postgres_database(server) as url, postgres_database(server) as other:
+        with bound(url, **names):
+            script = ";\n".join(migration_sql(standalone=True))
+        query(other, script)
+        with bound(other, **names):
+            assert close_engine.migrate() == []
+            assert close_engine.verify() == []
+
+
+def test_the_printed_script_has_no_statements_of_other_threads(postgres_url: str) -> None:
+    with bound(postgres_url) as database:
+        close_engine.rollback(SCRIPTS[0])
+        started, stop = threading.Event(), threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                database.execute_sql("CREATE TEMPORARY TABLE IF NOT EXISTS another_threads (id int)")
+                started.set()
+            database.close()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        started.wait(60)
+        script = "".join(migration_sql())
+        stop.set()
+        thread.join()
+
+    assert "close_engine_conversations" in script
+    assert "another_threads" not in script
+
+
+def test_a_script_that_cannot_be_run_is_refused_with_the_same_sentence(empty_url: str) -> None:
+    with bound(empty_url) as database:
+        with pytest.raises(SchemaError, match="was looked for as 'leads'"):
+            migration_sql()
+        assert database.query_hooks == []
+        assert not database.in_transaction()
+
+
+# -- and back ------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_back_can_be_taken_alone_and_again(crm_url: str) -> None:
+    before = everything(crm_url)
+    with bound(crm_url):
+        close_engine.migrate()
+        migrated = everything(crm_url)
+        for steps in range(1, len(SCRIPTS) + 1):
+            assert [close_engine.rollback() for _ in range(steps)] == [[name] for name in SCRIPTS[: -steps - 1 : -1]]
+            pending = [each.name for each in close_engine.status() if each.applied_at is None]
+            assert pending == SCRIPTS[-steps:]
+            if steps == len(SCRIPTS):
+                assert everything(crm_url) == before
+            assert close_engine.migrate() == SCRIPTS[-steps:]
+            assert everything(crm_url) == migrated
+        assert close_engine.rollback(SCRIPTS[1]) == SCRIPTS[:0:-1]
+        assert close_engine.rollback() == SCRIPTS[:1]
+        assert close_engine.rollback() == []
+    assert everything(crm_url) == before
+
+
+def test_migrating_back_and_again_adopts_the_conversations_that_prisma_keeps(pushed_url: str) -> None:
+    query(
+        pushed_url,
+        "INSERT INTO leads (id, first_name, company_name, phone, updated_at) VALUES ('lead_1', '', '', '+1', now())",
+    )
+    with bound(pushed_url):
+        close_engine.migrate()
+        conversation = bring_to(close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY), Stage.BUILDING)
+        close_engine.rollback(SCRIPTS[0])
+        close_engine.migrate()
+
+        assert [(change.trigger, change.dest) for change in conversation.history()] == [("adopted", Stage.BUILDING)]
+        assert close_engine.verify() == []
+
+
+def test_what_depends_on_ours_is_not_dropped(server: str) -> None:
+    with postgres_database(server) as url:
+        query(url, CRM)
+        with bound(url):
+            close_engine.migrate()
+            query(url, "CREATE VIEW pipeline AS SELECT stage, count(*) FROM close_engine_conversations GROUP BY stage")
+            before = everything(url)
+
+            with pytest.raises(SchemaError, match="cannot drop table close_engine_conversations because other objects"):
+                close_engine.rollback(SCRIPTS[0])
+
+            assert everything(url) == before
+            assert close_engine.verify() == []
+
+
+def test_what_a_rollback_would_lose_is_counted(crm_url: str) -> None:
+    with bound(crm_url):
+        assert rows_at_stake() == {}
+        close_engine.migrate()
+        assert rows_at_stake() == {}
+
+        Lead.update(autonomy_level=AutonomyLevel.MANUAL).where(Lead.id != "lead_3").execute()
+        bring_to(close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY), Stage.QUALIFYING)
+        PendingAction.create(conversation_id="c", lead_id="l", type="SEND_MESSAGE", draft_message="Hi")
+
+        history = "close_engine_history" if crm_url.startswith("sqlite") else "close_engine.history"
+        assert rows_at_stake() == {
+            "close_engine_conversations": 1,
+            history: 2,
+            "leads.autonomy_level": 2,
+            "leads.close_entry_point": 1,
+            "pending_actions": 1,
+        }
+        close_engine.rollback(SCRIPTS[0])
+        assert rows_at_stake() == {}
+
+
+def test_what_prisma_made_is_not_at_stake(pushed_url: str) -> None:
+    query(
+        pushed_url,
+        "INSERT INTO leads (id, first_name, company_name, phone, updated_at) VALUES ('lead_1', '', '', '+1', now())",
+    )
+    with bound(pushed_url):
+        close_engine.migrate()
+        close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY)
+
+        assert rows_at_stake() == {"close_engine.history": 1}
