@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import peewee
 
-__all__ = ["Catalog", "Column", "ForeignKey", "Guard", "Index", "PostgresCatalog", "SqliteCatalog"]
+__all__ = ["Catalog", "Column", "ForeignKey", "Guard", "Helper", "Index", "PostgresCatalog", "SqliteCatalog"]
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,29 @@ class Guard:
     triggers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Helper:
+    """One of our tables that no model stands for, and the migrations that make and fill it."""
+
+    columns: tuple[str, ...]
+    migrations: tuple[str, ...]
+
+
 class Catalog:
     """How a catalog is read; by Peewee's introspection where that tells enough.
 
     Attributes:
         exact: whether types, defaults and names of foreign keys are to agree, or names and nullability alone.
         guards: the triggers that there must be.
-        helpers: our tables that no model stands for, each with the migrations that make and fill it.
+        helpers: our tables that no model stands for, by name.
     """
 
     exact: bool
     guards: tuple[Guard, ...]
-    helpers: ClassVar[dict[str, tuple[str, ...]]] = {
-        "created": ("0001_conversations",),
-        "silence": ("0002_history", "0003_guard"),
-        "transitions": ("0002_history",),
+    helpers: ClassVar[dict[str, Helper]] = {
+        "created": Helper(("table_name", "column_name"), ("0001_conversations",)),
+        "silence": Helper(("conversation_id", "since"), ("0002_history", "0003_guard")),
+        "transitions": Helper(("machine", "trigger", "source", "dest"), ("0002_history", "0005_decisions")),
     }
 
     def __init__(self, database: peewee.Database) -> None:
@@ -228,7 +236,10 @@ class SqliteCatalog(Catalog):
     """SQLite's: there the names and the nullability are enough."""
 
     exact = False
-    helpers: ClassVar[dict[str, tuple[str, ...]]] = {**Catalog.helpers, "context": ("0002_history",)}
+    helpers: ClassVar[dict[str, Helper]] = {
+        **Catalog.helpers,
+        "context": Helper(("id", "context"), ("0002_history",)),
+    }
     guards = (
         Guard(
             "close_engine_conversations",

@@ -74,7 +74,7 @@ def migrate(*, standalone: bool = False) -> list[str]:
             statement (no right to make tables, say); nothing was changed.
     """
     binding = current()
-    if not standalone and not _pending(binding):
+    if not standalone and not _pending():
         return []
     with atomic(), _schema_errors():
         return _apply(binding, standalone)
@@ -137,8 +137,15 @@ def rollback(target: str | None = None) -> list[str]:
 
 
 def status() -> list[MigrationStatus]:
-    """Every migration, applied or pending, in order."""
-    return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
+    """Every migration, applied or pending, in order.
+
+    Raises:
+        SchemaError: the database's role may not read which were applied.
+    """
+    try:
+        return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
+    except peewee.ProgrammingError as error:
+        raise SchemaError(f"Which migrations were applied cannot be read: {_first_line(error)}.") from error
 
 
 def rows_at_stake() -> dict[str, int]:
@@ -172,15 +179,15 @@ def _runner(binding: Binding) -> Any:
     return Runner(binding.database, str(directory()), table_name=table, schema=schema)
 
 
-def _pending(binding: Binding) -> bool:
-    return any(m.applied is None for m in _runner(binding).status())
+def _pending() -> bool:
+    return any(migration.applied_at is None for migration in status())
 
 
 def _apply(binding: Binding, standalone: bool) -> list[str]:
     binding.dialect.exclusive(binding.database)
     if standalone:
         _create_crm_tables(binding)
-    if not _pending(binding):
+    if not _pending():
         return []
     binding.dialect.create_schema(binding.database)
     applied: list[str] = _runner(binding).up()
@@ -207,7 +214,11 @@ def _schema_errors() -> Iterator[None]:
         summary, *problems = str(error).split("\n  - ")
         raise SchemaError(f"Nothing was changed: {summary}", problems) from error
     except peewee.DatabaseError as error:
-        raise SchemaError(f"Nothing was changed: the database refuses, {str(error).partition(chr(10))[0]}.") from error
+        raise SchemaError(f"Nothing was changed: the database refuses, {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 _LEAVE_NO_TRACE = ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE")

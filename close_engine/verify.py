@@ -89,9 +89,9 @@ def checks() -> list[Check]:
     made = [Check("migrations", found)]
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
     made.append(Check("tables of our own", list(_helper_problems(catalog))))
-    made += [Check(f"triggers on {guard.table}", list(_trigger_problems(catalog, guard))) for guard in catalog.guards]
-    made.append(Check("allowed stage changes", list(_transition_problems("conversation", pairs()))))
-    made.append(Check("allowed decisions", list(_transition_problems("action", ACTION_TRANSITIONS))))
+    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in catalog.guards]
+    made.append(Check("allowed stage changes", list(_transition_problems(catalog, "conversation", pairs()))))
+    made.append(Check("allowed decisions", list(_transition_problems(catalog, "action", ACTION_TRANSITIONS))))
     made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
     if {Lead, User, CloseEngineConversation} <= readable:
         made.append(Check("back-references", list(_reference_problems())))
@@ -129,7 +129,9 @@ def _table_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
 
 def _column_problems(catalog: Catalog, model: type[BaseModel], field: Any, found: Column | None) -> Iterator[str]:
     where, expected = f"{_name(model)}.{field.column_name}", catalog.expected(field)
-    if found is None:
+    if found is None and field.column_name in _CRMS_OWN.get(model, ()):
+        yield f"The column {where} is missing, which is read here: the CRM must have a {expected} of that name."
+    elif found is None:
         add = f'ALTER TABLE {_quoted(model)} ADD COLUMN "{field.column_name}" {expected}'
         yield f"The column {where} is missing: add it ({add})."
     elif field.column_name in _CRMS_OWN.get(model, ()):
@@ -160,7 +162,10 @@ def _index_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
         )
     for name, index in expected.items():
         # Names matter to Prisma alone, and it does not see our own tables.
-        if index not in found.values() if hasattr(meta, "own_table") else found.get(name) != index:
+        if hasattr(meta, "own_table"):
+            if index not in found.values():
+                yield f"The table {_name(model)} must have a {index}: create it."
+        elif found.get(name) != index:
             there = found.get(name, "none of that name")
             yield f"The table {_name(model)} must have the {index} named {name}, found {there}: create it so."
 
@@ -185,10 +190,18 @@ def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[
 
 def _helper_problems(catalog: Catalog) -> Iterator[str]:
     modelled = {getattr(model._meta, "own_table", None) for model in BaseModel.__subclasses__()}
-    for table, migrations in catalog.helpers.items():
+    for table, helper in catalog.helpers.items():
+        if table in modelled:
+            continue
         schema, name = current().dialect.own_table(table)
-        if table not in modelled and not current().database.table_exists(name, schema):
-            yield f"The table {current().dialect.sql(f'{{{table}}}')} is missing: {_made_again(migrations)}."
+        found, shown = catalog.columns(name, schema), current().dialect.sql(f"{{{table}}}")
+        if not found:
+            yield f"The table {shown} is missing: {_made_again(helper.migrations)}."
+        elif not found.keys() >= set(helper.columns):
+            yield (
+                f"The table {shown} must have the columns {', '.join(helper.columns)}, found {', '.join(found)}: "
+                f"drop it, {_made_again(helper.migrations)}."
+            )
 
 
 def _made_again(migrations: Sequence[str]) -> str:
@@ -197,6 +210,10 @@ def _made_again(migrations: Sequence[str]) -> str:
         f"delete the row {' and the row '.join(migrations)} from {current().dialect.sql('{migrations}')} and run "
         "close-engine migrate, which makes it again"
     )
+
+
+def _triggers(guard: Guard) -> str:
+    return f"triggers on {guard.table} by {guard.migration}"
 
 
 def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
@@ -229,12 +246,12 @@ def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
                 )
 
 
-def _transition_problems(machine: str, expected: Iterable[tuple[str, str, str]]) -> Iterator[str]:
-    binding = current()
-    table = binding.dialect.sql("{transitions}")
-    schema, name = binding.dialect.own_table("transitions")
-    if not binding.database.table_exists(name, schema):
-        return
+def _transition_problems(catalog: Catalog, machine: str, expected: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    dialect = current().dialect
+    schema, name = dialect.own_table("transitions")
+    if not catalog.columns(name, schema).keys() >= set(catalog.helpers["transitions"].columns):
+        return  # told already
+    table = dialect.sql("{transitions}")
     found = set(_rows('SELECT "trigger", source, dest FROM {transitions} WHERE machine = %s', [machine]))
     allowed = {(trigger, str(source), str(dest)) for trigger, source, dest in expected}
     for verb, differing in (("refuses", allowed - found), ("allows", found - allowed)):

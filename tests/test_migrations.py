@@ -341,8 +341,8 @@ def test_a_column_more_that_need_not_be_given_is_no_mismatch(pushed_url: str) ->
             "pending_actions should have an index pending_actions_status_idx on status",
         ),
         (
-            "DROP TABLE pending_actions; CREATE TABLE pending_actions (id TEXT NOT NULL, conversation_id TEXT NOT NULL, "
-            "lead_id TEXT NOT NULL, type TEXT NOT NULL, draft_message TEXT, metadata TEXT, status TEXT NOT NULL, "
+            "DROP TABLE pending_actions; "
+            "CREATE TABLE pending_actions (id TEXT NOT NULL, conversation_id TEXT NOT NULL, lead_id TEXT NOT NULL, type TEXT NOT NULL, draft_message TEXT, metadata TEXT, status TEXT NOT NULL, "
             "approved_by TEXT, approved_at TEXT, expires_at TEXT, created_at TEXT NOT NULL); "
             "CREATE INDEX pending_actions_status_idx ON pending_actions (status); "
             "CREATE INDEX pending_actions_lead_id_idx ON pending_actions (lead_id); "

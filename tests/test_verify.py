@@ -1,0 +1,627 @@
+"""Verifying: a healthy database has no problem, and each way of breaking one is told in a sentence of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peewee
+import pytest
+
+import close_engine
+from close_engine import (
+    Client,
+    CloseEngineConversation,
+    EntryPoint,
+    Lead,
+    SchemaError,
+    Stage,
+    User,
+)
+from close_engine.approvals import PendingAction
+from close_engine.schema import directory
+from close_engine.testing import bring_to
+from close_engine.verify import Check, checks
+from tests.crm import everything
+from tests.servers import execute, postgres_database
+
+STAGES = ", ".join(Stage)
+LEVELS = "FULL_AUTO, SEMI_AUTO, MANUAL"
+ENTRY_POINTS = "INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA"
+PAST_THE_GUARD = "they were written past the guard"
+AGREE = "make {transitions} agree, with the migrations of this version of close-engine."
+DEFINER = "must be SECURITY DEFINER with search_path = pg_catalog, pg_temp, so that it works for every role: alter it."
+
+
+def again(*migrations: str) -> str:
+    rows = " and ".join(f"the row {migration}" for migration in migrations)
+    return f"delete {rows} from {{migrations}} and run close-engine migrate, which makes it again."
+
+
+#: What breaks a database of either kind, and what is found. Names in braces are our own tables.
+ON_BOTH = {
+    "a table that Prisma sees": (
+        "DROP TABLE pending_actions",
+        ["The table pending_actions is missing: restore it from a backup."],
+    ),
+    "the conversations": (
+        "DROP TABLE close_engine_conversations",
+        ["The table close_engine_conversations is missing: restore it from a backup."],
+    ),
+    "the history": ("DROP TABLE {history}", ["The table {history} is missing: restore it from a backup."]),
+    "the transition table": (
+        "DROP TABLE {transitions}",
+        [f"The table {{transitions}} is missing: {again('0002_history', '0005_decisions')}"],
+    ),
+    "since when it is silent": (
+        "DROP TABLE {silence}",
+        [f"The table {{silence}} is missing: {again('0002_history', '0003_guard')}"],
+    ),
+    "what was added": ("DROP TABLE {created}", [f"The table {{created}} is missing: {again('0001_conversations')}"]),
+    "a column of a table of our own": (
+        "DROP INDEX {index:silence_since_idx}; ALTER TABLE {silence} DROP since",
+        [
+            "The table {silence} must have the columns conversation_id, since, found conversation_id: drop it, "
+            f"{again('0002_history', '0003_guard')}"
+        ],
+    ),
+    "a table of the CRM": (
+        "ALTER TABLE clients RENAME TO customers",
+        ["The table clients is missing: restore it from a backup or say what it is called (connect(…, clients=…))."],
+    ),
+    "a column that the CRM had": (
+        "ALTER TABLE leads DROP phone",
+        ["The column leads.phone is missing, which is read here: the CRM must have a {text} of that name."],
+    ),
+    "a column that leads gained": (
+        "ALTER TABLE leads DROP close_entry_point",
+        [
+            "The column leads.close_entry_point is missing: add it "
+            '(ALTER TABLE "leads" ADD COLUMN "close_entry_point" {text}).'
+        ],
+    ),
+    "an index": (
+        "DROP INDEX pending_actions_status_idx",
+        [
+            "The table pending_actions must have the index on (status) named pending_actions_status_idx, "
+            "found none of that name: create it so."
+        ],
+    ),
+    "an index of our own": (
+        "DROP INDEX {index:history_key_key}",
+        ["The table {history} must have a partial unique index on (conversation_id, key): create it."],
+    ),
+    "a stage change that is not in the table": (
+        "DELETE FROM {transitions} WHERE trigger = 'reopen'",
+        [f"The database refuses reopen from CLOSED_LOST to INITIATED, which the machine allows: {AGREE}"],
+    ),
+    "a stage change too many": (
+        "INSERT INTO {transitions} VALUES ('conversation', 'reopen', 'COMPLETED', 'INITIATED')",
+        [f"The database allows reopen from COMPLETED to INITIATED, which the machine refuses: {AGREE}"],
+    ),
+    "a stage change of another name": (
+        "UPDATE {transitions} SET trigger = 'restart' WHERE trigger = 'reopen'",
+        [
+            f"The database refuses reopen from CLOSED_LOST to INITIATED, which the machine allows: {AGREE}",
+            f"The database allows restart from CLOSED_LOST to INITIATED, which the machine refuses: {AGREE}",
+        ],
+    ),
+    "an unknown entry point": (
+        "UPDATE close_engine_conversations SET entry_point = 'FAX'",
+        [
+            "2 of close_engine_conversations have the unknown entry_point 'FAX', for example 'c1': "
+            f"correct them to one of {ENTRY_POINTS}."
+        ],
+    ),
+    "unknown words of a lead": (
+        "UPDATE leads SET autonomy_level = 'HALF_AUTO', close_entry_point = 'FAX' WHERE id = 'lead_1'",
+        [
+            "1 of leads have the unknown autonomy_level 'HALF_AUTO', for example 'lead_1': "
+            f"correct them to one of {LEVELS}.",
+            "1 of leads have the unknown close_entry_point 'FAX', for example 'lead_1': "
+            f"correct them to one of {ENTRY_POINTS}.",
+        ],
+    ),
+    "an unknown word of a client": (
+        "UPDATE clients SET autonomy_level = ''",
+        [f"1 of clients have the unknown autonomy_level '', for example 'client_1': correct them to one of {LEVELS}."],
+    ),
+    "an unknown type of an action": (
+        "UPDATE pending_actions SET type = 'SEND_FAX'",
+        [
+            "1 of pending_actions have the unknown type 'SEND_FAX', for example 'a1': "
+            "correct them to one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW.",
+        ],
+    ),
+    "a conversation without history": (
+        "DELETE FROM {history} WHERE conversation_id = 'c2'",
+        [
+            "1 of close_engine_conversations have no row in {history}, for example 'c2', which is BUILDING: "
+            f"{PAST_THE_GUARD}; insert a row with the trigger 'adopted' for each."
+        ],
+    ),
+    "a history that ends elsewhere": (
+        "UPDATE {history} SET dest = 'STALLED' WHERE dest = 'BUILDING'",
+        [
+            "2 of close_engine_conversations are in another stage than their newest row in {history} says, for "
+            f"example 'c1', which is BUILDING after STALLED: {PAST_THE_GUARD}; insert the row that is missing for each."
+        ],
+    ),
+    "a pending migration": (
+        "DELETE FROM {migrations} WHERE name = '0003_guard'",
+        ["The migration 0003_guard is pending: run close-engine migrate."],
+    ),
+    "an unknown migration": (
+        "UPDATE {migrations} SET name = '0999_later' WHERE name = '0002_history'",
+        [
+            "The migration 0002_history is pending: run close-engine migrate.",
+            "The migration 0999_later is applied but not known here: upgrade close-engine.",
+        ],
+    ),
+    "no migration": (
+        "DELETE FROM {migrations}",
+        ["The database is not migrated: run close-engine migrate, or close_engine.migrate()."],
+    ),
+    "no log of migrations": (
+        "DROP TABLE {migrations}",
+        ["The database is not migrated: run close-engine migrate, or close_engine.migrate()."],
+    ),
+}
+
+TABLE = "close_engine_conversations"
+MOMENT = "timestamp(3) without time zone"
+LEAD_KEY = f"{TABLE}_lead_id_fkey from lead_id to leads (ON DELETE CASCADE ON UPDATE CASCADE)"
+REP_KEY = f"{TABLE}_rep_id_fkey from rep_id to users (ON DELETE SET NULL ON UPDATE CASCADE)"
+LATE = "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+
+ON_POSTGRESQL = {
+    "a renamed table of the CRM": (
+        'ALTER TABLE leads RENAME TO "Lead"',
+        [
+            "The table leads is missing: restore it from a backup or say what it is called (connect(…, leads=…)).",
+            f"The table {TABLE} must have the foreign key {LEAD_KEY}, found {LEAD_KEY.replace('leads', 'Lead')}, "
+            f"{REP_KEY}: add it so.",
+        ],
+    ),
+    "a column": (
+        f"ALTER TABLE {TABLE} DROP edit_rounds",
+        [
+            f"The column {TABLE}.edit_rounds is missing: add it "
+            f'(ALTER TABLE "{TABLE}" ADD COLUMN "edit_rounds" integer NOT NULL DEFAULT 0).'
+        ],
+    ),
+    "a column of the history": (
+        "ALTER TABLE {history} DROP reason",
+        [
+            "The column {history}.reason is missing: add it "
+            '(ALTER TABLE "close_engine"."history" ADD COLUMN "reason" text).'
+        ],
+    ),
+    "a type": (
+        f"ALTER TABLE {TABLE} ALTER stalled_at TYPE timestamptz",
+        [f"The column {TABLE}.stalled_at is of type timestamp with time zone, expected {MOMENT}: alter it."],
+    ),
+    "a type of our own": (
+        "ALTER TABLE {history} ALTER created_at TYPE timestamp",
+        [f"The column {{history}}.created_at is of type timestamp without time zone, expected {MOMENT}: alter it."],
+    ),
+    "another default": (
+        "ALTER TABLE clients ALTER autonomy_level SET DEFAULT 'MANUAL'",
+        ["The column clients.autonomy_level has the default 'MANUAL'::text, expected 'FULL_AUTO'::text: alter it."],
+    ),
+    "no default": (
+        f"ALTER TABLE {TABLE} ALTER stage DROP DEFAULT",
+        [f"The column {TABLE}.stage has the default none, expected 'INITIATED'::text: alter it."],
+    ),
+    "a default too many": (
+        "ALTER TABLE pending_actions ALTER metadata SET DEFAULT '{{}}'",
+        ["The column pending_actions.metadata has the default '{{}}'::jsonb, expected none: alter it."],
+    ),
+    "a column that allows NULL": (
+        f"ALTER TABLE {TABLE} ALTER updated_at DROP NOT NULL",
+        [
+            f"The column {TABLE}.updated_at must refuse NULL and does not: found {MOMENT}, "
+            f"expected {MOMENT} NOT NULL; alter it."
+        ],
+    ),
+    "a column that refuses NULL": (
+        f"ALTER TABLE {TABLE} ALTER rep_id SET NOT NULL",
+        [
+            f"The column {TABLE}.rep_id must allow NULL and does not: found text NOT NULL, expected text; alter it.",
+        ],
+    ),
+    "a column that must be given": (
+        f"ALTER TABLE {TABLE} ADD brand text NOT NULL DEFAULT ''; ALTER TABLE {TABLE} ALTER brand DROP DEFAULT",
+        [
+            f"The column {TABLE}.brand is not known here and must always be given, so nothing can be inserted: "
+            "make it nullable or give it a default."
+        ],
+    ),
+    "a column that need not be given": (f"ALTER TABLE {TABLE} ADD number int GENERATED ALWAYS AS IDENTITY", []),
+    "an index of another name": (
+        "ALTER INDEX pending_actions_lead_id_idx RENAME TO anything",
+        [
+            "The table pending_actions must have the index on (lead_id) named pending_actions_lead_id_idx, "
+            "found none of that name: create it so."
+        ],
+    ),
+    "an index of our own with another name": ("ALTER INDEX close_engine.history_key_key RENAME TO anything", []),
+    "an index that is not unique": (
+        f"DROP INDEX {TABLE}_lead_id_key; CREATE INDEX {TABLE}_lead_id_key ON {TABLE} (lead_id)",
+        [
+            f"The table {TABLE} must have the unique index on (lead_id) named {TABLE}_lead_id_key, "
+            "found index on (lead_id): create it so."
+        ],
+    ),
+    "a primary key": (
+        "ALTER TABLE pending_actions DROP CONSTRAINT pending_actions_pkey",
+        [
+            "The table pending_actions must have the unique index on (id) named pending_actions_pkey, "
+            "found none of that name: create it so."
+        ],
+    ),
+    "a foreign key": (
+        f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_rep_id_fkey",
+        [f"The table {TABLE} must have the foreign key {REP_KEY}, found {LEAD_KEY}: add it so."],
+    ),
+    "every foreign key": (
+        f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_rep_id_fkey, DROP CONSTRAINT {TABLE}_lead_id_fkey",
+        [
+            f"The table {TABLE} must have the foreign key {LEAD_KEY}, found none: add it so.",
+            f"The table {TABLE} must have the foreign key {REP_KEY}, found none: add it so.",
+        ],
+    ),
+    "a foreign key that keeps conversations from their lead": (
+        f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_lead_id_fkey, "
+        f"ADD CONSTRAINT {TABLE}_lead_id_fkey FOREIGN KEY (lead_id) REFERENCES leads",
+        [
+            f"The table {TABLE} must have the foreign key {LEAD_KEY}, found {REP_KEY}, "
+            f"{TABLE}_lead_id_fkey from lead_id to leads (ON DELETE NO ACTION ON UPDATE NO ACTION): add it so."
+        ],
+    ),
+    "a trigger": (
+        f"DROP TRIGGER zz_close_engine_guard ON {TABLE}",
+        [
+            f"The trigger zz_close_engine_guard on {TABLE} is missing, so the table is not guarded: "
+            f"{again('0003_guard')}"
+        ],
+    ),
+    "a disabled trigger": (
+        f"ALTER TABLE {TABLE} DISABLE TRIGGER zz_close_engine_opening",
+        [
+            f"The trigger zz_close_engine_opening on {TABLE} is disabled, so the table is not guarded: "
+            f"ALTER TABLE {TABLE} ENABLE TRIGGER zz_close_engine_opening."
+        ],
+    ),
+    "a trigger for replicas alone": (
+        f"ALTER TABLE {TABLE} ENABLE REPLICA TRIGGER zz_close_engine_deletion",
+        [
+            f"The trigger zz_close_engine_deletion on {TABLE} is disabled, so the table is not guarded: "
+            f"ALTER TABLE {TABLE} ENABLE TRIGGER zz_close_engine_deletion."
+        ],
+    ),
+    "a trigger that always fires": (f"ALTER TABLE {TABLE} ENABLE ALWAYS TRIGGER zz_close_engine_guard", []),
+    "a function with the writer's rights": (
+        "ALTER FUNCTION close_engine.guard_conversation() SECURITY INVOKER",
+        [f"The function of the trigger zz_close_engine_guard on {TABLE} {DEFINER}"],
+    ),
+    "a function with the writer's search path": (
+        "ALTER FUNCTION close_engine.record_opening() RESET search_path",
+        [f"The function of the trigger zz_close_engine_opening on {TABLE} {DEFINER}"],
+    ),
+    "a trigger of somebody else's that comes later": (
+        f"{LATE}; CREATE TRIGGER zzz BEFORE UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION late()",
+        [
+            f"The trigger zzz on {TABLE} fires after zz_close_engine_guard and may change or drop the row that was "
+            f"recorded: rename it so that it sorts before (ALTER TRIGGER zzz ON {TABLE} RENAME TO …)."
+        ],
+    ),
+    "a trigger of somebody else's that comes earlier": (
+        f"{LATE}; CREATE TRIGGER early BEFORE UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION late()",
+        [],
+    ),
+    "a stage written past the guard": (
+        f"SET LOCAL session_replication_role = replica; UPDATE {TABLE} SET stage = 'COMPLETED' WHERE id = 'c2'",
+        [
+            f"1 of {TABLE} are in another stage than their newest row in {{history}} says, for example 'c2', "
+            f"which is COMPLETED after BUILDING: {PAST_THE_GUARD}; insert the row that is missing for each."
+        ],
+    ),
+    "an unknown stage": (
+        f"SET LOCAL session_replication_role = replica; UPDATE {TABLE} SET stage = 'WON'; "
+        "UPDATE {history} SET dest = 'WON' WHERE dest = 'BUILDING'",
+        [
+            f"2 of {{history}} have the unknown dest 'WON', for example 3: correct them to one of {STAGES}.",
+            f"2 of {TABLE} have the unknown stage 'WON', for example 'c1': correct them to one of {STAGES}.",
+        ],
+    ),
+    "an unknown status of an action": (
+        "SET LOCAL session_replication_role = replica; UPDATE pending_actions SET status = 'LOST'",
+        [
+            "1 of pending_actions have the unknown status 'LOST', for example 'a1': "
+            "correct them to one of PENDING, APPROVED, REJECTED, EXPIRED.",
+        ],
+    ),
+    "a decision that is not in the table": (
+        "DELETE FROM {transitions} WHERE trigger = 'expire'",
+        [f"The database refuses expire from PENDING to EXPIRED, which the machine allows: {AGREE}"],
+    ),
+    "a table from which messages are sent": (
+        "DROP TABLE {outbox}",
+        ["The table {outbox} is missing: restore it from a backup."],
+    ),
+    "the trigger on the actions": (
+        "DROP TRIGGER zz_close_engine_guard ON pending_actions",
+        [
+            "The trigger zz_close_engine_guard on pending_actions is missing, so the table is not guarded: "
+            f"{again('0005_decisions')}"
+        ],
+    ),
+    "a lead that is gone": (
+        "SET LOCAL session_replication_role = replica; DELETE FROM leads WHERE id = 'lead_1'",
+        [
+            f"1 of {TABLE} refer to leads that do not exist, for example 'c1' to 'lead_1': "
+            "delete them, or restore what they refer to."
+        ],
+    ),
+    "a rep that is gone": (
+        "SET LOCAL session_replication_role = replica; DELETE FROM users",
+        [
+            f"2 of {TABLE} refer to users that do not exist, for example 'c1' to 'rep_1': "
+            "delete them, or restore what they refer to."
+        ],
+    ),
+    "our schema": (
+        "DROP SCHEMA close_engine CASCADE",
+        ["The database is not migrated: run close-engine migrate, or close_engine.migrate()."],
+    ),
+}
+
+
+def rebuilt(table: str, old: str, new: str) -> Callable[[peewee.Database], None]:
+    """SQLite alters no constraint: the table is made anew with another text."""
+
+    def rebuild(database: peewee.Database) -> None:
+        made = database.execute_sql(
+            "SELECT sql FROM sqlite_master WHERE tbl_name = ? AND sql IS NOT NULL ORDER BY type = 'trigger', type DESC",
+            (table,),
+        ).fetchall()
+        database.execute_sql(f"DROP TABLE {table}")
+        changed = [sql.replace(old, new) for (sql,) in made]
+        assert changed != [sql for (sql,) in made]
+        for statement in changed:
+            database.execute_sql(statement)
+
+    return rebuild
+
+
+FOREIGN_KEY = "one from rep_id to users (ON DELETE SET NULL ON UPDATE CASCADE)"
+
+ON_SQLITE: dict[str, tuple[Any, list[str]]] = {
+    "the context": ("DROP TABLE {context}", [f"The table {{context}} is missing: {again('0002_history')}"]),
+    "a column that allows NULL": (
+        rebuilt("pending_actions", '"draft_message" TEXT NOT NULL', '"draft_message" TEXT'),
+        [
+            "The column pending_actions.draft_message must refuse NULL and does not: found TEXT, "
+            "expected TEXT NOT NULL; alter it."
+        ],
+    ),
+    "a column that must be given": (
+        rebuilt("pending_actions", '"metadata"', "brand TEXT NOT NULL, metadata"),
+        [
+            "The column pending_actions.brand is not known here and must always be given, so nothing can be "
+            "inserted: make it nullable or give it a default."
+        ],
+    ),
+    "an index that is not unique": (
+        f"DROP INDEX {TABLE}_lead_id_key; CREATE INDEX {TABLE}_lead_id_key ON {TABLE} (lead_id)",
+        [
+            f"The table {TABLE} must have the unique index on (lead_id) named {TABLE}_lead_id_key, "
+            "found index on (lead_id): create it so."
+        ],
+    ),
+    "a foreign key": (
+        rebuilt(TABLE, "ON DELETE SET NULL", "ON DELETE CASCADE"),
+        [
+            f"The table {TABLE} must have the foreign key {FOREIGN_KEY}, "
+            "found one from rep_id to users (ON DELETE CASCADE ON UPDATE CASCADE), "
+            "one from lead_id to leads (ON DELETE CASCADE ON UPDATE CASCADE): add it so."
+        ],
+    ),
+    **{
+        f"the trigger {name}": (
+            f"DROP TRIGGER close_engine_{name}",
+            [
+                f"The trigger close_engine_{name} on {TABLE} is missing, so the table is not guarded: "
+                f"{again('0003_guard')}"
+            ],
+        )
+        for name in ("deletion", "guard_id", "guard_insert", "guard_update", "opening", "record", "version")
+    },
+    "a lead that is gone": (
+        "PRAGMA foreign_keys = 0; DELETE FROM leads WHERE id = 'lead_1'",
+        [
+            f"1 of {TABLE} refer to leads that do not exist, for example 'c1' to 'lead_1': "
+            "delete them, or restore what they refer to."
+        ],
+    ),
+}
+
+POSTGRESQL = {**ON_BOTH, **ON_POSTGRESQL}
+SQLITE = {**ON_BOTH, **ON_SQLITE}
+
+
+def words(text: str, postgresql: bool) -> str:
+    """The text with the names that this database has."""
+    prefix = "close_engine." if postgresql else "close_engine_"
+    text = text.replace("{text}", "text" if postgresql else "TEXT").replace("{index:", "{")
+    return re.sub(r"\{(\w+)\}", rf"{prefix}\1", text).replace("{{", "{").replace("}}", "}")
+
+
+def fill() -> None:
+    """Rows that have nothing wrong with them."""
+    User.create(id="rep_1")
+    Client.create(id="client_1")
+    PendingAction.create(id="a1", conversation_id="c1", lead_id="lead_1", type="SEND_MESSAGE", draft_message="Hi")
+    for number in (1, 2):
+        lead = Lead.create(id=f"lead_{number}", phone="+1555")
+        conversation = CloseEngineConversation.create(
+            id=f"c{number}", lead=lead, rep="rep_1", entry_point=EntryPoint.SMS_REPLY
+        )
+        bring_to(conversation, Stage.BUILDING)
+
+
+@pytest.fixture(scope="module")
+def healthy_url(server: str, postgres_template: str) -> Iterator[str]:
+    """The URL of a PostgreSQL database with rows; what breaks it is rolled back."""
+    with postgres_database(server, postgres_template) as url:
+        database = close_engine.connect(url)
+        fill()
+        database.close()
+        yield url
+
+
+@pytest.mark.parametrize("what", POSTGRESQL)
+def test_what_is_broken_on_postgresql_is_found(healthy_url: str, what: str) -> None:
+    database = close_engine.connect(healthy_url)
+    change, problems = POSTGRESQL[what]
+    assert close_engine.verify() == []
+
+    with database.atomic() as transaction:
+        database.execute_sql(words(change, True))
+        assert close_engine.verify() == [words(problem, True) for problem in problems]
+        transaction.rollback()
+
+    assert close_engine.verify() == []
+    database.close()
+
+
+@pytest.mark.parametrize("what", SQLITE)
+def test_what_is_broken_on_sqlite_is_found(what: str) -> None:
+    database = close_engine.connect("sqlite:///:memory:")
+    close_engine.migrate(standalone=True)
+    change, problems = SQLITE[what]
+    if callable(change):
+        change(database)
+    else:
+        fill()
+        assert close_engine.verify() == []
+        for statement in words(change, False).split("; "):
+            database.execute_sql(statement)
+
+    assert close_engine.verify() == [words(problem, False) for problem in problems]
+    database.close()
+
+
+def test_everything_is_found_at_once(postgres: peewee.Database) -> None:
+    fill()
+    chosen = ["an index", "the transition table", "a disabled trigger", "an unknown entry point"]
+    for what in chosen:
+        postgres.execute_sql(words(POSTGRESQL[what][0], True))
+
+    assert sorted(close_engine.verify()) == sorted(
+        words(problem, True) for what in chosen for problem in POSTGRESQL[what][1]
+    )
+
+
+AGAIN = [
+    what
+    for what, (_, problems) in {**SQLITE, **POSTGRESQL}.items()
+    if any("makes it again" in each for each in problems)
+]
+
+
+@pytest.mark.parametrize("what", AGAIN)
+def test_what_is_said_to_be_made_again_is(postgres_url: str, what: str) -> None:
+    url, broken = (postgres_url, POSTGRESQL) if what in POSTGRESQL else ("sqlite:///:memory:", SQLITE)
+    database = close_engine.connect(url)
+    close_engine.migrate(standalone=True)
+    fill()
+    for statement in words(broken[what][0], what in POSTGRESQL).split("; "):
+        database.execute_sql(statement)
+    (problem,) = close_engine.verify()
+
+    if "drop it" in problem:
+        database.execute_sql(words("DROP TABLE {silence}", what in POSTGRESQL))
+    rows = re.findall(r"the row (\w+)", problem)
+    for row in rows:
+        database.execute_sql(words(f"DELETE FROM {{migrations}} WHERE name = '{row}'", what in POSTGRESQL))
+
+    assert close_engine.migrate() == rows
+    assert close_engine.verify() == []
+    conversation = CloseEngineConversation.get_by_id("c1")
+    assert conversation.send_preview().dest is Stage.PREVIEW_SENT
+    database.close()
+
+
+def test_a_healthy_database_passes_every_check(database: peewee.Database) -> None:
+    fill()
+
+    made = checks()
+
+    assert [check for check in made if check.problems] == []
+    subjects = [check.subject for check in made]
+    schema, history = close_engine.StageChange._meta.schema, close_engine.StageChange._meta.table_name
+    assert len(subjects) == len(set(subjects))
+    assert {
+        "migrations",
+        "table leads",
+        "table users",
+        "table clients",
+        f"table {TABLE}",
+        "table pending_actions",
+        f"table {f'{schema}.' if schema else ''}{history}",
+        "tables of our own",
+        f"triggers on {TABLE} by 0003_guard",
+        "allowed stage changes",
+        "back-references",
+        "history",
+        f"words in {TABLE}",
+        "words in leads",
+    } <= set(subjects)
+
+
+def test_a_database_without_anything_has_one_problem_and_stays_empty(empty_url: str) -> None:
+    before = everything(empty_url)
+    database = close_engine.connect(empty_url)
+
+    sentence = "The database is not migrated: run close-engine migrate, or close_engine.migrate()."
+    assert checks() == [Check("migrations", [sentence])]
+    assert everything(empty_url) == before
+    database.close()
+
+
+def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) -> None:
+    database = close_engine.connect(postgres_url)
+    fill()
+    database.close()
+    as_reader = postgres_url.replace("//postgres:@", "//close_engine_reader:@")
+    execute(server, "CREATE ROLE close_engine_reader LOGIN")
+    try:
+        database = close_engine.connect(as_reader)
+        with pytest.raises(SchemaError) as caught:
+            close_engine.verify()
+        assert str(caught.value) == (
+            "Which migrations were applied cannot be read: permission denied for schema close_engine."
+        )
+
+        execute(
+            postgres_url,
+            "GRANT USAGE ON SCHEMA close_engine TO close_engine_reader",
+            "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine, public TO close_engine_reader",
+        )
+        assert close_engine.verify() == []
+        assert close_engine.migrate() == []
+        assert [each.known for each in close_engine.status()] == [True] * len(list(directory().glob("[0-9]*.py")))
+        database.close()
+    finally:
+        execute(postgres_url, "DROP OWNED BY close_engine_reader")
+        execute(server, "DROP ROLE close_engine_reader")
+
+
+def test_a_sqlite_file_that_may_only_be_read_can_be_verified(sqlite_template: Any) -> None:
+    database = close_engine.bind(peewee.SqliteDatabase(f"file:{sqlite_template}?mode=ro&immutable=1", uri=True))
+
+    assert close_engine.verify() == []
+    database.close()
