@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import peewee
 import psycopg2
 
 DATA = Path(__file__).parent / "data"
@@ -68,8 +69,11 @@ UNSEEN = {
 Catalog = dict[str, dict[str, tuple[Any, ...]]]
 
 
-def query(url: str, sql: str, values: Any = None) -> list[tuple[Any, ...]]:
-    """The rows of a statement, or of the last of a script, past the library and in one transaction."""
+def query(url: str | peewee.Database, sql: str, values: Any = None) -> list[tuple[Any, ...]]:
+    """The rows of a statement or a script, past the library and in one transaction; or in that of a connection."""
+    if not isinstance(url, str):
+        cursor = url.execute_sql(sql, values)
+        return cursor.fetchall() if cursor.description else []
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
             if ";" in sql:
@@ -88,7 +92,7 @@ def restore(url: str, *files: Path) -> None:
         query(url, file.read_text())
 
 
-def catalog(url: str, described: dict[str, str] = SEEN_BY_PRISMA, schema: str = "public") -> Catalog:
+def catalog(url: str | peewee.Database, described: dict[str, str] = SEEN_BY_PRISMA, schema: str = "public") -> Catalog:
     """Everything in a schema, by kind and name."""
     return {
         kind: {name: tuple(rest) for name, *rest in query(url, sql, {"schema": schema})}
@@ -113,9 +117,9 @@ def columns_of(described: Catalog) -> dict[str, list[str]]:
     return columns
 
 
-def everything(url: str) -> Any:
+def everything(url: str | peewee.Database) -> Any:
     """All that a database of either kind is made of but for its rows."""
-    if url.startswith("sqlite"):
+    if isinstance(url, str) and url.startswith("sqlite"):
         return query(
             url, "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
         )
