@@ -343,8 +343,9 @@ def test_a_column_more_that_need_not_be_given_is_no_mismatch(pushed_url: str) ->
     ("change", "sentence"),
     [
         (
-            "ALTER TABLE close_engine_conversations DROP stalled_at",
-            'column close_engine_conversations.stalled_at is missing; expected "stalled_at" TEXT',
+            "ALTER TABLE close_engine_conversations DROP edit_rounds",
+            "column close_engine_conversations.edit_rounds is missing; "
+            'expected "edit_rounds" INTEGER NOT NULL DEFAULT 0',
         ),
         (
             "ALTER TABLE close_engine_conversations ADD brand TEXT NOT NULL",
