@@ -403,7 +403,7 @@ def without_password(url: str) -> str:
     url = re.sub(r"(password\w*\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
     head, at, tail = url.rpartition("@")
     if at:
-        return re.sub(r"(^(?:[^:]*://)?[^:]*:).*", r"\1***", head, flags=re.DOTALL) + at + tail
+        return re.sub(r"(^(?:[^:]*://)?[^:]*:)(?!//).*", r"\1***", head, flags=re.DOTALL) + at + tail
     # Without a host, what should be the password stands where the port does.
     return re.sub(r"(://[^/?#:]+:)(?![0-9]+(?:[/?,]|$))[^/?#]+", r"\1***", url)
 
@@ -459,7 +459,7 @@ def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
         # What else libpq says may quote the password.
         unknown = re.search(r'URI query parameter: ("[^"]*")', str(error))
         raise ValueError(f"there is no parameter {unknown[1]}" if unknown else _ENCODE) from None
-    if "@" in options.get("host", ""):
+    if "@" in options.get("host", "") or "@" in place.partition("/")[2]:
         raise ValueError(_ENCODE)
     if not re.fullmatch("[0-9,]*", options.get("port", "")):
         raise ValueError("its port is not a number; a host follows the password after @")

@@ -145,7 +145,10 @@ def status() -> list[MigrationStatus]:
     try:
         return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
     except peewee.ProgrammingError as error:
-        raise SchemaError(f"Which migrations were applied cannot be read: {_first_line(error)}.") from error
+        raise SchemaError(
+            f"The database refuses: {_first_line(error)}; a right is its owner's to grant, and to read which "
+            "migrations were applied takes USAGE of the schema close_engine and SELECT on its tables."
+        ) from error
 
 
 def rows_at_stake() -> dict[str, int]:

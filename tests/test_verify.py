@@ -603,7 +603,8 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         with pytest.raises(SchemaError) as caught:
             close_engine.verify()
         assert str(caught.value) == (
-            "Which migrations were applied cannot be read: permission denied for schema close_engine."
+            "The database refuses: permission denied for schema close_engine; a right is its owner's to grant, and to "
+            "read which migrations were applied takes USAGE of the schema close_engine and SELECT on its tables."
         )
 
         execute(
