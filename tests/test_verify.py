@@ -288,10 +288,10 @@ ON_POSTGRESQL = {
         ],
     ),
     "a disabled trigger": (
-        f"ALTER TABLE {TABLE} DISABLE TRIGGER zz_close_engine_opening",
+        f"ALTER TABLE {TABLE} DISABLE TRIGGER aa_close_engine_opening",
         [
-            f"The trigger zz_close_engine_opening on {TABLE} is disabled, so the table is not guarded: "
-            f"ALTER TABLE {TABLE} ENABLE TRIGGER zz_close_engine_opening."
+            f"The trigger aa_close_engine_opening on {TABLE} is disabled, so the table is not guarded: "
+            f"ALTER TABLE {TABLE} ENABLE TRIGGER aa_close_engine_opening."
         ],
     ),
     "a trigger for replicas alone": (
@@ -308,7 +308,7 @@ ON_POSTGRESQL = {
     ),
     "a function with the writer's search path": (
         "ALTER FUNCTION close_engine.record_opening() RESET search_path",
-        [f"The function of the trigger zz_close_engine_opening on {TABLE} {DEFINER}"],
+        [f"The function of the trigger aa_close_engine_opening on {TABLE} {DEFINER}"],
     ),
     "a trigger of somebody else's that comes later": (
         f"{LATE}; CREATE TRIGGER zzz BEFORE UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION late()",
