@@ -189,10 +189,7 @@ def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[
 
 
 def _helper_problems(catalog: Catalog) -> Iterator[str]:
-    modelled = {getattr(model._meta, "own_table", None) for model in BaseModel.__subclasses__()}
     for table, helper in catalog.helpers.items():
-        if table in modelled:
-            continue
         schema, name = current().dialect.own_table(table)
         found, shown = catalog.columns(name, schema), current().dialect.sql(f"{{{table}}}")
         if not found:
