@@ -141,6 +141,10 @@ class Dialect:
     def prepare(self, database: peewee.Database) -> None:
         """Once for a database: what its connections need."""
 
+    def failed(self, database: peewee.Database) -> bool:
+        """Inside a transaction: whether it would be rolled back even if it were told to commit."""
+        return False
+
     def exclusive(self, database: peewee.Database) -> None:
         """Inside a transaction: wait until no other process migrates this database."""
         raise NotImplementedError
@@ -204,6 +208,10 @@ class Postgres(Dialect):
 
     def merged_mapping(self, column: str) -> str:
         return f"CASE jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
+
+    def failed(self, database: peewee.Database) -> bool:
+        # The driver knows it, without a round trip; 3 is libpq's PQTRANS_INERROR.
+        return bool(database.connection().info.transaction_status == 3)
 
     def exclusive(self, database: peewee.Database) -> None:
         database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")

@@ -7,6 +7,8 @@
 Every trigger is one guarded write: the machine decides on a draft, the row changes only if nobody changed it since
 it was loaded, and the database adds the history row. Refused, conflicting or rolled back, the object stays as it was.
 
+>>> from close_engine import connect
+>>> database = connect("sqlite:///:memory:")
 >>> CloseEngineConversation(stage="BUILDING")
 Traceback (most recent call last):
 close_engine.errors.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
@@ -19,24 +21,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import peewee
 from peewee import SQL
 
+from close_engine import hooks
 from close_engine.backend import current, now
+from close_engine.columns import StageField, VersionField, WithoutStage, is_row, refuse_stage
 from close_engine.errors import (
     ConversationCompleted,
     ConversationNotFound,
     InvalidValue,
     LeadHasNoPhone,
     LeadNotFound,
-    StageAssignmentRefused,
     TransitionRefused,
+    UserNotFound,
 )
 from close_engine.fields import (
-    CleaningAccessor,
     EnumField,
     JsonField,
     OneToOneField,
@@ -47,8 +49,17 @@ from close_engine.fields import (
     dump_json,
     stored_time,
 )
-from close_engine.firing import Context, change_stage, conflict, context_of, draft_of, next_version
-from close_engine.machine import TRANSITIONS, decide, trigger_between, triggers_from
+from close_engine.firing import (
+    Context,
+    change_stage,
+    conflict,
+    context_of,
+    draft_of,
+    entered,
+    next_version,
+    require_whole,
+)
+from close_engine.machine import TRANSITIONS, decide
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
 from close_engine.transaction import atomic, remember
@@ -75,21 +86,7 @@ class Answer:
         return self.allowed
 
 
-class _StageAccessor(CleaningAccessor):
-    """Lets a stage be read, loaded and begun, but not assigned."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        stage = instance.__data__.get(self.name)
-        if stage is not None and value != stage:
-            raise instance._refuse_stage(value)
-        super().__set__(instance, value)
-
-
-class _StageField(EnumField[Stage]):
-    accessor_class = _StageAccessor
-
-
-class CloseEngineConversation(BaseModel):
+class CloseEngineConversation(WithoutStage, BaseModel):
     """The one close conversation of a lead: a row of `close_engine_conversations`.
 
     Attributes:
@@ -114,7 +111,7 @@ class CloseEngineConversation(BaseModel):
         on_delete="SET NULL",
     )
     entry_point = EnumField[EntryPoint](EntryPoint, index=True)
-    stage = _StageField(Stage, default=Stage.INITIATED, index=True, constraints=[SQL("DEFAULT 'INITIATED'")])
+    stage = StageField(Stage, default=Stage.INITIATED, index=True, constraints=[SQL("DEFAULT 'INITIATED'")])
     autonomy_level = EnumField[AutonomyLevel](
         AutonomyLevel, default=AutonomyLevel.FULL_AUTO, constraints=[SQL("DEFAULT 'FULL_AUTO'")]
     )
@@ -128,7 +125,7 @@ class CloseEngineConversation(BaseModel):
     closed_lost_at = UtcDateTimeField["datetime | None"](null=True)
     closed_lost_reason = TextField["str | None"](null=True)
     created_at = UtcDateTimeField[datetime](default=now, index=True, constraints=[SQL("DEFAULT CURRENT_TIMESTAMP")])
-    updated_at = UtcDateTimeField[datetime](default=now)
+    updated_at = VersionField(default=now)
 
     lead_id: str
     rep_id: str | None
@@ -369,6 +366,7 @@ class CloseEngineConversation(BaseModel):
         fresh = type(self).get_or_none(type(self).id == self.id)
         if fresh is None:
             raise ConversationNotFound(self.id)
+        remember(self, self._meta.sorted_field_names)
         self.__data__, self.__rel__ = fresh.__data__, {}
         self._dirty.clear()
 
@@ -376,64 +374,34 @@ class CloseEngineConversation(BaseModel):
         """Write the unsaved changes of fields other than the stage.
 
         Raises:
-            StageAssignmentRefused: the stage was changed by hand.
+            StageAssignmentRefused: the stage is among the fields to write.
             StageConflict: somebody changed the conversation since it was loaded.
+            ConversationNotFound: it was deleted.
         """
         if force_insert:
-            return super().save(force_insert=True, only=only)
-        fields = [self._meta.combined[f] if isinstance(f, str) else f for f in only or self.dirty_fields]
+            remember(self, self._meta.sorted_field_names)
+            rows = super().save(force_insert=True, only=only)
+            self.__data__ = {**dict.fromkeys(self._meta.sorted_field_names), **self.__data__}
+            return rows
+        if not is_row(self):
+            raise ConversationNotFound(self.id)
+        require_whole(self)
+        fields = self.dirty_fields if only is None else only
+        fields = [self._meta.combined[field] if isinstance(field, str) else field for field in fields]
         values = {field.name: self.__data__.get(field.name) for field in fields if field.name != "id"}
         if "stage" in values:
-            raise self._refuse_stage(self.stage)
+            raise refuse_stage(self, self.stage)
         if not values:
             return 0
         values["updated_at"] = next_version(self)
-        changed = (
-            super().update(**values).where((type(self).id == self.id) & (type(self).updated_at == self.updated_at))
-        )
-        rows = changed.execute()
+        mine = (type(self).id == self.id) & (type(self).updated_at == self.updated_at)
+        rows = type(self).update(**values).where(mine).execute()
         if not rows:
-            raise conflict(self, "save()")
+            raise conflict(self, "save()", self.stage)
         remember(self, list(values))
         self.__data__["updated_at"] = values["updated_at"]
-        self._dirty.difference_update(values)
+        self._dirty.difference_update(values, ["id"])
         return rows
-
-    @classmethod
-    def update(cls, data: Any = None, /, **update: Any) -> peewee.ModelUpdate:
-        """Peewee's `update`, which does not take the stage.
-
-        Raises:
-            StageAssignmentRefused: the stage is among the values.
-        """
-        named = [
-            cls._meta.combined.get(field) if isinstance(field, str) else field for field in (*(data or ()), *update)
-        ]
-        if any(field is cls.stage for field in named):
-            raise StageAssignmentRefused(
-                "update() cannot write the stage: load the conversation and fire a trigger, "
-                f"one of {', '.join(transition.trigger for transition in TRANSITIONS)}.",
-                update.get("stage"),
-            )
-        return super().update(data, **update)
-
-    def _refuse_stage(self, wanted: Any) -> StageAssignmentRefused:
-        dest = type(self).stage.clean(wanted)
-        if "id" in self._dirty:  # not a row yet
-            return StageAssignmentRefused(
-                f"A conversation begins INITIATED and cannot be made {dest}: "
-                "use open_conversation(), and then its triggers.",
-                dest,
-            )
-        stage = self.__data__["stage"]
-        trigger = trigger_between(stage, dest)
-        instead = (
-            f"call {trigger}()" if trigger else f"allowed from {stage}: {', '.join(triggers_from(stage)) or 'none'}"
-        )
-        return StageAssignmentRefused(
-            f"The stage of conversation {self.id!r} cannot be written as {dest}, only triggers change it: {instead}.",
-            dest,
-        )
 
 
 @contextmanager
@@ -477,7 +445,8 @@ def open_conversation(
         lead: the lead or its id.
         entry_point: what brought the lead here.
         rep: the user who looks after it, or his id.
-        key: idempotency key: the same key again returns the conversation and changes nothing.
+        key: idempotency key: once it has opened, reopened or resumed the conversation, the same key again returns the
+            conversation and changes nothing.
         actor, reason, metadata: for the history.
 
     Returns:
@@ -486,35 +455,42 @@ def open_conversation(
     Raises:
         LeadNotFound: there is no such lead.
         LeadHasNoPhone: it cannot be texted.
+        UserNotFound: there is no such rep.
         ConversationCompleted: the lead has paid.
+        KeyReused: the key was used for another trigger.
+        InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
     rep_id = rep.id if isinstance(rep, User) else rep
     entry_point = CloseEngineConversation.entry_point.clean(entry_point)
-    context = partial(context_of, actor=actor, reason=reason, metadata=metadata, key=key)
+    context = context_of("open", actor, reason, metadata, key)
+    hold = current().dialect.hold
     with atomic():
-        held = Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)
-        row = current().dialect.hold(held).first()
+        row = hold(Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)).first()
         if row is None:
             raise LeadNotFound(lead_id)
-        conversation: CloseEngineConversation | None = row.close_conversation
+        mine = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
+        conversation: CloseEngineConversation | None = mine.first()
+        if conversation is not None and conversation.stage not in ACTIVE_STAGES:
+            conversation = hold(mine).first()  # so that nobody else resumes or reopens it meanwhile
         if conversation is not None:
-            if _opened_by(conversation, key) or conversation.stage in ACTIVE_STAGES:
+            if conversation.stage in ACTIVE_STAGES or _opened_by(conversation, key):
                 return conversation
             if conversation.stage is Stage.COMPLETED:
                 raise ConversationCompleted(conversation.id, lead_id)
-            if conversation.stage is Stage.STALLED:
-                change_stage(conversation, "resume", {}, context("resume"))
-                return conversation
         if not (row.phone or "").strip():
             raise LeadHasNoPhone(lead_id)
+        if conversation is not None and conversation.stage is Stage.STALLED:
+            change_stage(conversation, "resume", {}, {**context, "trigger": "resume"})
+            return conversation
+        if rep_id is not None and User.get_or_none(User.id == rep_id) is None:
+            raise UserNotFound(rep_id)
         if conversation is not None:
-            entered = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
-            change_stage(
-                conversation, "reopen", {}, context("reopen"), {**entered, "rep": rep_id or conversation.rep_id}
-            )
+            taken = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
+            taken["rep"] = conversation.rep_id if rep_id is None else rep_id
+            change_stage(conversation, "reopen", {}, {**context, "trigger": "reopen"}, taken)
         else:
-            conversation = _insert(row, entry_point, rep_id, context("open"))
+            conversation = _insert(row, entry_point, rep_id, context)
             if conversation is None:  # a writer who does not hold the lead was first
                 return open_conversation(lead, entry_point, rep, key, actor=actor, reason=reason, metadata=metadata)
         Lead.update(close_entry_point=entry_point).where(Lead.id == lead_id).execute()
@@ -528,7 +504,8 @@ def open_conversation(
 def _opened_by(conversation: CloseEngineConversation, key: str | None) -> bool:
     """Whether this key opened, reopened or resumed it already."""
     mine = (StageChange.conversation_id == conversation.id) & (StageChange.key == key)
-    return key is not None and StageChange.get_or_none(mine) is not None
+    opening = StageChange.trigger.in_(["open", "reopen", "resume"])
+    return key is not None and StageChange.get_or_none(mine & opening) is not None
 
 
 def _insert(
@@ -553,4 +530,7 @@ def _insert(
     ):
         if not insert.as_rowcount().execute():
             return None
-    return CloseEngineConversation.get_by_id(conversation.id)
+    conversation = CloseEngineConversation.get_by_id(conversation.id)
+    if hooks.waiting_for(Stage.INITIATED):
+        entered(conversation, conversation.history()[-1])
+    return conversation

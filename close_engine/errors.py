@@ -32,14 +32,17 @@ __all__ = [
     "LeaseLost",
     "MessageNotDead",
     "MessageNotFound",
+    "PartlyLoaded",
     "PaymentUnmatched",
     "ProviderIdTaken",
     "SchemaError",
     "StageAssignmentRefused",
     "StageConflict",
+    "TransactionFailed",
     "TransitionNotAllowed",
     "TransitionRefused",
     "UnknownTrigger",
+    "UserNotFound",
 ]
 
 
@@ -208,7 +211,27 @@ class ConversationNotFound(CloseEngineError, LookupError):
 
     def __init__(self, conversation_id: str) -> None:
         self.conversation_id = conversation_id
-        super().__init__(f"There is no conversation {conversation_id!r}; it may have been deleted with its lead.")
+        super().__init__(
+            f"There is no conversation {conversation_id!r}: it was deleted with its lead, or never opened with "
+            "open_conversation()."
+        )
+
+
+class PartlyLoaded(CloseEngineError):
+    """The object lacks columns on which a decision rests, as its query did not select them.
+
+    Attributes:
+        conversation_id: the conversation.
+        missing: list of the fields' names.
+    """
+
+    def __init__(self, conversation_id: str, missing: Sequence[str]) -> None:
+        self.conversation_id = conversation_id
+        self.missing = list(missing)
+        super().__init__(
+            f"Conversation {conversation_id!r} was loaded without {', '.join(missing)}: "
+            "select all its columns, or reload() it."
+        )
 
 
 class ConversationCompleted(CloseEngineError):
@@ -238,6 +261,18 @@ class LeadNotFound(CloseEngineError, LookupError):
     def __init__(self, lead_id: str) -> None:
         self.lead_id = lead_id
         super().__init__(f"There is no lead {lead_id!r}.")
+
+
+class UserNotFound(CloseEngineError, LookupError):
+    """There is no such user to be the rep.
+
+    Attributes:
+        user_id: what was looked for.
+    """
+
+    def __init__(self, user_id: str) -> None:
+        self.user_id = user_id
+        super().__init__(f"There is no user {user_id!r}.")
 
 
 class LeadHasNoPhone(CloseEngineError):
@@ -383,6 +418,19 @@ class PaymentUnmatched(CloseEngineError):
         self.key = key
         self.why = why
         super().__init__(f"Payment {key!r} of lead {lead_id!r} matches no open conversation: {why}.")
+
+
+class TransactionFailed(CloseEngineError):
+    """A statement in the transaction failed, its error was caught in the block, and the block went on to its end.
+
+    PostgreSQL then undoes the transaction although it is told to commit it; so nothing of it is written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A statement in this transaction failed, so PostgreSQL undoes all of it: nothing is written. "
+            "Put what may fail into an atomic() of its own inside this one."
+        )
 
 
 class AfterCommitError(CloseEngineError):

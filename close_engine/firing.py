@@ -3,7 +3,8 @@
 `CloseEngineConversation.fire` ends here. The machine decides on a draft, never on the row; the row changes only if
 nobody changed it since it was loaded; the database adds the history row and refuses what is not in its table.
 
->>> from close_engine.conversations import CloseEngineConversation
+>>> from close_engine import CloseEngineConversation, connect
+>>> database = connect("sqlite:///:memory:")
 >>> draft_of(CloseEngineConversation(id="c1", lead="l1", entry_point="SMS_REPLY"), {}).stage
 <Stage.INITIATED: 'INITIATED'>
 """
@@ -20,7 +21,15 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from close_engine import hooks
 from close_engine.backend import Binding, Dialect, current, now
-from close_engine.errors import ConversationNotFound, InvalidValue, KeyReused, StageConflict, TransitionRefused
+from close_engine.columns import is_row
+from close_engine.errors import (
+    ConversationNotFound,
+    InvalidValue,
+    KeyReused,
+    PartlyLoaded,
+    StageConflict,
+    TransitionRefused,
+)
 from close_engine.fields import clean_json, clean_text, stored_time
 from close_engine.machine import Draft, Stamp, Transition, decide
 from close_engine.models import StageChange
@@ -30,7 +39,24 @@ from close_engine.transaction import atomic, remember, run_after_commit
 if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation
 
-__all__ = ["Context", "change_stage", "conflict", "context_of", "draft_of", "next_version", "touch", "written_by"]
+__all__ = [
+    "Context",
+    "change_stage",
+    "conflict",
+    "context_of",
+    "draft_of",
+    "entered",
+    "next_version",
+    "require_whole",
+    "touch",
+    "written_by",
+]
+
+#: What fits an index of PostgreSQL in any alphabet.
+LONGEST_KEY = 255
+
+#: What a decision, its write and its history row rest on.
+_NEEDED = {"id", "lead", "stage", "autonomy_level", "payment_link_sent_at", "updated_at"}
 
 
 class Context(TypedDict, total=False):
@@ -44,8 +70,19 @@ class Context(TypedDict, total=False):
 
 def draft_of(conversation: CloseEngineConversation, given: Mapping[str, Any]) -> Draft:
     """What the machine decides on."""
+    require_whole(conversation)
     sent = conversation.payment_link_sent_at is not None
     return Draft(conversation.stage, conversation.id, conversation.autonomy_level, sent, given)
+
+
+def require_whole(conversation: CloseEngineConversation) -> None:
+    """Refuse an object whose query left out columns: what is not loaded is not the same as what is empty.
+
+    Raises:
+        PartlyLoaded: it lacks a column that a decision rests on.
+    """
+    if not conversation.__data__.keys() >= _NEEDED and is_row(conversation):
+        raise PartlyLoaded(conversation.id, sorted(_NEEDED - conversation.__data__.keys()))
 
 
 def next_version(conversation: CloseEngineConversation) -> datetime:
@@ -63,6 +100,8 @@ def context_of(
             texts[name] = clean_text(name, text)
     if key is not None and not key.strip():
         raise InvalidValue("key", key, "an idempotency key must not be empty")
+    if key is not None and len(key) > LONGEST_KEY:
+        raise InvalidValue("key", key, f"an idempotency key has at most {LONGEST_KEY} characters")
     if metadata is not None:
         if not isinstance(metadata, Mapping):
             raise InvalidValue("metadata", metadata, "it must be a mapping")
@@ -84,24 +123,22 @@ def change_stage(
     source = conversation.stage
     try:
         transition = decide(trigger, draft_of(conversation, given))
-    except TransitionRefused:
-        if change := _earlier(conversation.id, trigger, context["key"]):
-            return change
-        raise
-    hooked = hooks.hooks_for(source, transition.dests)
-    with atomic() if hooked else nullcontext():
-        if hooked:
-            hooks.run_on_exit(conversation, transition)
-        values = {**written_by(transition, next_version(conversation), given), **(also or {})}
-        row = _write(current(), conversation, transition, values, context)
-        if row is None:
-            if change := _earlier(conversation.id, trigger, context["key"]):
-                return change
-            raise conflict(conversation, trigger)
-        change = _take_over(conversation, source, values, row, context)
-        if hooked:
-            hooks.run_on_enter(conversation, change)
-        _announce(conversation, change)
+        hooked = hooks.hooks_for(source, transition.dests)
+        with atomic() if hooked else nullcontext():
+            if hooked:
+                hooks.run_on_exit(conversation, transition)
+            values = {**written_by(transition, next_version(conversation), given), **(also or {})}
+            row = _write(current(), conversation, source, transition, values, context)
+            if row is None:
+                raise conflict(conversation, trigger, source)
+            change = _take_over(conversation, source, values, row, context)
+            entered(conversation, change)
+    except (TransitionRefused, StageConflict, ConversationNotFound):
+        # Only now, so that the first use of a key costs nothing: was it used before?
+        earlier = _earlier(conversation.id, trigger, context["key"])
+        if earlier is None:
+            raise
+        return earlier
     return change
 
 
@@ -115,7 +152,7 @@ def touch(conversation: CloseEngineConversation, what: str) -> None:
     model, version = type(conversation), next_version(conversation)
     same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
     if not model.update(updated_at=version).where(same & (model.stage == conversation.stage)).execute():
-        raise conflict(conversation, what)
+        raise conflict(conversation, what, conversation.stage)
     remember(conversation, ["updated_at"])
     conversation.__data__["updated_at"] = version
 
@@ -141,6 +178,7 @@ _statements: dict[tuple[Any, ...], str] = {}
 def _write(
     binding: Binding,
     conversation: CloseEngineConversation,
+    source: Stage,
     transition: Transition,
     values: Mapping[str, Any],
     context: dict[str, Any],
@@ -153,7 +191,7 @@ def _write(
     parameters = [meta.fields[name].db_value(value) for name, value in values.items()]
     if transition.dest is None:
         parameters[0] = conversation.id
-    parameters += [conversation.id, conversation.stage.value, stored_time(conversation.updated_at)]
+    parameters += [conversation.id, source.value, stored_time(conversation.updated_at)]
     if key is not None:
         parameters += [conversation.id, key]
     context = {**context, "id": conversation.id, "updated_at": stored_time(values["updated_at"])}
@@ -228,17 +266,30 @@ def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange
     return change
 
 
-def conflict(conversation: CloseEngineConversation, trigger: str) -> StageConflict | ConversationNotFound:
+def conflict(
+    conversation: CloseEngineConversation, trigger: str, expected: Stage
+) -> StageConflict | ConversationNotFound:
     """Why a guarded write found no row."""
     model = type(conversation)
     found = model.select(model.stage).where(model.id == conversation.id).first()
     if found is None:
         return ConversationNotFound(conversation.id)
-    return StageConflict(conversation.id, trigger, conversation.stage, found.stage)
+    return StageConflict(conversation.id, trigger, expected, found.stage)
+
+
+def entered(conversation: CloseEngineConversation, change: StageChange) -> None:
+    """Run what waits for the entering of a stage: some functions now, others after the commit."""
+    waiting = hooks.committed_hooks(change.dest)
+    if current().database.in_transaction():
+        _uncommitted.changes[change.id] = change
+        run_after_commit(*(partial(_run_if_kept, hook, conversation, change) for hook in waiting))
+    else:
+        run_after_commit(*(partial(hook, conversation, change) for hook in waiting))
+    hooks.run_on_enter(conversation, change)
 
 
 class _Uncommitted(local):
-    """History rows whose hooks wait for the commit, by id: SQLite gives a rolled-back id out again."""
+    """The newest change of each id, until it is committed: SQLite gives a rolled-back id out again."""
 
     def __init__(self) -> None:
         self.changes: weakref.WeakValueDictionary[int, StageChange] = weakref.WeakValueDictionary()
@@ -247,22 +298,9 @@ class _Uncommitted(local):
 _uncommitted = _Uncommitted()
 
 
-def _announce(conversation: CloseEngineConversation, change: StageChange) -> None:
-    """See to it that the after-commit hooks of this change run, if it is committed."""
-    waiting = hooks.committed_hooks(change.dest)
-    if not waiting:
-        return
-    in_transaction = current().database.in_transaction()
-    _uncommitted.changes[change.id] = change
-
-    def run(hook: hooks.Hook) -> None:
-        # A savepoint may have been rolled back meanwhile: the history knows.
-        rolled_back = in_transaction and (
-            _uncommitted.changes.get(change.id) is not change
-            or StageChange.get_or_none(StageChange.id == change.id) is None
-        )
-        if not rolled_back:
-            hook(conversation, change)
-
-    for hook in waiting:
-        run_after_commit(partial(run, hook))
+def _run_if_kept(hook: hooks.Hook, conversation: CloseEngineConversation, change: StageChange) -> None:
+    """Run a function after the commit, unless a savepoint was rolled back before it: the history knows."""
+    same = (StageChange.id == change.id) & (StageChange.created_at == change.created_at)
+    kept = StageChange.get_or_none(same & (StageChange.conversation_id == change.conversation_id))
+    if kept is not None and _uncommitted.changes.get(change.id) is change:
+        hook(conversation, change)

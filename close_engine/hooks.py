@@ -12,6 +12,7 @@ Registrations belong to the process, as Peewee's signals do: register where your
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from close_engine.machine import Transition
@@ -31,6 +32,7 @@ class Hook:
         self._registry = registry
         self._stages = stages
         self.function = function
+        update_wrapper(self, function)
         for stage in stages:
             registry.setdefault(stage, []).append(self)
 
@@ -38,11 +40,11 @@ class Hook:
         return self.function(*arguments)
 
     def remove(self) -> None:
-        """Stop running it."""
+        """Stop running it; harmless where that was done before."""
         for stage in self._stages:
-            self._registry[stage].remove(self)
-            if not self._registry[stage]:
-                del self._registry[stage]
+            left = [hook for hook in self._registry.pop(stage, ()) if hook is not self]
+            if left:
+                self._registry[stage] = left
 
 
 _on_exit: dict[Stage, list[Hook]] = {}
@@ -55,7 +57,7 @@ def on_exit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, Tran
 
     It gets the conversation and the Transition about to be made; if it raises, the stage stays.
     """
-    return lambda function: Hook(_on_exit, _checked(stages), function)
+    return _registering(_on_exit, stages)
 
 
 def on_enter(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
@@ -63,7 +65,7 @@ def on_enter(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, Sta
 
     It gets the conversation and the StageChange just written; if it raises, the stage change is undone.
     """
-    return lambda function: Hook(_on_enter, _checked(stages), function)
+    return _registering(_on_enter, stages)
 
 
 def after_commit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
@@ -71,7 +73,7 @@ def after_commit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation,
 
     It gets the conversation and the StageChange. For what must not be lost in a crash, use the outbox instead.
     """
-    return lambda function: Hook(_after_commit, _checked(stages), function)
+    return _registering(_after_commit, stages)
 
 
 def hooks_for(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
@@ -79,10 +81,14 @@ def hooks_for(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
     return bool(_on_exit or _on_enter) and (source in _on_exit or any(dest in _on_enter for dest in dests))
 
 
+def waiting_for(dest: Stage) -> bool:
+    """Whether a function is to run because this stage is entered."""
+    return dest in _on_enter or dest in _after_commit
+
+
 def concern(transition: Transition) -> bool:
     """Whether any function is registered at an edge that this transition crosses."""
-    left = any(source in _on_exit for source in transition.sources)
-    return left or any(dest in _on_enter or dest in _after_commit for dest in transition.dests)
+    return any(source in _on_exit for source in transition.sources) or any(map(waiting_for, transition.dests))
 
 
 def run_on_exit(conversation: CloseEngineConversation, transition: Transition) -> None:
@@ -99,7 +105,8 @@ def committed_hooks(dest: Stage) -> tuple[Hook, ...]:
     return tuple(_after_commit.get(dest, ()))
 
 
-def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+def _registering(registry: dict[Stage, list[Hook]], stages: tuple[Stage, ...]) -> Callable[[Callable[..., Any]], Hook]:
     if not stages:
         raise TypeError("name at least one stage, as in @on_enter(Stage.BUILDING)")
-    return tuple(Stage(stage) for stage in stages)
+    known = tuple(dict.fromkeys(Stage(stage) for stage in stages))
+    return lambda function: Hook(registry, known, function)

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from close_engine.backend import current
-from close_engine.errors import AfterCommitError
+from close_engine.errors import AfterCommitError, TransactionFailed
 
 __all__ = ["atomic", "remember", "run_after_commit"]
 
@@ -51,36 +51,46 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
         return atomic()
 
     def __enter__(self) -> atomic:
-        binding = current()
+        self._binding = current()
+        database = self._binding.database
         self._before: list[tuple[Any, dict[str, Any], set[str]]] = []
         self._errors: list[Exception] = []
-        self._inner = binding.database.atomic(*(() if binding.database.in_transaction() else binding.dialect.begin))
+        self._outermost = not database.in_transaction()
+        self._inner = database.atomic(*(self._binding.dialect.begin if self._outermost else ()))
         self._transaction = self._inner.__enter__()
+        self._forget_at_commit()
         _scopes.open.append(self)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        _scopes.open.remove(self)
+        failed = exc_type is None and self._binding.dialect.failed(self._binding.database)
         try:
-            self._inner.__exit__(exc_type, exc, traceback)
+            self._inner.__exit__(TransactionFailed if failed else exc_type, exc, traceback)
         except BaseException:
             self._restore()
             raise
-        else:
-            if exc_type is not None:
-                self._restore()
-        finally:
-            _scopes.open.remove(self)
-        if _scopes.open and exc_type is None:
+        if failed or exc_type is not None:
+            self._restore()
+        elif _scopes.open:
             _scopes.open[-1]._before.extend(self._before)
+        if failed:
+            raise TransactionFailed
         if self._errors:
-            raise AfterCommitError(self._errors)
+            raise AfterCommitError(self._errors) from self._errors[0]
 
     def rollback(self) -> None:
         """Undo everything since the block began, in the database and in memory, and go on in the block."""
         self._transaction.rollback()
         self._restore()
+        self._forget_at_commit()
+
+    def _forget_at_commit(self) -> None:
+        # First of what runs after the commit: whatever fails from then on, nothing is rolled back any more.
+        if self._outermost:
+            self._binding.database.after_commit(self._before.clear)
 
     def _restore(self) -> None:
         for instance, data, dirty in reversed(self._before):
@@ -104,22 +114,26 @@ def remember(instance: Any, names: list[str]) -> None:
         _scopes.open[-1]._before.append((instance, data, instance._dirty.intersection(names)))
 
 
-def run_after_commit(function: Callable[[], object]) -> None:
-    """Run a function once the outermost transaction is committed: at once where none is open, never if rolled back.
+def run_after_commit(*functions: Callable[[], object]) -> None:
+    """Run functions once the outermost transaction is committed: at once where none is open, never if rolled back.
 
     Args:
-        function: takes no arguments. If it fails, the commit stands, the other functions run all the same, and the
-            outermost `atomic()` raises AfterCommitError.
+        functions: take no arguments. If one fails, the commit stands, the others run all the same, and the outermost
+            `atomic()` raises AfterCommitError; where that is Peewee's own, the first to fail is raised through it.
     """
-    database = current().database
-    outermost = _scopes.open[0] if _scopes.open else None
+    outermost = next((scope for scope in _scopes.open[:1] if scope._outermost), None)
 
     def run() -> None:
-        try:
-            function()
-        except Exception as error:
-            if outermost is None:
-                raise AfterCommitError([error]) from error
-            outermost._errors.append(error)
+        errors: list[Exception] = []
+        for function in functions:
+            try:
+                function()
+            except Exception as error:
+                errors.append(error)
+        if outermost is not None:
+            outermost._errors.extend(errors)
+        elif errors:
+            raise AfterCommitError(errors) from errors[0]
 
-    database.after_commit(run)
+    if functions:
+        current().database.after_commit(run)

@@ -1,0 +1,54 @@
+"""What an object holds and what its row holds, for tests that compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from close_engine import CloseEngineConversation, StageChange
+
+
+def copy_of(conversation: CloseEngineConversation) -> CloseEngineConversation:
+    """The same conversation as another worker loads it."""
+    return CloseEngineConversation.get_by_id(conversation.id)
+
+
+def in_memory(conversation: CloseEngineConversation) -> tuple[dict[str, Any], set[str]]:
+    """Everything an object holds: its values, and which of them are unsaved."""
+    return dict(conversation.__data__), set(conversation._dirty)
+
+
+def stored(conversation: CloseEngineConversation) -> dict[str, Any]:
+    """Everything the row holds, as a fresh object has it."""
+    return dict(copy_of(conversation).__data__)
+
+
+def triggers(conversation: CloseEngineConversation) -> list[str]:
+    """What the history says, oldest first."""
+    return [change.trigger for change in conversation.history()]
+
+
+def replayed(conversation_id: str) -> str | None:
+    """The stage that the history leads to, each row of which must begin where the one before ended."""
+    stage = None
+    for change in StageChange.select().where(StageChange.conversation_id == conversation_id).order_by(StageChange.id):
+        assert change.source == stage
+        stage = change.dest
+    return stage
+
+
+class Stop(Exception):
+    """An error of the caller's own."""
+
+
+@contextmanager
+def left_by_an_error(block: AbstractContextManager[Any]) -> Iterator[Any]:
+    """Run the body in the block, and leave the block with an error, which it must let through."""
+    try:
+        with block as entered:
+            yield entered
+            raise Stop
+    except Stop:
+        return
+    raise AssertionError("the block swallowed the error")

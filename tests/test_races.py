@@ -1,0 +1,141 @@
+"""Racers start at a barrier; exactly one of them wins, and the history has no gap and no duplicate."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pytest
+
+import close_engine
+from close_engine import CloseEngineConversation, EntryPoint, StageConflict, open_conversation
+from close_engine.backend import current
+from close_engine.testing import new_lead
+from tests.rows import replayed, triggers
+
+ROUNDS = ["start_qualifying", "collect_info", "start_building", "send_preview", "request_edits"]
+
+race_between = pytest.mark.parametrize(
+    ("kind", "racers"),
+    [
+        ("postgresql", "32 threads"),
+        ("postgresql", "8 processes"),
+        ("sqlite-file", "8 threads"),
+        ("sqlite-file", "8 processes"),
+    ],
+)
+
+
+# What a racer does; a process of its own imports this module to do it.
+
+
+def get_ready(the_barrier):
+    """Called first in each racer."""
+    global barrier
+    barrier = the_barrier
+
+
+def fire(conversation_id, trigger):
+    """The id of the history row of the winner, expected and found of the others."""
+    conversation = CloseEngineConversation.get_by_id(conversation_id)
+    barrier.wait(60)
+    try:
+        return conversation.fire(trigger).id
+    except StageConflict as conflict:
+        return conflict.expected, conflict.found
+
+
+def fire_with_key(conversation_id, trigger):
+    """The id of the history row."""
+    conversation = CloseEngineConversation.get_by_id(conversation_id)
+    barrier.wait(60)
+    return conversation.fire(trigger, key=f"webhook of {trigger}").id
+
+
+def open_for(lead_id, entry_point):
+    """The id of the conversation."""
+    barrier.wait(60)
+    return open_conversation(lead_id, entry_point).id
+
+
+def compete(task, rounds, url=None):
+    """What came of each round, none of which begins before the one before has ended; a process connects first."""
+    if url:
+        close_engine.connect(url)
+    outcomes = []
+    for arguments in rounds:
+        barrier.wait(60)
+        outcomes.append(task(*arguments))
+    current().database.close()
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Eight of them, which take their time to start."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(8, mp_context=spawn, initializer=get_ready, initargs=(spawn.Barrier(8),)) as pool:
+        yield pool
+
+
+@pytest.fixture
+def race(database, database_url, racers, request):
+    """Let racers compete in a task; returns the outcomes of each round."""
+    number = int(racers.split()[0])
+
+    def run(task, rounds):
+        if racers.endswith("processes"):
+            pool, url = nullcontext(request.getfixturevalue("processes")), database_url
+        else:
+            barrier = threading.Barrier(number)
+            pool, url = ThreadPoolExecutor(number, initializer=get_ready, initargs=(barrier,)), None
+        with pool as racing:
+            running = [racing.submit(compete, task, rounds, url) for _ in range(number)]
+            return list(zip(*(racer.result() for racer in running), strict=True))
+
+    return run
+
+
+@race_between
+def test_of_all_who_fire_at_once_exactly_one_wins(race):
+    conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    outcomes = race(fire, [(conversation.id, trigger) for trigger in ROUNDS])
+    history = conversation.history()
+    assert [change.trigger for change in history] == ["open", *ROUNDS]
+    for change, outcome in zip(history[1:], outcomes, strict=True):
+        winners = [found for found in outcome if not isinstance(found, tuple)]
+        conflicts = [found for found in outcome if isinstance(found, tuple)]
+        assert winners == [change.id]
+        assert conflicts == [(change.source, change.dest)] * (len(outcome) - 1)
+    conversation.reload()
+    assert replayed(conversation.id) is conversation.stage
+
+
+@race_between
+def test_all_who_fire_at_once_with_the_same_key_get_the_one_change(race):
+    conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    outcomes = race(fire_with_key, [(conversation.id, trigger) for trigger in ROUNDS])
+    assert triggers(conversation) == ["open", *ROUNDS]
+    assert [set(outcome) for outcome in outcomes] == [{change.id} for change in conversation.history()[1:]]
+
+
+@race_between
+def test_all_who_open_at_once_get_the_same_conversation(race):
+    leads = [new_lead() for _ in range(4)]
+    outcomes = race(open_for, [(lead.id, EntryPoint.SMS_REPLY) for lead in leads])
+    for lead, outcome in zip(leads, outcomes, strict=True):
+        assert set(outcome) == {lead.close_conversation.id}
+        assert triggers(lead.close_conversation) == ["open"]
+
+
+@race_between
+def test_all_who_reopen_at_once_get_the_same_conversation(race):
+    conversations = [open_conversation(new_lead(), EntryPoint.SMS_REPLY) for _ in range(4)]
+    for conversation in conversations:
+        conversation.close_lost("no answer")
+    outcomes = race(open_for, [(conversation.lead_id, EntryPoint.REP_CLOSE) for conversation in conversations])
+    for conversation, outcome in zip(conversations, outcomes, strict=True):
+        assert set(outcome) == {conversation.id}
+        assert triggers(conversation) == ["open", "close_lost", "reopen"]

@@ -1,0 +1,232 @@
+"""Whatever happens in whatever order: an object equals its row or is known to be stale, and the history is complete."""
+
+from __future__ import annotations
+
+import peewee
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from close_engine import (
+    TRANSITIONS,
+    CloseEngineConversation,
+    ConversationNotFound,
+    EntryPoint,
+    Stage,
+    StageConflict,
+    TransitionRefused,
+    atomic,
+    open_conversation,
+)
+from close_engine.machine import pairs
+from close_engine.testing import new_lead
+from tests.rows import Stop, copy_of, in_memory, replayed
+
+ALLOWED = {(source, dest) for _, source, dest in pairs()}
+TRIGGERS = st.sampled_from([transition.trigger for transition in TRANSITIONS])
+ARGUMENTS = {
+    "send_payment_link": {"payment_link_url": "https://pay.example.com/1"},
+    "close_lost": {"reason": "no answer"},
+}
+FIELDS = st.sampled_from(["collected_data", "questions_asked"])
+VALUES = st.one_of(st.none(), st.lists(st.integers(0, 9), max_size=2), st.text("aé😀", max_size=2))
+
+
+class Conversations(RuleBasedStateMachine):
+    """One conversation as one worker holds it, while others write."""
+
+    database: peewee.Database
+
+    @initialize()
+    def open(self):
+        self.lead = new_lead()
+        self.conversation = open_conversation(self.lead, EntryPoint.SMS_REPLY)
+        self.stale = self.deleted = False
+        self.keys = {}
+
+    def fire(self, trigger, key=None):
+        """Fire, and check that what came of it is what had to come of it."""
+        conversation, arguments = self.conversation, ARGUMENTS.get(trigger, {})
+        before = in_memory(conversation)
+        if not conversation.may(trigger, **arguments):
+            error = TransitionRefused
+        elif self.stale:
+            error = ConversationNotFound if self.deleted else StageConflict
+        else:
+            change = conversation.fire(trigger, key=key, **arguments)
+            assert (change.source, change.dest, change.trigger) == (before[0]["stage"], conversation.stage, trigger)
+            return change
+        with pytest.raises(error):
+            conversation.fire(trigger, key=key, **arguments)
+        assert in_memory(conversation) == before
+        return None
+
+    @rule(trigger=TRIGGERS)
+    def fire_a_trigger(self, trigger):
+        self.fire(trigger)
+
+    @rule(data=st.data())
+    def fire_an_allowed_trigger(self, data):
+        if allowed := self.conversation.allowed_triggers():
+            self.fire(data.draw(st.sampled_from(allowed)))
+
+    @rule(trigger=TRIGGERS)
+    def fire_with_a_key(self, trigger):
+        if trigger not in self.keys:
+            if change := self.fire(trigger, key=trigger):
+                self.keys[trigger] = change
+            return
+        before = in_memory(self.conversation)
+        again = self.conversation.fire(trigger, key=trigger, **ARGUMENTS.get(trigger, {}))
+        assert again.__data__ == self.keys[trigger].__data__
+        assert in_memory(self.conversation) == before
+
+    @rule(
+        before=st.lists(TRIGGERS, max_size=3),
+        inside=st.lists(TRIGGERS, max_size=3),
+        ways=st.tuples(*[st.booleans()] * 3),
+    )
+    def fire_in_blocks_that_are_undone(self, before, inside, ways):
+        """A savepoint in a transaction, each of them left by an error or rolled back, or kept."""
+        undo_all, undo_savepoint, by_error = ways
+        unchanged = in_memory(self.conversation)
+        keys = dict(self.keys)
+
+        def undo(block):
+            if by_error:
+                raise Stop
+            block.rollback()
+
+        try:
+            with atomic() as transaction:
+                for trigger in before:
+                    self.fire(trigger)
+                at_savepoint = in_memory(self.conversation)
+                try:
+                    with atomic() as savepoint:
+                        for trigger in inside:
+                            self.fire_with_a_key(trigger)
+                        if not self.stale:
+                            self.save()
+                        if undo_savepoint:
+                            undo(savepoint)
+                except Stop:
+                    pass
+                if undo_savepoint:
+                    self.keys = dict(keys)
+                    assert in_memory(self.conversation) == at_savepoint
+                if undo_all:
+                    undo(transaction)
+        except Stop:
+            pass
+        if undo_all:
+            self.keys = keys
+            assert in_memory(self.conversation) == unchanged
+
+    @rule(field=FIELDS, value=VALUES)
+    def assign(self, field, value):
+        setattr(self.conversation, field, value)
+
+    @rule()
+    def save(self):
+        before = in_memory(self.conversation)
+        if not self.conversation.is_dirty():
+            assert self.conversation.save() == 0
+        elif self.stale:
+            with pytest.raises(ConversationNotFound if self.deleted else StageConflict):
+                self.conversation.save()
+            assert in_memory(self.conversation) == before
+        else:
+            assert self.conversation.save() == 1
+            assert not self.conversation.is_dirty()
+
+    @precondition(lambda self: not self.deleted)
+    @rule()
+    def reload(self):
+        self.conversation.reload()
+        self.stale = False
+
+    @precondition(lambda self: not self.deleted)
+    @rule(data=st.data())
+    def another_worker_fires(self, data):
+        other = copy_of(self.conversation)
+        allowed = other.allowed_triggers()
+        if allowed:
+            trigger = data.draw(st.sampled_from(allowed))
+            other.fire(trigger, **ARGUMENTS.get(trigger, {}))
+            self.stale = True
+
+    @precondition(lambda self: not self.deleted)
+    @rule(stage=st.sampled_from(Stage), aside=st.booleans())
+    def somebody_writes_sql(self, stage, aside):
+        """With or without a stage; the guard lets through what the table allows."""
+        found = copy_of(self.conversation).stage
+        mark = self.database.param
+        write = "UPDATE close_engine_conversations SET edit_rounds = 7 WHERE id = " + mark
+        values = [self.conversation.id]
+        if not aside:
+            write = f"UPDATE close_engine_conversations SET stage = {mark} WHERE id = {mark}"
+            values.insert(0, stage.value)
+        if aside or stage is found or (found, stage) in ALLOWED:
+            self.database.execute_sql(write, values)
+            self.stale = True
+        else:
+            with pytest.raises(peewee.IntegrityError):
+                self.database.execute_sql(write, values)
+
+    @precondition(lambda self: not self.deleted)
+    @rule()
+    def somebody_deletes(self):
+        CloseEngineConversation.delete_by_id(self.conversation.id)
+        self.stale = self.deleted = True
+
+    @precondition(lambda self: self.deleted)
+    @rule()
+    def open_again(self):
+        deleted = self.conversation.id
+        self.conversation = open_conversation(self.lead, EntryPoint.REP_CLOSE)
+        assert self.conversation.id != deleted
+        self.stale = self.deleted = False
+        self.keys = {}
+
+    @invariant()
+    def the_object_equals_its_row_or_is_stale(self):
+        row = CloseEngineConversation.get_or_none(CloseEngineConversation.id == self.conversation.id)
+        assert (row is None) == self.deleted
+        if row is not None:
+            unsaved = self.conversation._dirty
+            assert unsaved <= {"collected_data", "questions_asked"}
+            held = {name: value for name, value in self.conversation.__data__.items() if name not in unsaved}
+            there = {name: value for name, value in row.__data__.items() if name not in unsaved}
+            assert (held == there) is not self.stale
+            assert (self.conversation.updated_at == row.updated_at) is not self.stale
+
+    @invariant()
+    def the_history_leads_to_the_stored_stage(self):
+        stage = replayed(self.conversation.id)
+        if not self.deleted:
+            assert stage is copy_of(self.conversation).stage
+
+
+def test_memory_the_row_and_the_history_agree_whatever_happens(database):
+    Conversations.database = database
+    run_state_machine_as_test(
+        Conversations,
+        settings=settings(
+            max_examples=30,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
