@@ -208,7 +208,7 @@ def works_without(right: str, role: str, url: str) -> bool:
         with close_engine.atomic() as transaction:
             work()
             transaction.rollback()
-    except peewee.ProgrammingError as error:
+    except (peewee.ProgrammingError, close_engine.SchemaError) as error:
         return "permission denied" not in str(error)
     finally:
         execute(url, f"GRANT {right} TO {role}")
