@@ -354,17 +354,16 @@ def test_a_table_that_is_gone_is_a_sentence_that_names_verify(database: Any, dat
     assert "close-engine verify" in sentence
 
 
+NO_SUCH_CONVERSATION = (
+    "There is no conversation 'c9': it was deleted with its lead, or never opened with open_conversation()."
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ("show", "c9"),
-            "There is no conversation 'c9': it was deleted with its lead, or never opened with open_conversation().",
-        ),
-        (
-            ("fire", "c9", "stall"),
-            "There is no conversation 'c9': it was deleted with its lead, or never opened with open_conversation().",
-        ),
+        (("show", "c9"), NO_SUCH_CONVERSATION),
+        (("fire", "c9", "stall"), NO_SUCH_CONVERSATION),
         (("down", "0042_none"), 'Nothing was changed: "0042_none" is not an applied migration.'),
     ],
 )
