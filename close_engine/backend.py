@@ -296,6 +296,9 @@ def _merge_json(stored: str | None, merged: str) -> str:
     return dump_json([element for place, element in enumerate(elements) if element not in elements[:place]])
 
 
+_POSTGRES, _SQLITE = Postgres(), Sqlite()
+
+
 @dataclass(frozen=True)
 class Binding:
     """The one piece of global state: what the models are bound to."""
@@ -483,10 +486,10 @@ def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
 
 def _dialect_of(database: peewee.Database) -> Dialect:
     if isinstance(database, peewee.PostgresqlDatabase):
-        return Postgres()
+        return _POSTGRES
     if isinstance(database, peewee.SqliteDatabase):
         version = database.server_version
         if version < _SQLITE_NEEDED:
             raise ConfigurationError(f"SQLite {'.'.join(map(str, version))} is too old: 3.35 or newer is needed.")
-        return Sqlite()
+        return _SQLITE
     raise ConfigurationError(f"{type(database).__name__} is not supported: bind a PostgreSQL or SQLite database.")

@@ -80,6 +80,9 @@ class CleanField(FieldOf[V]):
     def adapt(self, value: Any) -> Any:
         return self.clean(value)
 
+    def python_value(self, value: Any) -> Any:
+        return value  # it was checked when it was written
+
     @property
     def label(self) -> str:
         model = getattr(self, "model", None)
@@ -106,6 +109,7 @@ class EnumField(CleanField[V], Generic[V]):
 
     def __init__(self, words: type[Enum], **options: Any) -> None:
         self.words = words
+        self._stored = {word.value: word for word in words}
         super().__init__(**options)
 
     def clean(self, value: Any) -> Any:
@@ -117,6 +121,9 @@ class EnumField(CleanField[V], Generic[V]):
 
     def db_value(self, value: Any) -> Any:
         return value if value is None else str(self.clean(value).value)
+
+    def python_value(self, value: Any) -> Any:
+        return value if value is None else self._stored.get(value) or self.clean(value)
 
 
 class UtcDateTimeField(CleanField[V], Generic[V]):

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from threading import local
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -31,7 +31,7 @@ from close_engine.errors import (
     TransitionRefused,
 )
 from close_engine.fields import clean_json, clean_text, stored_time
-from close_engine.machine import Draft, Stamp, Transition, decide
+from close_engine.machine import TRIGGERS, Draft, Stamp, Transition, decide
 from close_engine.models import StageChange
 from close_engine.stages import Stage
 from close_engine.transaction import atomic, remember, run_after_commit
@@ -172,9 +172,6 @@ def written_by(transition: Transition, moment: datetime, given: Mapping[str, Any
     return values
 
 
-_statements: dict[tuple[Any, ...], str] = {}
-
-
 def _write(
     binding: Binding,
     conversation: CloseEngineConversation,
@@ -184,10 +181,7 @@ def _write(
     context: dict[str, Any],
 ) -> tuple[Any, ...] | None:
     key, meta = context["key"], conversation._meta
-    shape = (type(binding.dialect), transition.trigger, key is None, *values)
-    statement = _statements.get(shape)
-    if statement is None:
-        statement = _statements[shape] = _statement(meta, binding.dialect, transition, values, key is not None)
+    statement = _statement(meta, binding.dialect, transition.trigger, tuple(values), key is not None)
     parameters = [meta.fields[name].db_value(value) for name, value in values.items()]
     if transition.dest is None:
         parameters[0] = conversation.id
@@ -204,11 +198,12 @@ _STALLED_IN = (
 )
 
 
-def _statement(meta: Any, dialect: Dialect, transition: Transition, values: Mapping[str, Any], keyed: bool) -> str:
+@cache
+def _statement(meta: Any, dialect: Dialect, trigger: str, written: tuple[str, ...], keyed: bool) -> str:
     """The text of a transition's one write, made once for each shape it comes in."""
-    fields = meta.fields
+    fields, transition = meta.fields, TRIGGERS[trigger]
     assignments = []
-    for name in values:
+    for name in written:
         column = f'"{fields[name].column_name}"'
         value = "%s"
         if name == "stage" and transition.dest is None:
@@ -223,7 +218,7 @@ def _statement(meta: Any, dialect: Dialect, transition: Transition, values: Mapp
         meta.table_name,
         ", ".join(assignments),
         conditions,
-        ", ".join(f'"{fields[name].column_name}"' for name in values),
+        ", ".join(f'"{fields[name].column_name}"' for name in written),
     )
 
 

@@ -33,6 +33,14 @@ class BaseModel(peewee.Model):
 
     if TYPE_CHECKING:
         _dirty: set[str]
+        DoesNotExist: type[peewee.DoesNotExist]
+
+    def __init__(self, **values: Any) -> None:
+        # Peewee says so of a row's values. What was checked when it was written need not be when it is read.
+        if values.pop("__no_default__", False) and self._meta.fields.keys() >= values.keys():
+            self.__data__, self.__rel__, self._dirty = values, {}, set()
+        else:
+            super().__init__(**values)
 
     class Meta:
         database = database_proxy
