@@ -3,15 +3,18 @@
     sweep()                                             # all of them, as a cron job or a worker's timer does
     stall_silent(after=timedelta(hours=72))
 
-Each moves its rows in batches, with one set-based statement a batch that passes over rows which others hold: any
-number of workers may sweep at once. The guard and the history are the same as for a trigger.
+Each takes hold of what is due in batches, passing over what others hold, and moves a batch with one set-based
+statement: any number of workers may sweep at once. The guard and the history are the same as for a trigger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+import peewee
 
 from close_engine import hooks
 from close_engine.backend import current, now
@@ -46,7 +49,7 @@ class Swept:
 
 
 # What is due, in the order in which it became so: {lock} passes over what others hold.
-_SILENT = """
+_PERHAPS_SILENT = """
     SELECT c.id FROM {silence} s JOIN close_engine_conversations c ON c.id = s.conversation_id
     WHERE s.since <= %s AND c.updated_at < %s AND c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
     ORDER BY s.since LIMIT %s {lock}
@@ -80,8 +83,11 @@ def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -
 
     Returns:
         the ids of the conversations.
+
+    Raises:
+        InvalidValue: the batch is less than one.
     """
-    return _move("stall", _SILENT, ("c", "s"), after, batch, None)
+    return _move("stall", _PERHAPS_SILENT, ("c", "s"), after, batch, spared=_not_silent)
 
 
 def lose_stalled(
@@ -98,7 +104,7 @@ def lose_stalled(
         the ids of the conversations.
 
     Raises:
-        InvalidValue: the reason is empty.
+        InvalidValue: the reason is empty, or the batch is less than one.
     """
     if not reason.strip():
         raise InvalidValue("reason", reason, "a lost conversation must have one")
@@ -113,11 +119,18 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
 
     Returns:
         the ids of the actions.
+
+    Raises:
+        InvalidValue: the batch is less than one.
     """
     moment = stored_time(now())
     context = {"moment": moment, "actor": ACTOR, "reason": "it was not approved in time"}
-    statement = "UPDATE pending_actions SET status = 'EXPIRED'"
-    return _in_batches(_EXPIRED, ("a",), [moment], statement, [], batch, context)
+
+    def expire(held: list[str]) -> list[str]:
+        _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", held)
+        return held
+
+    return _in_batches(_EXPIRED, ("a",), [moment], batch, context, expire)
 
 
 def release_leases(*, batch: int = 1000) -> list[int]:
@@ -128,85 +141,109 @@ def release_leases(*, batch: int = 1000) -> list[int]:
 
     Returns:
         the ids of the messages.
+
+    Raises:
+        InvalidValue: the batch is less than one.
     """
-    statement = (
-        "UPDATE {outbox} SET leased_by = NULL, last_error = 'the lease of ' || leased_by || ' ran out', "
-        "status = CASE WHEN attempts >= max_attempts THEN 'DEAD' ELSE status END"
-    )
-    return _in_batches(_RUN_OUT, ("o",), [stored_time(now())], statement, [], batch, {})
+
+    def release(held: list[int]) -> list[int]:
+        _execute(
+            "UPDATE {outbox} SET leased_by = NULL, last_error = 'the lease of ' || leased_by || ' ran out', "
+            "status = CASE WHEN attempts >= max_attempts THEN 'DEAD' ELSE status END WHERE id IN {these}",
+            held,
+        )
+        return held
+
+    return _in_batches(_RUN_OUT, ("o",), [stored_time(now())], batch, {}, release)
 
 
-def _move(trigger: str, due: str, lock: tuple[str, ...], after: timedelta, batch: int, reason: str | None) -> list[str]:
-    """Fire a trigger on every conversation that is due: in one statement, or one by one where hooks ask for it."""
-    transition, moment = TRIGGERS[trigger], now()
-    due_before = [stored_time(moment - after), stored_time(moment)]
-    given = {"closed_lost_reason": reason}
-    context = context_of(trigger, ACTOR, reason, None, None)
-    if hooks.concern(transition):
-        return _one_by_one(trigger, due, lock, due_before, batch, given, context)
-    values = written_by(transition, moment, given)
-    fields = CloseEngineConversation._meta.fields
-    assignments = ", ".join(f'"{fields[name].column_name}" = %s' for name in values)
-    return _in_batches(
-        due,
-        lock,
-        due_before,
-        f"UPDATE close_engine_conversations SET {assignments}",
-        [fields[name].db_value(value) for name, value in values.items()],
-        batch,
-        {**context, "updated_at": stored_time(moment)},
-    )
-
-
-def _one_by_one(
+def _move(
     trigger: str,
     due: str,
     lock: tuple[str, ...],
-    due_before: list[Any],
+    after: timedelta,
     batch: int,
-    given: dict[str, Any],
-    context: dict[str, Any],
+    reason: str | None = None,
+    spared: Callable[[list[str], str], set[str]] | None = None,
 ) -> list[str]:
-    dialect, moved = current().dialect, []
-    text = dialect.sql(due.replace("SELECT c.id", "SELECT c.*").replace("{lock}", dialect.skip_locked(*lock)))
-    while True:
-        with atomic():
-            found = list(CloseEngineConversation.raw(text, *due_before, batch))
-            for conversation in found:
+    """Fire a trigger on every conversation that is due: in one statement, or one by one where hooks ask for it.
+
+    `spared` says which of those that are held are not due after all.
+    """
+    transition, moment = TRIGGERS[trigger], now()
+    before, given = stored_time(moment - after), {"closed_lost_reason": reason}
+    context = context_of(trigger, ACTOR, reason, None, None)
+
+    def move(held: list[str]) -> list[str]:
+        not_due = spared(held, before) if spared else set()
+        ids = [conversation_id for conversation_id in held if conversation_id not in not_due]
+        these = CloseEngineConversation.id.in_(ids)
+        if hooks.concern(transition):
+            for conversation in CloseEngineConversation.select().where(these):
                 change_stage(conversation, trigger, given, context)
-        moved += [conversation.id for conversation in found]
-        if len(found) < batch:
-            return moved
+        elif ids:
+            fields = CloseEngineConversation._meta.fields
+            written = {fields[name]: value for name, value in written_by(transition, moment, given).items()}
+            peewee.ModelUpdate(CloseEngineConversation, written).where(these).execute()
+        return ids
+
+    guarded = {**context, "updated_at": stored_time(moment)}
+    return _in_batches(due, lock, [before, stored_time(moment)], batch, guarded, move)
+
+
+def _not_silent(held: list[str], before: str) -> set[str]:
+    """Those whose stage changed later than their row says, which is moved on: only now, to spare each stage change."""
+    changed = (
+        "(SELECT created_at FROM {history} WHERE conversation_id = {silence}.conversation_id "
+        "AND \"trigger\" <> 'adopted' ORDER BY id DESC LIMIT 1)"
+    )
+    rows = _execute(
+        f"UPDATE {{silence}} SET since = {changed} WHERE conversation_id IN {{these}} AND {changed} > %s "
+        "RETURNING conversation_id",
+        held,
+        before,
+    )
+    return {row[0] for row in rows}
 
 
 def _in_batches(
     due: str,
     lock: tuple[str, ...],
-    due_before: list[Any],
-    update: str,
-    values: list[Any],
+    due_before: list[str],
     batch: int,
     context: dict[str, Any],
+    write: Callable[[list[Any]], list[Any]],
 ) -> list[Any]:
-    """Run an UPDATE on what is due until there is no full batch left, and return the ids.
+    """Hold what is due and write it, a batch in a transaction, until there is no full batch left.
 
     Args:
-        due: the query for it, with {lock} at its end.
+        due: the query for the ids of what is due, with {lock} at its end.
         lock: the aliases in it whose rows are to be held.
         due_before: the values in it, but for the size of the batch.
-        update: the UPDATE, without its WHERE.
-        values: the values in it.
         batch: how many rows at once.
         context: what the guard records with them.
+        write: gets the ids that are held, and returns those that it moved.
+
+    Returns:
+        the ids of all that was moved.
     """
     if batch < 1:
         raise InvalidValue("batch", batch, "it must be at least 1")
     binding, moved = current(), []
-    due = due.replace("{lock}", binding.dialect.skip_locked(*lock))
-    text = binding.dialect.sql(f"WITH due AS ({due}) {update} WHERE id IN (SELECT id FROM due) RETURNING id")
+    find = binding.dialect.sql(due.replace("{lock}", binding.dialect.skip_locked(*lock)))
     while True:
         with atomic(), binding.dialect.context(binding.database, context):
-            ids = [row[0] for row in binding.database.execute_sql(text, (*due_before, batch, *values)).fetchall()]
-        moved += ids
-        if len(ids) < batch:
+            held = [row[0] for row in binding.database.execute_sql(find, (*due_before, batch)).fetchall()]
+            if held:
+                moved += write(held)
+        if len(held) < batch:
             return moved
+
+
+def _execute(text: str, these: list[Any], *values: Any) -> list[tuple[Any, ...]]:
+    """Run a statement on these ids; the other values come behind them."""
+    binding = current()
+    marks = ", ".join(["%s"] * len(these))
+    cursor = binding.database.execute_sql(binding.dialect.sql(text.replace("{these}", f"({marks})")), (*these, *values))
+    rows: list[tuple[Any, ...]] = cursor.fetchall() if cursor.description else []
+    return rows

@@ -1,4 +1,7 @@
-"""The history of stage changes, the table of allowed ones, and since when each active conversation is silent.
+"""The history of stage changes, the table of allowed ones, and since when each active conversation may be silent.
+
+A row of `silence` says no more than that the lead was not silent before: it is written when a conversation becomes
+active and when the lead writes, but not at each stage change. Whoever finds it due looks into the history.
 
 They are ours alone, where Prisma does not look.
 """

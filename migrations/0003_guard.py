@@ -22,6 +22,9 @@ TAKE_UP = """
     END IF;
 """
 
+# Whether the conversation becomes active by this change.
+BEGINS = "OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')"
+
 # What both functions end with.
 WRITE_DOWN = """
     INSERT INTO close_engine.history
@@ -31,7 +34,7 @@ WRITE_DOWN = """
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
     IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
         DELETE FROM close_engine.silence WHERE conversation_id = NEW.id;
-    ELSE
+    ELSIF {begins} THEN
         INSERT INTO close_engine.silence (conversation_id, since) VALUES (NEW.id, moment)
         ON CONFLICT (conversation_id) DO UPDATE SET since = EXCLUDED.since;
     END IF;
@@ -182,10 +185,11 @@ RECORD = """
     FROM (SELECT {context} AS context);
 """
 KEEP_SILENCE = """
-    DELETE FROM close_engine_silence WHERE conversation_id = NEW.id;
-    INSERT INTO close_engine_silence (conversation_id, since)
+    DELETE FROM close_engine_silence
+    WHERE conversation_id = NEW.id AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
+    INSERT OR REPLACE INTO close_engine_silence (conversation_id, since)
     SELECT NEW.id, created_at FROM close_engine_history
-    WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
+    WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND {begins} AND conversation_id = NEW.id
     ORDER BY id DESC LIMIT 1;
 """
 # A column that the writer left as it was, and that would be another with the stamp: no write in vain, for each is one
@@ -221,7 +225,7 @@ END""",
 AFTER INSERT ON close_engine_conversations
 BEGIN
     {RECORD.format(fired="'open'", source="NULL", now=NOW, context=CONTEXT.format(fired="'open'", and_written=""))}
-    {KEEP_SILENCE}
+    {KEEP_SILENCE.format(begins="true")}
     UPDATE close_engine_conversations SET
         payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN {NOW} ELSE payment_link_sent_at END,
         completed_at = CASE WHEN stage = 'COMPLETED' THEN {NOW} ELSE completed_at END,
@@ -244,7 +248,7 @@ BEGIN
             context=CONTEXT.format(fired=FIRED, and_written=" AND NEW.updated_at > OLD.updated_at"),
         )
     }
-    {KEEP_SILENCE}
+    {KEEP_SILENCE.format(begins=BEGINS)}
     {stamp("request_edits", "edit_rounds", "OLD.edit_rounds + 1")}
     {stamp("send_payment_link", "payment_link_sent_at", NOW)}
     {stamp("complete", "completed_at", NOW)}
@@ -291,16 +295,16 @@ WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
 ]
 
 
-def function_text(text, fired, source):
-    take_up, write_down = (part.format(fired=fired, source=source) for part in (TAKE_UP, WRITE_DOWN))
+def function_text(text, fired, source, begins):
+    take_up, write_down = (part.format(fired=fired, source=source, begins=begins) for part in (TAKE_UP, WRITE_DOWN))
     return text.replace("{take_up}", take_up).replace("{write_down}", write_down)
 
 
 def up(migrator, db):
     if isinstance(db, peewee.PostgresqlDatabase):
         statements = [
-            function_text(GUARD, fired="fired", source="OLD.stage"),
-            function_text(RECORD_OPENING, fired="'open'", source="NULL"),
+            function_text(GUARD, fired="fired", source="OLD.stage", begins=BEGINS),
+            function_text(RECORD_OPENING, fired="'open'", source="NULL", begins="true"),
             FORGET_SILENCE,
             # Whoever may see our schema could otherwise make them write for a table of his own.
             f"REVOKE EXECUTE ON FUNCTION {POSTGRES_FUNCTIONS} FROM PUBLIC",
