@@ -30,6 +30,10 @@ ENQUEUE = """
     FROM {conversations} c WHERE c.id = NEW.conversation_id
 """
 
+# What a foreign writer put there in another form is no delay.
+SEND_AFTER = r"""CASE WHEN NEW.metadata ->> 'sendAfter' ~ '^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?$'
+            THEN (NEW.metadata ->> 'sendAfter')::timestamp(3) END"""
+
 GUARD = """
 CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
@@ -214,7 +218,7 @@ def up(migrator, db):
             prefix="close_engine.",
             moment="NEW.approved_at",
             greatest="greatest",
-            send_after="(NEW.metadata ->> 'sendAfter')::timestamp(3)",
+            send_after=SEND_AFTER,
             **names,
         )
         functions = [text.format(enqueue=enqueue, **names) for text in (GUARD, FOLLOW, EXPIRE_DRAFTS)]
