@@ -138,6 +138,7 @@ def release_leases(*, batch: int = 1000) -> list[int]:
 
 def _move(trigger: str, due: str, lock: tuple[str, ...], after: timedelta, batch: int, reason: str | None) -> list[str]:
     """Fire a trigger on every conversation that is due: in one statement, or one by one where hooks ask for it."""
+    _check(batch)
     transition, moment = TRIGGERS[trigger], now()
     due_before = [stored_time(moment - after), stored_time(moment)]
     given = {"closed_lost_reason": reason}
@@ -199,8 +200,7 @@ def _in_batches(
         batch: how many rows at once.
         context: what the guard records with them.
     """
-    if batch < 1:
-        raise InvalidValue("batch", batch, "it must be at least 1")
+    _check(batch)
     binding, moved = current(), []
     due = due.replace("{lock}", binding.dialect.skip_locked(*lock))
     text = binding.dialect.sql(f"WITH due AS ({due}) {update} WHERE id IN (SELECT id FROM due) RETURNING id")
@@ -210,3 +210,8 @@ def _in_batches(
         moved += ids
         if len(ids) < batch:
             return moved
+
+
+def _check(batch: int) -> None:
+    if batch < 1:
+        raise InvalidValue("batch", batch, "it must be at least 1")

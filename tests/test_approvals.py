@@ -492,10 +492,20 @@ def test_a_draft_that_was_put_into_a_closed_conversation_cannot_be_approved(conv
     assert copy_of(conversation).stage is Stage.CLOSED_LOST
 
 
-def test_a_draft_of_a_deleted_conversation_can_be_rejected_but_not_approved(waiting):
+def test_a_draft_of_a_deleted_conversation_expires(waiting):
     action = waiting()
     sql("DELETE FROM close_engine_conversations WHERE id = %s", action.conversation_id)
-    with pytest.raises(ConversationNotFound, match=action.conversation_id):
+    assert list(pending_actions()) == []
+    with pytest.raises(ActionDecided) as decided:
+        action.approve(by="dana")
+    assert decided.value.status is ActionStatus.EXPIRED
+    assert messages() == []
+
+
+def test_a_draft_for_a_conversation_that_is_not_there_can_be_rejected_but_not_approved(conversation_in):
+    conversation = conversation_in(Stage.PREVIEW_SENT)
+    action = foreign_action(conversation, conversation_id="nobody")
+    with pytest.raises(ConversationNotFound, match="nobody"):
         action.approve(by="dana")
     assert messages() == []
     action.reject(by="dana")

@@ -197,7 +197,7 @@ def test_a_delayed_message_is_not_claimed_before_its_time_and_holds_back_those_b
     enqueue(conversation, "later", send_after=MINUTE)
     enqueue(conversation, "behind it")
     enqueue(conversation_in(Stage.QUALIFYING), "of another")
-    assert bodies(outbox.claim()) == ["of another"]
+    assert bodies(outbox.claim(lease=timedelta(days=1))) == ["of another"]
     close_engine_clock.move(MINUTE - timedelta(milliseconds=1))
     assert outbox.claim() == []
     close_engine_clock.move(timedelta(milliseconds=1))
@@ -225,9 +225,7 @@ def test_a_lease_that_runs_out_makes_the_message_claimable_again_before_those_be
     assert again.send_key == messages()[0].send_key
 
 
-def test_a_message_that_kills_every_worker_is_not_claimed_more_often_than_it_may_be(
-    conversation, close_engine_clock
-):
+def test_a_message_that_kills_every_worker_is_not_claimed_more_often_than_it_may_be(conversation, close_engine_clock):
     enqueue(conversation, "poison", max_attempts=3)
     enqueue(conversation, "behind it")
     for _ in range(3):
@@ -286,9 +284,7 @@ def test_a_report_that_is_rolled_back_leaves_the_object_as_it_was(conversation, 
 
 
 @pytest.mark.parametrize("report", list(REPORTS))
-def test_a_lease_that_another_worker_holds_is_an_error_and_nothing_changes(
-    conversation, close_engine_clock, report
-):
+def test_a_lease_that_another_worker_holds_is_an_error_and_nothing_changes(conversation, close_engine_clock, report):
     enqueue(conversation, "hello", trigger="start_building")
     for worker in ("w2", "w1"):  # also where the other one has the same name
         late = claimed("w1")
@@ -349,10 +345,11 @@ def test_extending_counts_from_now(conversation, close_engine_clock):
     assert claimed().id == message.id
 
 
-def test_a_released_message_was_never_tried(conversation):
-    enqueue(conversation, "hello")
-    claimed().release()
-    assert claimed().attempts == 1
+def test_a_released_message_can_be_tried_as_often_as_before(conversation):
+    enqueue(conversation, "hello", max_attempts=1)
+    for _ in range(3):
+        assert claimed().release().status is MessageStatus.PENDING
+    assert claimed().retry("busy").status is MessageStatus.DEAD
 
 
 def test_a_retry_waits_twice_as_long_each_time_give_or_take_a_half(conversation, close_engine_clock):
@@ -569,6 +566,24 @@ def test_texts_that_wait_are_withdrawn_when_the_conversation_closes_and_effects_
     assert sorted(message.topic for message in outbox.claim()) == ["SEND_MESSAGE", "tell_the_boss"]
 
 
+def test_texts_of_a_deleted_lead_are_withdrawn_and_effects_are_not(conversation):
+    enqueue(conversation, "hello")
+    outbox.enqueue(conversation, "delete_site")
+    sql("DELETE FROM leads WHERE id = %s", conversation.lead_id)
+    text, effect = messages()
+    assert (text.status, text.last_error) == (MessageStatus.WITHDRAWN, "the conversation is deleted")
+    effect = claimed().give_up("busy")
+    assert outbox.requeue(effect).status is MessageStatus.PENDING
+
+
+def test_a_dead_text_of_a_deleted_lead_cannot_be_requeued(conversation):
+    enqueue(conversation, "hello")
+    text = claimed().give_up("no")
+    sql("DELETE FROM leads WHERE id = %s", conversation.lead_id)
+    with pytest.raises(ConversationNotFound):
+        outbox.requeue(text)
+
+
 def test_a_stalled_conversation_keeps_its_messages(conversation):
     enqueue(conversation, "still there?")
     conversation.stall()
@@ -576,9 +591,7 @@ def test_a_stalled_conversation_keeps_its_messages(conversation):
 
 
 @pytest.mark.parametrize("then", ["retry", "release", "its worker dies"])
-def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(
-    conversation_in, close_engine_clock, then
-):
+def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(conversation_in, close_engine_clock, then):
     conversation = conversation_in(Stage.PAYMENT_SENT)
     enqueue(conversation, "pay, please")
     outbox.enqueue(conversation, "tell_the_boss")
@@ -590,7 +603,7 @@ def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(
     assert [message.topic for message in outbox.claim()] == ["tell_the_boss"]
     withdrawn = copy_of(message)
     assert (withdrawn.status, withdrawn.leased_by) == (MessageStatus.WITHDRAWN, None)
-    assert "the conversation is COMPLETED" in withdrawn.last_error
+    assert withdrawn.last_error == "its conversation closed while it was in flight"
 
 
 def test_a_text_that_was_put_in_after_the_conversation_closed_is_sent_and_tried_again(
@@ -682,7 +695,7 @@ def test_every_message_is_claimed_exactly_once_and_in_the_order_of_its_conversat
         return sent
 
     results = race([lambda w=f"w{number}": work(w) for number in range(8)])
-    sent = sum(results, [])
+    sent = [message for result in results for message in result]
     assert sorted(sent) == sorted((c.id, str(number)) for c in conversations for number in range(8))
     for conversation in conversations:
         order = [m.body for m in sorted(messages(conversation), key=lambda message: (message.sent_at, message.id))]
