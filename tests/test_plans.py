@@ -146,13 +146,13 @@ def test_recording_a_payment_reads_no_table_on_postgresql(filled, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sqlite-memory"], indirect=True)
 def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(database, monkeypatch, kind):
-    for _ in range(3):
-        close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     with explained(monkeypatch, "EXPLAIN QUERY PLAN") as plans:
         close_engine.sweep()
         outbox.claim()
         list(close_engine.pending_actions())
-        CloseEngineConversation.get().fire("start_qualifying", key="k")
+        conversation.fire("start_qualifying", key="k")
+        close_engine.receive(conversation.lead_id, "SM1", "hello")
     assert plans
     for sql, plan in plans.items():
         scans = [line for line in plan.splitlines() if re.match(r"SCAN (?!next|due|CONSTANT)", line)]

@@ -364,13 +364,12 @@ def opened(count, stage=Stage.QUALIFYING):
 @pytest.mark.parametrize("hooked", [False, True])
 def test_many_workers_that_sweep_at_once_move_everything_once(postgres, hooked):
     conversations = opened(40)
-    hook = on_enter(Stage.STALLED)(lambda conversation, change: None)
-    if not hooked:
-        hook.remove()
+    hooks = [on_enter(Stage.STALLED)(lambda conversation, change: None)] if hooked else []
     try:
         results = race([lambda: stall_silent(after=timedelta(0), batch=7)] * 8)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     moved = [moved for result in results for moved in result]
     assert sorted(moved) == sorted(ids(conversations))
     assert all(triggers(conversation)[-2:] == ["start_qualifying", "stall"] for conversation in conversations)
