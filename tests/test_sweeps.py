@@ -35,7 +35,8 @@ from close_engine import (
 )
 from close_engine.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
-from tests.workers import LINK, assert_consistent, claimed, copy_of, messages, race, sql, triggers, values
+from tests.rows import triggers
+from tests.workers import LINK, assert_consistent, claimed, copy_of, messages, race, sql, values
 
 MILLISECOND = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)  # more than the versions of some writes at one moment are ahead of the clock

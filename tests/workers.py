@@ -10,8 +10,9 @@ from typing import Any
 
 import peewee
 
-from close_engine import CloseEngineConversation, OutboxMessage, PendingAction, StageChange, outbox
+from close_engine import CloseEngineConversation, OutboxMessage, PendingAction, outbox
 from close_engine.backend import current
+from tests.rows import replayed
 
 LINK = "https://pay.example.com/1"
 
@@ -52,11 +53,6 @@ def values(row: Any) -> dict[str, Any]:
     return {name: row.__data__.get(name) for name in row._meta.sorted_field_names}
 
 
-def triggers(conversation: CloseEngineConversation) -> list[str]:
-    """What the history says, oldest first."""
-    return [change.trigger for change in conversation.history()]
-
-
 def messages(conversation: CloseEngineConversation | None = None) -> list[OutboxMessage]:
     """What the outbox holds, or holds for this conversation, oldest first."""
     query = OutboxMessage.select().order_by(OutboxMessage.id)
@@ -72,11 +68,7 @@ def claimed(worker: str = "w", lease: timedelta = timedelta(minutes=1)) -> Outbo
 def assert_consistent() -> None:
     """What holds at any moment, whoever did what: stages and history, leases, approvals and their messages."""
     for conversation in CloseEngineConversation.select():
-        stage = None
-        for change in conversation.history():
-            assert change.source == stage
-            stage = change.dest
-        assert conversation.stage == stage
+        assert replayed(conversation.id) == conversation.stage
     in_flight = (
         OutboxMessage.select(peewee.fn.COUNT(1))
         .where((OutboxMessage.status == "PENDING") & OutboxMessage.leased_by.is_null(False))
@@ -87,4 +79,3 @@ def assert_consistent() -> None:
     keys = [message.key for message in messages() if (message.key or "").startswith("action:")]
     approved = PendingAction.select(PendingAction.id).where(PendingAction.status == "APPROVED")
     assert sorted(keys) == sorted(f"action:{action.id}" for action in approved)
-    assert StageChange.select().count() == len({change.id for change in StageChange.select(StageChange.id)})
