@@ -40,14 +40,15 @@ from close_engine.fields import (
     clean_json,
     clean_text,
     create_id,
+    dump_json,
     stored_time,
 )
-from close_engine.firing import draft_of, touch
+from close_engine.firing import context_of, draft_of, touch
 from close_engine.machine import TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
 from close_engine.outbox import OutboxMessage, enqueue, moment_after
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
-from close_engine.transaction import atomic
+from close_engine.transaction import atomic, remember
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
 
@@ -132,9 +133,9 @@ class PendingAction(BaseModel):
             ConversationClosed: its conversation has closed meanwhile.
             ConversationNotFound, ActionNotFound: there is none any more.
         """
-        values: dict[str, Any] = {"approved_by": by, "approved_at": now()}
+        values = {"approved_by": by}
         if message is not None:
-            values["draft_message"] = message
+            values["draft_message"] = clean_text("message", message)
         self._decide("approve", ActionStatus.APPROVED, by, values)
         sent: OutboxMessage = OutboxMessage.get(
             (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == f"action:{self.id}")
@@ -152,22 +153,23 @@ class PendingAction(BaseModel):
             ActionDecided: it was approved, or has expired.
             ActionNotFound: there is none any more.
         """
-        metadata = {**(self.metadata or {}), "rejectionReason": reason} if reason is not None else self.metadata
-        self._decide("reject", ActionStatus.REJECTED, by, {"approved_by": by, "metadata": metadata}, reason)
+        values: dict[str, Any] = {"approved_by": by}
+        if reason is not None:
+            added = dump_json({"rejectionReason": clean_text("reason", reason)})
+            values["metadata"] = SQL(current().dialect.merged_mapping("metadata"), [added])
+        self._decide("reject", ActionStatus.REJECTED, by, values, reason)
 
     def _decide(
         self, trigger: str, dest: ActionStatus, by: str, values: dict[str, Any], reason: str | None = None
     ) -> None:
         """One guarded write of the status; what follows from it the database does."""
-        if not by.strip():
+        if not clean_text("by", by).strip():
             raise InvalidValue("by", by, "it must name somebody")
-        if self.status is dest:
-            return
-        decide_action(trigger, self.id, self.status)
         moment = now()
         undecided = (PendingAction.id == self.id) & (PendingAction.status == ActionStatus.PENDING)
         undecided &= PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
         if dest is ActionStatus.APPROVED:
+            values["approved_at"] = moment
             conversation = CloseEngineConversation.id == PendingAction.conversation_id
             undecided &= peewee.fn.EXISTS(CloseEngineConversation.not_in_stages(*CLOSED_STAGES).where(conversation))
         context = {"id": self.id, "moment": stored_time(moment), "actor": by, "reason": reason}
@@ -188,6 +190,7 @@ class PendingAction(BaseModel):
         found = PendingAction.get_or_none(PendingAction.id == self.id)
         if found is None:
             raise ActionNotFound(self.id)
+        remember(self, self._meta.sorted_field_names)
         self.__data__ = found.__data__
         self._dirty.clear()
 
@@ -267,15 +270,21 @@ def submit(
         InvalidValue: an argument cannot be stored.
     """
     type = PendingAction.type.clean(type)
+    draft = clean_text("draft", draft)
+    context_of("submit", actor, None, None, key)
     details = clean_json("metadata", dict(metadata or {}))
     with atomic():
         if first := _submitted(conversation, key):
             return first
         waits = policy(conversation.autonomy_level, type)
         trigger = _trigger_behind(conversation, type, details)
+        # Elsewhere it can wait as well: beside another one, or to be sent again.
+        asks_for_approval = (
+            waits and type is ActionType.SEND_PAYMENT_LINK and conversation.may("request_approval").allowed
+        )
         action_id = _action_id(conversation, key)
         try:
-            if waits and type is ActionType.SEND_PAYMENT_LINK:
+            if asks_for_approval:
                 conversation.request_approval(actor=actor, metadata={"action_id": action_id})
             else:
                 touch(conversation, "submit()")
@@ -315,10 +324,12 @@ def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, det
         raise ConversationClosed(conversation.id, conversation.stage)
     if type is ActionType.SEND_MESSAGE and conversation.stage is not Stage.INITIATED:
         return None
-    trigger = _TRIGGER[type]
-    if conversation.stage is not TRIGGERS[trigger].dest:
-        given = {"payment_link_url": details.get("paymentUrl"), "approved_by": "whoever will"}
-        decide(trigger, draft_of(conversation, given))
+    given = {"payment_link_url": details.get("paymentUrl"), "approved_by": "whoever will"}
+    trigger, facts = _TRIGGER[type], draft_of(conversation, given)
+    if facts.stage is TRIGGERS[trigger].dest:
+        # To be sent again, which needs what it needed the first time.
+        facts.stage = TRIGGERS[trigger].sources[0]
+    decide(trigger, facts)
     return trigger
 
 
@@ -336,4 +347,4 @@ def _action_id(conversation: CloseEngineConversation, key: str | None) -> str:
     """A new id; the same one again for the same key, which the primary key then keeps from being used twice."""
     if key is None:
         return create_id()
-    return "k" + hashlib.sha256(f"{conversation.id}\n{clean_text('key', key)}".encode()).hexdigest()[:24]
+    return "k" + hashlib.sha256(f"{conversation.id}\n{key}".encode()).hexdigest()[:24]

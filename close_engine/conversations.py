@@ -271,7 +271,9 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             asked = clean_json("questions", [clean_text("questions", question) for question in questions])
             merged["questions_asked"] = SQL(dialect.merged_list("questions_asked"), [dump_json(asked)])
         if data:
-            answers = dump_json(clean_json("data", dict(data)))
+            if not isinstance(data, Mapping):
+                raise InvalidValue("data", data, "it must be a mapping")
+            answers = dump_json(clean_json("data", data))
             merged["collected_data"] = SQL(dialect.merged_mapping("collected_data"), [answers])
         if not merged:
             return

@@ -257,6 +257,10 @@ def _clean_json(label: str, value: Any) -> Any:
     raise InvalidValue(label, value, f"JSON cannot hold a {type(value).__name__}")
 
 
+# json.dumps() would make one for every call.
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dump_json(value: Any) -> str:
     """The text of a clean value, as both databases take it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _encoder.encode(value)

@@ -55,6 +55,7 @@ class InboxEntry(BaseModel):
 
 
 InboxEntry.add_index(InboxEntry.kind, InboxEntry.key, unique=True)
+InboxEntry.add_index(InboxEntry.conversation_id, unique=True, where=InboxEntry.kind == "payment")
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,18 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
         InvalidValue: the key or the text cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
+    context = context_of("resume", actor or f"lead:{lead_id}", "the lead wrote", None, key)
     with atomic():
         conversation = _held(lead_id)
         if conversation is None and Lead.get_or_none(Lead.id == lead_id) is None:
             raise LeadNotFound(lead_id)
-        if _entered_before("text", key, lead_id, conversation, text):
+        if _entered_before("text", key, lead_id, conversation, clean_text("text", text)):
             return Received(conversation, duplicate=True)
         if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
             return Received(conversation)
         if conversation.stage is Stage.STALLED:
-            context = context_of("resume", actor or f"lead:{lead_id}", "the lead wrote", None, f"text:{key}")
-            return Received(conversation, resumed=change_stage(conversation, "resume", {}, context))
+            resumed = change_stage(conversation, "resume", {}, {**context, "key": f"text:{key}"})
+            return Received(conversation, resumed=resumed)
         touch(conversation, "receive()")
         binding = current()
         binding.database.execute_sql(
@@ -128,27 +130,29 @@ def record_payment(
         the StageChange that completed it.
 
     Raises:
-        PaymentUnmatched: there is no such lead, it has no conversation, no payment link was sent to it, or it has
-            paid already, under another key. Nothing is recorded: look at it, and try again or refund.
+        PaymentUnmatched: there is no such lead, it has no conversation, no payment link was sent to it, it has paid
+            already under another key, or the key stands for the payment of another lead. Nothing is recorded: look at
+            it, and try again or refund.
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
+    context = context_of("complete", actor, None, metadata, key)
     with atomic():
         conversation = _held(lead_id)
         if conversation is None:
             raise PaymentUnmatched(lead_id, key, "the lead has no close conversation")
-        if _entered_before("payment", key, lead_id, conversation):
-            return _completion(conversation)
+        first: InboxEntry | None = InboxEntry.get_or_none(
+            (InboxEntry.kind == "payment") & (InboxEntry.conversation_id == conversation.id)
+        )
+        if first is not None and first.key != key:
+            raise PaymentUnmatched(lead_id, key, f"its conversation is COMPLETED by payment {first.key!r} already")
+        if _entered_before("payment", key, lead_id, conversation) and first is None:
+            raise PaymentUnmatched(lead_id, key, "that key came with the payment for another conversation")
         if conversation.stage is Stage.COMPLETED:
-            first = _payment_of(conversation, other_than=key)
-            if first is not None:
-                raise PaymentUnmatched(lead_id, key, f"its conversation is COMPLETED by payment {first.key!r} already")
             return _completion(conversation)
         if conversation.payment_link_sent_at is None:
             raise PaymentUnmatched(lead_id, key, "no payment link was sent to the lead")
-        return change_stage(
-            conversation, "complete", {}, context_of("complete", actor, None, metadata, f"payment:{key}")
-        )
+        return change_stage(conversation, "complete", {}, {**context, "key": f"payment:{key}"})
 
 
 def _held(lead_id: str) -> CloseEngineConversation | None:
@@ -164,22 +168,13 @@ def _entered_before(
     """Enter it into the inbox, or find that it stands there."""
     entry = {
         "kind": kind,
-        "key": clean_text("key", key),
+        "key": key,
         "lead_id": lead_id,
         "conversation_id": conversation and conversation.id,
         "body": body,
     }
     insert = InboxEntry.insert(entry).on_conflict(action="nothing", conflict_target=[InboxEntry.kind, InboxEntry.key])
     return not insert.as_rowcount().execute()
-
-
-def _payment_of(conversation: CloseEngineConversation, other_than: str) -> InboxEntry | None:
-    entry: InboxEntry | None = InboxEntry.get_or_none(
-        (InboxEntry.kind == "payment")
-        & (InboxEntry.conversation_id == conversation.id)
-        & (InboxEntry.key != other_than)
-    )
-    return entry
 
 
 def _completion(conversation: CloseEngineConversation) -> StageChange:

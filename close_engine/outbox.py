@@ -25,21 +25,26 @@ import peewee
 from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.errors import (
+    ConversationClosed,
     ConversationNotFound,
     InvalidValue,
     LeaseLost,
     MessageNotDead,
     MessageNotFound,
     ProviderIdTaken,
+    UnknownTrigger,
 )
 from close_engine.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, stored_time
 from close_engine.hooks import Hook, on_enter
 from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, StageChange
-from close_engine.stages import ActionType, MessageStatus, Stage
-from close_engine.transaction import atomic
+from close_engine.stages import CLOSED_STAGES, ActionType, MessageStatus, Stage
+from close_engine.transaction import atomic, remember
 
 __all__ = ["OutboxMessage", "claim", "effect", "enqueue", "requeue"]
+
+#: What says something to the lead, and so is not sent once the conversation has closed; other effects are.
+TEXTS = tuple(ActionType)
 
 #: The first retry comes after about this long, each further one after twice as long as the one before …
 BACKOFF = timedelta(seconds=15)
@@ -110,12 +115,17 @@ class OutboxMessage(BaseModel):
             ProviderIdTaken: another message has this provider's id.
         """
         failure: Exception | None = None
-        with atomic() if self.trigger else nullcontext():
-            refusal = None
-            if self.trigger and self._is_held():
-                refusal, failure = self._fire(self.trigger, provider_id)
-            done = {"status": MessageStatus.SENT, "sent_at": now(), "provider_id": provider_id, "refusal": refusal}
-            self._report(done)
+        try:
+            with atomic() if self.trigger or current().database.in_transaction() else nullcontext():
+                refusal = None
+                if self.trigger and self._is_held():
+                    refusal, failure = self._fire(self.trigger, provider_id)
+                done = {"status": MessageStatus.SENT, "sent_at": now(), "provider_id": provider_id, "refusal": refusal}
+                self._report(done)
+        except peewee.IntegrityError:
+            # Another message was given this provider's id at this very moment.
+            self._explain(provider_id)
+            raise
         if failure is not None:
             raise failure
         return self
@@ -152,12 +162,12 @@ class OutboxMessage(BaseModel):
         return self._report({"available_at": now() + lease})
 
     def release(self) -> OutboxMessage:
-        """Give it back unsent, as if it had never been claimed.
+        """Give it back untried: it may be tried as often as before.
 
         Raises:
             LeaseLost: it is no longer this worker's.
         """
-        return self._report({"leased_by": None, "available_at": now(), "attempts": self.attempts - 1})
+        return self._report({"leased_by": None, "available_at": now(), "max_attempts": self.max_attempts + 1})
 
     @classmethod
     def with_provider_id(cls, provider_id: str) -> OutboxMessage | None:
@@ -170,6 +180,7 @@ class OutboxMessage(BaseModel):
         held: peewee.Expression = (
             (OutboxMessage.id == self.id)
             & (OutboxMessage.status == MessageStatus.PENDING)
+            & OutboxMessage.leased_by.is_null(False)
             & (OutboxMessage.leased_by == self.leased_by)
             & (OutboxMessage.attempts == self.attempts)
         )
@@ -188,6 +199,7 @@ class OutboxMessage(BaseModel):
         if not OutboxMessage.update(values).where(condition).execute():
             self._explain(provider_id)
             return self
+        remember(self, list(values))
         for name, value in values.items():
             setattr(self, name, value)
         self._dirty.clear()
@@ -203,6 +215,7 @@ class OutboxMessage(BaseModel):
             raise LeaseLost(self.id, self.leased_by, found.status, found.leased_by)
         if first.id != self.id:
             raise ProviderIdTaken(provider_id, self.id, first.id)
+        remember(self, self._meta.sorted_field_names)
         self.__data__ = found.__data__
 
     def _fire(self, trigger: str, provider_id: str | None) -> tuple[str | None, Exception | None]:
@@ -212,13 +225,20 @@ class OutboxMessage(BaseModel):
             with locked(self.conversation_id) as conversation:
                 if conversation.stage is TRIGGERS[trigger].dest:
                     return None, None
-                given = {"payment_link_url": payload.get("paymentUrl"), "approved_by": self.approved_by}
+                link = payload.get("paymentUrl")
+                given = {"payment_link_url": link, "approved_by": self.approved_by}
                 if answer := conversation.may(trigger, **given):
                     told = {"message_id": self.id, "provider_id": provider_id}
                     conversation.fire(trigger, actor=self.leased_by, metadata=told, key=self.send_key, **given)
+                elif trigger == "send_payment_link" and conversation.payment_link_sent_at is None:
+                    # The lead has the link, whatever the stage, and can pay.
+                    conversation.payment_link_url, conversation.payment_link_sent_at = link, now()
+                    conversation.save()
                 return answer.reason or None, None
         except ConversationNotFound as refusal:
             return str(refusal), None
+        except (peewee.OperationalError, peewee.InterfaceError):
+            raise  # The database's own trouble passes: nothing is recorded, so that it can be reported again.
         except Exception as error:
             return _told(error), error
 
@@ -272,9 +292,16 @@ def enqueue(
 
     Raises:
         ConversationNotFound: there is no such conversation.
+        UnknownTrigger: there is no such trigger.
         InvalidValue: an argument cannot be stored.
     """
     conversation_id = conversation if isinstance(conversation, str) else conversation.id
+    if trigger is not None and trigger not in TRIGGERS:
+        raise UnknownTrigger(trigger, list(TRIGGERS))
+    if key is not None and not clean_text("key", key).strip():
+        raise InvalidValue("key", key, "an idempotency key must not be empty")
+    if max_attempts < 1:
+        raise InvalidValue("max_attempts", max_attempts, "it must be at least 1")
     message = OutboxMessage(
         conversation_id=conversation_id,
         topic=str(topic),
@@ -325,10 +352,11 @@ def effect(
 _CLAIM = """
 WITH next AS (
     SELECT o.id FROM {outbox} o
-    WHERE o.status = 'PENDING' AND o.available_at <= %s AND (o.leased_by IS NOT NULL OR NOT EXISTS (
-        SELECT 1 FROM {outbox} e
-        WHERE e.conversation_id = o.conversation_id AND e.status = 'PENDING' AND e.id <> o.id
-            AND (e.id < o.id OR e.leased_by IS NOT NULL)))
+    WHERE o.status = 'PENDING' AND o.available_at <= %s AND o.attempts < o.max_attempts
+        AND (o.leased_by IS NOT NULL OR NOT EXISTS (
+            SELECT 1 FROM {outbox} e
+            WHERE e.conversation_id = o.conversation_id AND e.status = 'PENDING' AND e.id <> o.id
+                AND (e.id < o.id OR e.leased_by IS NOT NULL)))
     ORDER BY o.available_at, o.id LIMIT %s {skip_locked}
 )
 UPDATE {outbox} SET leased_by = %s, available_at = %s, attempts = attempts + 1
@@ -345,11 +373,14 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
         worker: its name.
 
     Returns:
-        the messages, the one that waited longest first.
+        the messages, oldest first.
     """
-    clean_text("worker", worker)
+    if not clean_text("worker", worker).strip():
+        raise InvalidValue("worker", worker, "a worker must have a name")
     if limit < 1:
         raise InvalidValue("limit", limit, "it must be at least 1")
+    if lease <= timedelta(0):
+        raise InvalidValue("lease", lease, "it must last for a while")
     binding, moment = current(), now()
     text = binding.dialect.sql(_CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o")))
     values = (stored_time(moment), limit, worker, stored_time(moment + lease))
@@ -359,7 +390,26 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
     except peewee.IntegrityError:
         # Another one took a message of the same conversation (that was requeued) at this very moment: look again.
         return claim(limit, lease, worker)
-    return sorted(claimed, key=lambda message: int(message.id))
+    wanted = _without_late(claimed)
+    if claimed and not wanted:
+        return claim(limit, lease, worker)
+    return sorted(wanted, key=lambda message: int(message.id))
+
+
+def _without_late(claimed: list[OutboxMessage]) -> list[OutboxMessage]:
+    """Withdraw the texts that were in flight when their conversation closed, and came back from there unsent."""
+    again = [message.id for message in claimed if message.attempts > 1 and message.topic in TEXTS]
+    if not again:
+        return claimed
+    conversation, put_in = CloseEngineConversation, OutboxMessage.created_at
+    closed = (conversation.stage == Stage.COMPLETED) & (put_in <= conversation.completed_at)
+    closed |= (conversation.stage == Stage.CLOSED_LOST) & (put_in <= conversation.closed_lost_at)
+    late = conversation.select(peewee.SQL("1")).where((conversation.id == OutboxMessage.conversation_id) & closed)
+    why = "its conversation closed while it was in flight"
+    withdraw = OutboxMessage.update(status=MessageStatus.WITHDRAWN, leased_by=None, last_error=why)
+    withdraw = withdraw.where(OutboxMessage.id.in_(again) & peewee.fn.EXISTS(late)).returning(OutboxMessage.id)
+    withdrawn = {message.id for message in withdraw.execute()}
+    return [message for message in claimed if message.id not in withdrawn]
 
 
 def requeue(message: OutboxMessage | int) -> OutboxMessage:
@@ -371,17 +421,24 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
     Raises:
         MessageNotFound: there is none.
         MessageNotDead: it is not dead.
+        ConversationClosed, ConversationNotFound: it is a text, and its conversation has closed or was deleted.
     """
     message_id = message if isinstance(message, int) else message.id
-    fresh = {"status": MessageStatus.PENDING, "attempts": 0, "available_at": now()}
-    dead = (OutboxMessage.id == message_id) & (OutboxMessage.status == MessageStatus.DEAD)
-    written = OutboxMessage.update(fresh).where(dead).execute()
     found: OutboxMessage | None = OutboxMessage.get_or_none(OutboxMessage.id == message_id)
     if found is None:
         raise MessageNotFound(message_id)
-    if not written:
+    if found.status is not MessageStatus.DEAD:
         raise MessageNotDead(message_id, found.status)
-    return found
+    fresh = {"status": MessageStatus.PENDING, "attempts": 0, "available_at": now()}
+    dead = (OutboxMessage.id == message_id) & (OutboxMessage.status == MessageStatus.DEAD)
+    with locked(found.conversation_id) if found.topic in TEXTS else nullcontext() as conversation:
+        if conversation is not None and conversation.stage in CLOSED_STAGES:
+            raise ConversationClosed(conversation.id, conversation.stage)
+        written = OutboxMessage.update(fresh).where(dead).execute()
+    again: OutboxMessage = OutboxMessage.get_by_id(message_id)
+    if not written:
+        raise MessageNotDead(message_id, again.status)
+    return again
 
 
 def moment_after(wait: timedelta | datetime | None) -> datetime:
@@ -394,7 +451,7 @@ def moment_after(wait: timedelta | datetime | None) -> datetime:
 
 def _backoff(attempts: int) -> timedelta:
     doubled: timedelta = BACKOFF * 2 ** min(attempts - 1, 20)
-    return min(doubled, LONGEST_BACKOFF) * random.uniform(0.5, 1.5)
+    return min(doubled * random.uniform(0.5, 1.5), LONGEST_BACKOFF)
 
 
 def _told(error: object) -> str:

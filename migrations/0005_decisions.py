@@ -30,6 +30,10 @@ ENQUEUE = """
     FROM {conversations} c WHERE c.id = NEW.conversation_id
 """
 
+# What a foreign writer put there in another form is no delay.
+SEND_AFTER = r"""CASE WHEN NEW.metadata ->> 'sendAfter' ~ '^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?$'
+            THEN (NEW.metadata ->> 'sendAfter')::timestamp(3) END"""
+
 GUARD = """
 CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
@@ -115,22 +119,24 @@ POSTGRES_TRIGGERS = [
     "EXECUTE FUNCTION close_engine.follow_decision()",
 ]
 
-# Drafts that wait when their conversation closes: those that somebody decides on at this moment are his.
+# Drafts that wait when their conversation closes or is deleted: those that somebody decides on at this moment are his.
 EXPIRE_DRAFTS = """
 CREATE OR REPLACE FUNCTION close_engine.expire_drafts() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
     UPDATE {actions} SET status = 'EXPIRED' WHERE id IN (SELECT id FROM {actions}
-        WHERE conversation_id = NEW.id AND status = 'PENDING' FOR UPDATE SKIP LOCKED);
+        WHERE conversation_id = OLD.id AND status = 'PENDING' FOR UPDATE SKIP LOCKED);
     RETURN NULL;
 END
 $body$
 """
 CLOSING = "NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage"
-POSTGRES_CLOSING = (
+POSTGRES_CLOSING = [
     "CREATE OR REPLACE TRIGGER zz_close_engine_drafts AFTER UPDATE OF stage ON close_engine_conversations "
-    f"FOR EACH ROW WHEN ({CLOSING}) EXECUTE FUNCTION close_engine.expire_drafts()"
-)
+    f"FOR EACH ROW WHEN ({CLOSING}) EXECUTE FUNCTION close_engine.expire_drafts()",
+    "CREATE OR REPLACE TRIGGER zz_close_engine_drafts_gone AFTER DELETE ON close_engine_conversations "
+    "FOR EACH ROW EXECUTE FUNCTION close_engine.expire_drafts()",
+]
 
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 CONTEXT = """(SELECT context FROM close_engine_context
@@ -201,7 +207,12 @@ END""",
     "close_engine_drafts": f"""
 AFTER UPDATE OF stage ON close_engine_conversations WHEN {CLOSING}
 BEGIN
-    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = NEW.id AND status = 'PENDING';
+    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
+END""",
+    "close_engine_drafts_gone": """
+AFTER DELETE ON close_engine_conversations
+BEGIN
+    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
 END""",
 }
 
@@ -214,11 +225,11 @@ def up(migrator, db):
             prefix="close_engine.",
             moment="NEW.approved_at",
             greatest="greatest",
-            send_after="(NEW.metadata ->> 'sendAfter')::timestamp(3)",
+            send_after=SEND_AFTER,
             **names,
         )
         functions = [text.format(enqueue=enqueue, **names) for text in (GUARD, FOLLOW, EXPIRE_DRAFTS)]
-        statements = [*functions, *POSTGRES_TRIGGERS, POSTGRES_CLOSING]
+        statements = [*functions, *POSTGRES_TRIGGERS, *POSTGRES_CLOSING]
         prefix, mark = "close_engine.", "%s"
     else:
         statements = [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]
@@ -238,6 +249,7 @@ def down(migrator, db):
         prefix = "close_engine."
         statements = [
             "DROP TRIGGER IF EXISTS zz_close_engine_drafts ON close_engine_conversations",
+            "DROP TRIGGER IF EXISTS zz_close_engine_drafts_gone ON close_engine_conversations",
             "DROP TRIGGER IF EXISTS zz_close_engine_decision ON pending_actions",
             "DROP TRIGGER IF EXISTS zz_close_engine_guard ON pending_actions",
             "DROP FUNCTION IF EXISTS close_engine.expire_drafts()",

@@ -1,0 +1,159 @@
+"""Nothing that runs all the time reads a table: each statement finds its rows by an index, however many there are."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+
+import peewee
+import pytest
+
+import close_engine
+from close_engine import CloseEngineConversation, EntryPoint, PendingAction, outbox
+from close_engine.testing import new_lead
+from tests.servers import postgres_database
+
+#: A pipeline of some size: what is closed, sent and decided is the most of it.
+FILL = [
+    "INSERT INTO leads (id, phone) SELECT 'lead ' || n, '+1555' FROM generate_series(1, 20000) n",
+    """
+    INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, stalled_at, updated_at)
+    SELECT 'conversation ' || n, 'lead ' || n, 'SMS_REPLY',
+        (ARRAY['QUALIFYING', 'STALLED', 'COMPLETED', 'CLOSED_LOST'])[1 + n %% 4],
+        CASE WHEN n %% 4 = 1 THEN now() END, now()
+    FROM generate_series(1, 20000) n
+    """,
+    """
+    INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, status, expires_at)
+    SELECT 'action ' || n, 'conversation ' || n, 'lead ' || n, 'SEND_MESSAGE', 'hello',
+        (ARRAY['PENDING', 'APPROVED', 'APPROVED', 'REJECTED', 'EXPIRED'])[1 + n %% 5], now() + interval '1 day'
+    FROM generate_series(1, 20000) n
+    """,
+    """
+    INSERT INTO close_engine.outbox
+        (conversation_id, lead_id, topic, body, status, created_at, available_at, leased_by, key, provider_id)
+    SELECT 'conversation ' || n, 'lead ' || n, 'SEND_MESSAGE', 'hello',
+        CASE WHEN n %% 20 = 0 THEN 'PENDING' WHEN n %% 20 = 1 THEN 'DEAD' ELSE 'SENT' END, now(),
+        now() + interval '1 minute' * (n %% 100 - 5), CASE WHEN n %% 40 <> 20 THEN 'w1' END, 'key ' || n, 'p' || n
+    FROM generate_series(1, 20000) n
+    """,
+    """
+    INSERT INTO close_engine.inbox (kind, key, lead_id, conversation_id, body, received_at)
+    SELECT (ARRAY['text', 'payment'])[1 + n %% 2], 'key ' || n, 'lead ' || n, 'conversation ' || n, 'hello', now()
+    FROM generate_series(1, 20000) n
+    """,
+    "ANALYZE",
+]
+
+
+@pytest.fixture(scope="module")
+def filled(server, postgres_template):
+    """A PostgreSQL database with 20,000 of everything."""
+    with postgres_database(server, postgres_template) as url:
+        database = close_engine.connect(url)
+        for statement in FILL:
+            database.execute_sql(statement)
+        database.close()
+        yield url
+
+
+@contextmanager
+def explained(monkeypatch, explain):
+    """Collect the plan of every statement that is run."""
+    plans, execute = {}, peewee.Database.execute_sql
+
+    def execute_and_explain(database, sql, params=None):
+        if re.match(r"\s*(WITH|SELECT|UPDATE|INSERT|DELETE)\b", sql) and "pg_catalog" not in sql:
+            plan = execute(database, f"{explain} {sql}", params).fetchall()
+            plans[sql] = "\n".join(str(row[-1]) for row in plan)
+        return execute(database, sql, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peewee.Database, "execute_sql", execute_and_explain)
+        yield plans
+
+
+def fire_a_trigger():
+    CloseEngineConversation.get_by_id("conversation 4").collect_info(key="k")
+
+
+def submit_and_decide():
+    conversation = CloseEngineConversation.get_by_id("conversation 8")
+    CloseEngineConversation.update(autonomy_level="MANUAL").where(
+        CloseEngineConversation.id == conversation.id
+    ).execute()
+    conversation.reload()
+    for decide in (PendingAction.approve, PendingAction.reject):
+        decide(close_engine.submit(conversation, "SEND_MESSAGE", "hello", key=decide.__name__), by="dana")
+
+
+def claim_and_report():
+    for message in outbox.claim(limit=10):
+        message.sent(f"provider {message.id}")
+    outbox.OutboxMessage.with_provider_id("p7")
+
+
+def look_at_the_queue():
+    list(close_engine.pending_actions().limit(20))
+    list(close_engine.pending_actions("conversation 5"))
+
+
+RUNS = {
+    "fire": fire_a_trigger,
+    "open": lambda: close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY),
+    "record": lambda: CloseEngineConversation.get_by_id("conversation 4").record(questions=["q"], data={"a": 1}),
+    "submit and decide": submit_and_decide,
+    "pending_actions": look_at_the_queue,
+    "enqueue": lambda: outbox.enqueue("conversation 12", "SEND_MESSAGE", "hello", key="k"),
+    "claim and report": claim_and_report,
+    "receive": lambda: close_engine.receive("lead 16", "SM1", "hello"),
+    "receive, stalled": lambda: close_engine.receive("lead 17", "SM2", "hello"),
+    "stall_silent": lambda: close_engine.stall_silent(batch=100),
+    "lose_stalled": lambda: close_engine.lose_stalled(batch=100),
+    "expire_actions": lambda: close_engine.expire_actions(batch=100),
+    "release_leases": lambda: close_engine.release_leases(batch=100),
+}
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+def test_no_statement_reads_a_table_on_postgresql(filled, monkeypatch, run):
+    database = close_engine.connect(filled)
+    try:
+        with explained(monkeypatch, "EXPLAIN") as plans:
+            RUNS[run]()
+        assert plans
+        for sql, plan in plans.items():
+            assert not re.search(r"Seq Scan on (?!next|due)", plan), f"{sql}\n{plan}"
+    finally:
+        database.close()
+
+
+def test_recording_a_payment_reads_no_table_on_postgresql(filled, monkeypatch):
+    database = close_engine.connect(filled)
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    try:
+        for trigger in ("start_qualifying", "start_building", "send_preview"):
+            conversation.fire(trigger)
+        conversation.send_payment_link("https://pay.example.com/1")
+        with explained(monkeypatch, "EXPLAIN") as plans:
+            for _ in range(2):
+                close_engine.record_payment(conversation.lead_id, "evt_1")
+        for sql, plan in plans.items():
+            assert "Seq Scan" not in plan, f"{sql}\n{plan}"
+    finally:
+        database.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite-memory"], indirect=True)
+def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(database, monkeypatch, kind):
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    with explained(monkeypatch, "EXPLAIN QUERY PLAN") as plans:
+        close_engine.sweep()
+        outbox.claim()
+        list(close_engine.pending_actions())
+        conversation.fire("start_qualifying", key="k")
+        close_engine.receive(conversation.lead_id, "SM1", "hello")
+    assert plans
+    for sql, plan in plans.items():
+        scans = [line for line in plan.splitlines() if re.match(r"SCAN (?!next|due|CONSTANT)", line)]
+        assert not [line for line in scans if "USING" not in line], f"{sql}\n{plan}"

@@ -1,0 +1,427 @@
+"""What time alone brings about, to the millisecond, by any number of workers at once."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import psycopg2
+import pytest
+
+import close_engine
+from close_engine import (
+    ACTIVE_STAGES,
+    ActionStatus,
+    ActionType,
+    AutonomyLevel,
+    CloseEngineConversation,
+    EntryPoint,
+    InvalidValue,
+    MessageStatus,
+    Stage,
+    StageConflict,
+    Swept,
+    after_commit,
+    expire_actions,
+    lose_stalled,
+    on_enter,
+    on_exit,
+    outbox,
+    pending_actions,
+    receive,
+    release_leases,
+    stall_silent,
+    submit,
+    sweep,
+)
+from close_engine.fields import milliseconds
+from close_engine.testing import bring_to, new_lead
+from tests.rows import triggers
+from tests.workers import LINK, assert_consistent, claimed, copy_of, messages, race, sql, values
+
+MILLISECOND = timedelta(milliseconds=1)
+SECOND = timedelta(seconds=1)  # more than the versions of some writes at one moment are ahead of the clock
+HOUR = timedelta(hours=1)
+THREE_DAYS = timedelta(hours=72)
+WEEK = timedelta(days=7)
+
+
+def ids(rows):
+    return [row.id for row in rows]
+
+
+# -- silent leads ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lead_is_silent_after_72_hours_to_the_millisecond(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.QUALIFYING)
+    close_engine_clock.now = conversation.updated_at + THREE_DAYS - MILLISECOND
+    assert stall_silent() == []
+    assert copy_of(conversation).stage is Stage.QUALIFYING
+    moment = milliseconds(close_engine_clock.move(MILLISECOND))
+    stale = copy_of(conversation)
+    assert stall_silent() == [conversation.id]
+    row = copy_of(conversation)
+    assert (row.stage, row.stalled_at, row.updated_at) == (Stage.STALLED, moment, moment)
+    change = row.history()[-1]
+    assert (change.trigger, change.source, change.dest) == ("stall", Stage.QUALIFYING, Stage.STALLED)
+    assert (change.actor, change.reason, change.key, change.created_at) == ("sweep", None, None, moment)
+    assert stall_silent() == []
+    with pytest.raises(StageConflict):
+        stale.collect_info()
+
+
+def test_every_active_stage_can_stall_and_no_other(conversation_in, close_engine_clock):
+    conversations = [conversation_in(stage) for stage in Stage]
+    close_engine_clock.move(THREE_DAYS + SECOND)
+    assert sorted(stall_silent()) == sorted(c.id for c in conversations if c.stage in ACTIVE_STAGES)
+    for conversation in conversations:
+        stalled = conversation.stage in ACTIVE_STAGES
+        assert copy_of(conversation).stage is (Stage.STALLED if stalled else conversation.stage)
+        if stalled:
+            copy = copy_of(conversation)
+            copy.resume()
+            assert copy.stage is conversation.stage
+    assert_consistent()
+
+
+@pytest.mark.parametrize("sign", ["a text", "a stage change"])
+def test_silence_counts_from_the_last_text_or_stage_change(conversation_in, close_engine_clock, sign):
+    conversation = conversation_in(Stage.QUALIFYING)
+    close_engine_clock.move(HOUR)
+    if sign == "a text":
+        receive(conversation.lead_id, "SM1", "hello")
+    else:
+        conversation.collect_info()
+    close_engine_clock.move(THREE_DAYS - MILLISECOND)
+    assert stall_silent() == []
+    close_engine_clock.move(MILLISECOND)
+    assert stall_silent() == [conversation.id]
+
+
+def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.QUALIFYING)
+    receive(conversation.lead_id, "SM1", "hello")
+    close_engine_clock.move(THREE_DAYS - HOUR)
+    conversation = copy_of(conversation)
+    conversation.record(data={"name": "Ada"})
+    conversation.collected_data = {"name": "Ada L."}
+    conversation.save()
+    submit(conversation, ActionType.SEND_MESSAGE, "still there?")
+    claimed().sent("p1")
+    receive(conversation.lead_id, "SM1", "hello")
+    sql("UPDATE close_engine_conversations SET edit_rounds = 3 WHERE id = %s", conversation.id)
+    sql("UPDATE close_engine_conversations SET updated_at = %s", str(close_engine_clock.now)[:23])
+    close_engine_clock.move(HOUR)
+    assert stall_silent() == [conversation.id]
+
+
+def test_another_time_can_be_asked_for(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.QUALIFYING)
+    close_engine_clock.now = conversation.updated_at + HOUR
+    assert stall_silent(after=HOUR + MILLISECOND) == []
+    assert stall_silent(after=HOUR) == [conversation.id]
+
+
+def test_they_are_moved_in_batches_of_any_size(conversation_in, close_engine_clock):
+    conversations = [conversation_in(Stage.QUALIFYING) for _ in range(4)]
+    for batch in (1, 2, 3, 4, 5):
+        close_engine_clock.move(THREE_DAYS + SECOND)
+        assert sorted(stall_silent(batch=batch)) == sorted(ids(conversations))
+        for conversation in conversations:
+            copy_of(conversation).resume()
+    assert_consistent()
+
+
+# -- stalled for long --------------------------------------------------------------------------------------------------
+
+
+def test_a_stalled_conversation_is_lost_after_a_week_to_the_millisecond(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.STALLED)
+    close_engine_clock.now = conversation.stalled_at + WEEK - MILLISECOND
+    assert lose_stalled() == []
+    moment = milliseconds(close_engine_clock.move(MILLISECOND))
+    assert lose_stalled() == [conversation.id]
+    row = copy_of(conversation)
+    assert (row.stage, row.closed_lost_at, row.closed_lost_reason) == (
+        Stage.CLOSED_LOST,
+        moment,
+        "silent since it stalled",
+    )
+    change = row.history()[-1]
+    assert (change.trigger, change.actor, change.reason) == ("close_lost", "sweep", "silent since it stalled")
+    assert change.created_at == row.updated_at == moment
+
+
+def test_a_reason_and_a_time_of_the_callers_own(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.STALLED)
+    close_engine_clock.now = conversation.stalled_at + HOUR
+    assert lose_stalled(after=HOUR, reason="gone é") == [conversation.id]
+    assert copy_of(conversation).closed_lost_reason == "gone é"
+    assert copy_of(conversation).history()[-1].reason == "gone é"
+
+
+def test_only_what_is_stalled_now_is_lost(conversation_in, close_engine_clock):
+    for stage in Stage:
+        if stage is not Stage.STALLED:
+            conversation_in(stage)
+    resumed = conversation_in(Stage.STALLED)
+    receive(resumed.lead_id, "SM1", "back")
+    again = conversation_in(Stage.STALLED)
+    close_engine_clock.move(WEEK - HOUR)
+    again.resume()
+    again.stall()
+    close_engine_clock.move(HOUR)
+    assert lose_stalled() == []
+
+
+def test_what_is_lost_withdraws_its_messages_and_drafts(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.STALLED, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(conversation, ActionType.SEND_MESSAGE, "still there?", expires_after=None)
+    outbox.enqueue(conversation, "SEND_MESSAGE", "hello?", send_after=timedelta(days=30))
+    close_engine_clock.move(WEEK + SECOND)
+    assert lose_stalled() == [conversation.id]
+    assert copy_of(action).status is ActionStatus.EXPIRED
+    assert [message.status for message in messages()] == [MessageStatus.WITHDRAWN]
+
+
+@pytest.mark.parametrize("given", [{"reason": ""}, {"reason": "  "}, {"reason": "a\x00"}, {"batch": 0}])
+def test_a_reason_or_a_batch_that_is_none_is_refused(database, given):
+    with pytest.raises(InvalidValue):
+        lose_stalled(**given)
+
+
+@pytest.mark.parametrize("job", [stall_silent, lose_stalled, expire_actions, release_leases])
+def test_nothing_to_do_is_nothing_moved_and_no_batch_is_refused(database, job):
+    assert job() == []
+    with pytest.raises(InvalidValue):
+        job(batch=0)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_run_in_the_transaction_of_the_sweep_too(conversation_in, close_engine_clock):
+    conversations = [conversation_in(Stage.BUILDING) for _ in range(3)]
+    close_engine_clock.move(THREE_DAYS + SECOND)
+    seen = []
+    hooks = [
+        on_exit(Stage.BUILDING)(lambda conversation, transition: seen.append(("left", conversation.id))),
+        on_enter(Stage.STALLED)(lambda conversation, change: seen.append(("entered", conversation.id))),
+        after_commit(Stage.STALLED)(lambda conversation, change: seen.append(("kept", conversation.id))),
+        outbox.effect(Stage.STALLED, topic="tell_the_rep"),
+    ]
+    try:
+        assert sorted(stall_silent(batch=2)) == sorted(ids(conversations))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sorted(seen) == sorted((what, c.id) for what in ("left", "entered", "kept") for c in conversations)
+    assert [message.topic for message in messages()] == ["tell_the_rep"] * 3
+    for conversation in conversations:
+        change = conversation.history()[-1]
+        assert (change.trigger, change.actor, change.created_at) == (
+            "stall",
+            "sweep",
+            milliseconds(close_engine_clock.now),
+        )
+    assert_consistent()
+
+
+def test_a_hook_that_fails_undoes_its_batch(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.STALLED)
+    close_engine_clock.move(WEEK + SECOND)
+
+    @on_enter(Stage.CLOSED_LOST)
+    def fail(conversation, change):
+        raise RuntimeError("no disk")
+
+    try:
+        with pytest.raises(RuntimeError, match="no disk"):
+            lose_stalled()
+        with pytest.raises(InvalidValue):
+            lose_stalled(batch=0)
+    finally:
+        fail.remove()
+    assert copy_of(conversation).stage is Stage.STALLED
+    assert lose_stalled() == [conversation.id]
+
+
+# -- actions and leases ------------------------------------------------------------------------------------------------
+
+
+def test_actions_past_their_time_expire_and_payment_links_take_their_conversations_back(
+    conversation_in, close_engine_clock
+):
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
+    text = submit(conversation, ActionType.SEND_MESSAGE, "hello", expires_after=HOUR)
+    link = submit(
+        conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}, expires_after=2 * HOUR
+    )
+    close_engine_clock.move(HOUR - MILLISECOND)
+    assert expire_actions() == []
+    close_engine_clock.move(MILLISECOND)
+    assert expire_actions() == [text.id]
+    assert copy_of(conversation).stage is Stage.PENDING_APPROVAL
+    moment = milliseconds(close_engine_clock.move(HOUR))
+    assert expire_actions() == [link.id]
+    assert expire_actions() == []
+    assert sql("SELECT DISTINCT status FROM pending_actions") == [("EXPIRED",)]
+    row = copy_of(conversation)
+    assert row.stage is Stage.PREVIEW_SENT
+    change = row.history()[-1]
+    assert (change.trigger, change.actor, change.reason) == (
+        "withdraw_approval",
+        "sweep",
+        "it was not approved in time",
+    )
+    assert change.metadata == {"action_id": link.id, "status": "EXPIRED"}
+    assert change.created_at == row.updated_at == moment
+    assert messages() == []
+
+
+def test_two_payment_links_that_expire_at_once_take_the_conversation_back_once(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
+    links = [submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}) for _ in range(2)]
+    close_engine_clock.move(timedelta(hours=24))
+    assert sorted(expire_actions()) == sorted(ids(links))
+    assert triggers(conversation).count("withdraw_approval") == 1
+    assert copy_of(conversation).stage is Stage.PREVIEW_SENT
+
+
+def test_actions_expire_in_batches(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
+    actions = [submit(conversation, ActionType.SEND_MESSAGE, "hello") for _ in range(5)]
+    close_engine_clock.move(timedelta(hours=24))
+    assert sorted(expire_actions(batch=2)) == sorted(ids(actions))
+    assert list(pending_actions()) == []
+
+
+def test_a_lease_that_ran_out_is_released(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.QUALIFYING)
+    outbox.enqueue(conversation, "SEND_MESSAGE", "hello", max_attempts=2)
+    outbox.enqueue(conversation, "SEND_MESSAGE", "behind it")
+    message = claimed("w1", HOUR)
+    close_engine_clock.move(HOUR - MILLISECOND)
+    assert release_leases() == []
+    close_engine_clock.move(MILLISECOND)
+    assert release_leases() == [message.id]
+    assert release_leases() == []
+    row = copy_of(message)
+    assert (row.status, row.leased_by, row.attempts) == (MessageStatus.PENDING, None, 1)
+    assert row.last_error == "the lease of w1 ran out"
+    assert claimed("w2", HOUR).id == message.id
+    close_engine_clock.move(HOUR)
+    assert release_leases() == [message.id]
+    row = copy_of(message)
+    assert (row.status, row.leased_by, row.attempts) == (MessageStatus.DEAD, None, 2)
+    assert row.last_error == "the lease of w2 ran out"
+    assert claimed().body == "behind it"
+
+
+def test_one_sweep_does_all_of_it(conversation_in, close_engine_clock):
+    stalled = conversation_in(Stage.STALLED)
+    silent = conversation_in(Stage.BUILDING, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(silent, ActionType.SEND_MESSAGE, "hello")
+    outbox.enqueue(silent, "tell_the_rep")
+    message = claimed()
+    assert sweep() == Swept([], [], [], [])
+    close_engine_clock.move(WEEK + SECOND)
+    assert sweep() == Swept(stalled=[silent.id], lost=[stalled.id], expired=[action.id], released=[message.id])
+    assert sweep() == Swept([], [], [], [])
+    assert copy_of(silent).stage is Stage.STALLED
+    assert_consistent()
+
+
+def test_a_sweep_that_is_rolled_back_moved_nothing(conversation_in, close_engine_clock):
+    conversation = conversation_in(Stage.BUILDING)
+    close_engine_clock.move(THREE_DAYS + SECOND)
+    with close_engine.atomic() as transaction:
+        assert stall_silent() == [conversation.id]
+        transaction.rollback()
+    assert values(copy_of(conversation)) == values(conversation)
+    assert triggers(conversation)[-1] == "start_building"
+
+
+def test_what_a_sweep_says_of_itself_is_not_said_of_what_follows_in_its_transaction(
+    conversation_in, close_engine_clock, kind
+):
+    silent, other = conversation_in(Stage.BUILDING), conversation_in(Stage.BUILDING)
+    close_engine_clock.move(THREE_DAYS + SECOND)
+    with close_engine.atomic():
+        receive(other.lead_id, "SM1", "hello")
+        assert stall_silent() == [silent.id]
+        sql("UPDATE close_engine_conversations SET stage = 'STALLED' WHERE id = %s", other.id)
+    assert silent.history()[-1].actor == "sweep"
+    assert other.history()[-1].actor.startswith("database")
+
+
+# -- many at once ------------------------------------------------------------------------------------------------------
+
+
+def opened(count, stage=Stage.QUALIFYING):
+    return [bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), stage) for _ in range(count)]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_many_workers_that_sweep_at_once_move_everything_once(postgres, hooked):
+    conversations = opened(40)
+    hooks = [on_enter(Stage.STALLED)(lambda conversation, change: None)] if hooked else []
+    try:
+        results = race([lambda: stall_silent(after=timedelta(0), batch=7)] * 8)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    moved = [moved for result in results for moved in result]
+    assert sorted(moved) == sorted(ids(conversations))
+    assert all(triggers(conversation)[-2:] == ["start_qualifying", "stall"] for conversation in conversations)
+    results = race([lambda: lose_stalled(after=timedelta(0), batch=7)] * 8)
+    assert sorted(moved for result in results for moved in result) == sorted(ids(conversations))
+    assert_consistent()
+
+
+def test_many_workers_expire_and_release_everything_once(postgres):
+    conversations = opened(20, Stage.PREVIEW_SENT)
+    CloseEngineConversation.update(autonomy_level=AutonomyLevel.SEMI_AUTO).execute()
+    actions = [
+        submit(
+            copy_of(conversation),
+            ActionType.SEND_PAYMENT_LINK,
+            "pay",
+            metadata={"paymentUrl": LINK},
+            expires_after=timedelta(0),
+        )
+        for conversation in conversations
+        for _ in range(2)
+    ]
+    for conversation in conversations:
+        outbox.enqueue(conversation, "tell_the_rep")
+    leased = outbox.claim(limit=50, lease=MILLISECOND)
+    results = race([lambda: (expire_actions(batch=3), release_leases(batch=3))] * 8)
+    assert sorted(id for expired, _ in results for id in expired) == sorted(ids(actions))
+    assert sorted(id for _, released in results for id in released) == sorted(ids(leased))
+    for conversation in conversations:
+        assert copy_of(conversation).stage is Stage.PREVIEW_SENT
+        assert triggers(conversation).count("withdraw_approval") == 1
+    assert_consistent()
+
+
+def test_what_another_transaction_holds_is_passed_over(postgres, postgres_url):
+    held, free = opened(2)
+    other = psycopg2.connect(postgres_url)
+    other.cursor().execute("SELECT 1 FROM close_engine_conversations WHERE id = %s FOR UPDATE", (held.id,))
+    assert stall_silent(after=timedelta(0)) == [free.id]
+    other.rollback()
+    other.close()
+    assert stall_silent(after=timedelta(0)) == [held.id]
+
+
+def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(postgres):
+    for _ in range(5):
+        conversations = opened(10)
+        receivers = [lambda c=conversation: receive(c.lead_id, f"SM {c.id}", "hello") for conversation in conversations]
+        *received, stalled = race([*receivers, lambda: stall_silent(after=timedelta(0), batch=2)])
+        for result in received:
+            row = copy_of(result.conversation)
+            assert (row.stage is Stage.STALLED) == (row.id in stalled and result.resumed is None)
+            assert result.answer
+    assert_consistent()

@@ -1,0 +1,81 @@
+"""What the tests of the workers' half share: races, SQL past the library, and what the tables hold afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import peewee
+
+from close_engine import CloseEngineConversation, OutboxMessage, PendingAction, outbox
+from close_engine.backend import current
+from tests.rows import replayed
+
+LINK = "https://pay.example.com/1"
+
+
+def race(functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run functions at the same moment, each in a thread with a connection of its own.
+
+    Returns:
+        what each returned or raised, in their order.
+    """
+    database, barrier = current().database, threading.Barrier(len(functions), timeout=60)
+
+    def run(function: Callable[[], Any]) -> Any:
+        with database.connection_context():
+            barrier.wait()
+            try:
+                return function()
+            except Exception as error:
+                return error
+
+    with ThreadPoolExecutor(len(functions)) as threads:
+        return list(threads.map(run, functions))
+
+
+def sql(statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Run a statement as somebody who does not use this library; `{outbox}` is our own table of that name."""
+    cursor = current().database.execute_sql(current().dialect.sql(statement), values)
+    return [tuple(row) for row in cursor.fetchall()] if cursor.description else []
+
+
+def copy_of(row: Any) -> Any:
+    """The same row as another worker loads it."""
+    return type(row).get_by_id(row.id)
+
+
+def values(row: Any) -> dict[str, Any]:
+    """Everything an object holds: one that was just created has no entry for an empty column."""
+    return {name: row.__data__.get(name) for name in row._meta.sorted_field_names}
+
+
+def messages(conversation: CloseEngineConversation | None = None) -> list[OutboxMessage]:
+    """What the outbox holds, or holds for this conversation, oldest first."""
+    query = OutboxMessage.select().order_by(OutboxMessage.id)
+    return list(query if conversation is None else query.where(OutboxMessage.conversation_id == conversation.id))
+
+
+def claimed(worker: str = "w", lease: timedelta = timedelta(minutes=1)) -> OutboxMessage:
+    """The one message that can be claimed now."""
+    (message,) = outbox.claim(worker=worker, lease=lease)
+    return message
+
+
+def assert_consistent() -> None:
+    """What holds at any moment, whoever did what: stages and history, leases, approvals and their messages."""
+    for conversation in CloseEngineConversation.select():
+        assert replayed(conversation.id) == conversation.stage
+    in_flight = (
+        OutboxMessage.select(peewee.fn.COUNT(1))
+        .where((OutboxMessage.status == "PENDING") & OutboxMessage.leased_by.is_null(False))
+        .group_by(OutboxMessage.conversation_id)
+        .tuples()
+    )
+    assert all(count == 1 for (count,) in in_flight)
+    keys = [message.key for message in messages() if (message.key or "").startswith("action:")]
+    approved = PendingAction.select(PendingAction.id).where(PendingAction.status == "APPROVED")
+    assert sorted(keys) == sorted(f"action:{action.id}" for action in approved)
