@@ -31,7 +31,19 @@ from close_engine.catalog import Catalog, PostgresCatalog, SqliteCatalog
 from close_engine.errors import ConfigurationError
 from close_engine.fields import dump_json, milliseconds
 
-__all__ = ["DEFAULT_URL", "Binding", "Dialect", "Postgres", "Sqlite", "Tables", "bind", "connect", "current", "now"]
+__all__ = [
+    "DEFAULT_URL",
+    "Binding",
+    "Dialect",
+    "Postgres",
+    "Sqlite",
+    "Tables",
+    "bind",
+    "connect",
+    "current",
+    "is_transient",
+    "now",
+]
 
 DEFAULT_URL = "sqlite:///close_engine.db"
 
@@ -350,6 +362,12 @@ def now() -> datetime:
     if moment.utcoffset() is None:
         raise ConfigurationError(f"The clock says {moment} without a timezone: bind one that says it in UTC.")
     return milliseconds(moment)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the database failed and not the statement: it is away, or others were in the way. Try again later."""
+    # Where the server went away without a word, psycopg2 raises the base class itself.
+    return isinstance(error, (peewee.OperationalError, peewee.InterfaceError)) or type(error) is peewee.DatabaseError
 
 
 def bind(

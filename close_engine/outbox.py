@@ -22,7 +22,7 @@ from typing import Any
 
 import peewee
 
-from close_engine.backend import current, now
+from close_engine.backend import current, is_transient, now
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.errors import (
     ConversationClosed,
@@ -106,6 +106,7 @@ class OutboxMessage(BaseModel):
 
         A trigger that is no longer allowed (the lead has paid meanwhile, say) leaves the message sent all the same,
         with the sentence in `refusal`. So does one whose hooks fail; that error is raised once the record is committed.
+        Where it is the database that fails (it is away, there is a deadlock), nothing is recorded: report again.
 
         Args:
             provider_id: the provider's id of the message; the same again changes nothing.
@@ -237,9 +238,9 @@ class OutboxMessage(BaseModel):
                 return answer.reason or None, None
         except ConversationNotFound as refusal:
             return str(refusal), None
-        except (peewee.OperationalError, peewee.InterfaceError):
-            raise  # The database's own trouble passes: nothing is recorded, so that it can be reported again.
         except Exception as error:
+            if is_transient(error):
+                raise  # The database's own trouble passes: nothing is recorded, so that it can be reported again.
             return _told(error), error
 
     def __repr__(self) -> str:
@@ -352,11 +353,13 @@ def effect(
 _CLAIM = """
 WITH next AS (
     SELECT o.id FROM {outbox} o
-    WHERE o.status = 'PENDING' AND o.available_at <= %s AND o.attempts < o.max_attempts
-        AND (o.leased_by IS NOT NULL OR NOT EXISTS (
-            SELECT 1 FROM {outbox} e
-            WHERE e.conversation_id = o.conversation_id AND e.status = 'PENDING' AND e.id <> o.id
-                AND (e.id < o.id OR e.leased_by IS NOT NULL)))
+    WHERE o.status = 'PENDING' AND o.available_at <= %s AND (
+        o.leased_by IS NOT NULL AND o.attempts < o.max_attempts
+        OR o.leased_by IS NULL
+            AND NOT EXISTS (SELECT 1 FROM {outbox} older WHERE older.conversation_id = o.conversation_id
+                AND older.status = 'PENDING' AND older.id < o.id)
+            AND NOT EXISTS (SELECT 1 FROM {outbox} flying WHERE flying.conversation_id = o.conversation_id
+                AND flying.status = 'PENDING' AND flying.leased_by IS NOT NULL))
     ORDER BY o.available_at, o.id LIMIT %s {skip_locked}
 )
 UPDATE {outbox} SET leased_by = %s, available_at = %s, attempts = attempts + 1

