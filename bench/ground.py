@@ -7,8 +7,13 @@ cuid, so that an index on it is used as it is in production.
 from __future__ import annotations
 
 import hashlib
+from datetime import datetime, timezone
 
 from bench.server import Server
+
+#: A way round that never ends: from the stage to the trigger, and to the next stage.
+TRIGGER = {"PREVIEW_SENT": "request_approval", "PENDING_APPROVAL": "withdraw_approval"}
+DEST = {"PREVIEW_SENT": "PENDING_APPROVAL", "PENDING_APPROVAL": "PREVIEW_SENT"}
 
 # n stands for the number of a conversation.
 ID = "('c' || left(md5(n::text), 24))"
@@ -55,11 +60,18 @@ MESSAGES = f"""
     FROM (SELECT n, date_trunc('milliseconds', localtimestamp - interval '1 hour' + step * interval '1 ms') AS moment
         FROM generate_series(1, {{each}}) step, generate_series(1, {{count}}) n) AS numbered
 """
+#: For the session: no triggers run, neither ours nor those of foreign keys.
+WITHOUT_TRIGGERS = "SET session_replication_role = replica"
 SECONDARY_INDEXES = """
     SELECT i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid) FROM pg_index i
     JOIN pg_class c ON c.oid = i.indrelid
     WHERE c.relnamespace IN ('public'::regnamespace, 'close_engine'::regnamespace) AND NOT i.indisprimary
 """
+
+
+def utc_now() -> datetime:
+    """The moment as a `timestamp` without a time zone takes it."""
+    return datetime.now(timezone.utc).replace(tzinfo=None)
 
 
 def conversation_id(number: int) -> str:
@@ -106,7 +118,7 @@ def fill(
     indexes = server.rows(SECONDARY_INDEXES, database=database)
     server.execute(
         *(f"DROP INDEX {name}" for name, _ in indexes),
-        "SET session_replication_role = replica",  # no triggers, neither ours nor those of foreign keys
+        WITHOUT_TRIGGERS,
         *statements,
         "SET maintenance_work_mem = '512MB'",
         *(definition for _, definition in indexes),

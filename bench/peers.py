@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,21 +23,14 @@ from playhouse import db_url
 from sqlalchemy import orm
 from statemachine.states import States
 
+from bench.ground import TRIGGER, utc_now
 from close_engine.machine import TRANSITIONS
 from close_engine.stages import Stage
 
 Change = Callable[[str], object]
 
-#: A way round that never ends: from the stage to the trigger, and to the next stage.
-TRIGGER = {"PREVIEW_SENT": "request_approval", "PENDING_APPROVAL": "withdraw_approval"}
-DEST = {"PREVIEW_SENT": "PENDING_APPROVAL", "PENDING_APPROVAL": "PREVIEW_SENT"}
-
 # Where `resume` leads is in the history: to a machine without one, to QUALIFYING.
 TABLE = [[t.trigger, [s.value for s in t.sources], (t.dest or Stage.QUALIFYING).value] for t in TRANSITIONS]
-
-
-def utc_now() -> datetime:
-    return datetime.now(timezone.utc).replace(tzinfo=None)
 
 
 # -- peewee and transitions ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import close_engine
-from bench.peers import DEST, TRIGGER, utc_now
+from bench.ground import DEST, TRIGGER, utc_now
 from bench.processes import in_processes
 from bench.report import Table, microseconds, per_second, times
 from bench.rounds import interleave, measured_itself, median, ratio

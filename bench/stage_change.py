@@ -22,8 +22,8 @@ from sqlalchemy import orm
 import close_engine
 from bench import peers
 from bench.driver import counting_proxy, replayed
-from bench.ground import conversation_id, fill
-from bench.peers import DEST, TRIGGER, Change
+from bench.ground import DEST, TRIGGER, conversation_id, fill, utc_now
+from bench.peers import Change
 from bench.report import Table, microseconds, milliseconds, times
 from bench.rounds import interleave, median, percentile, ratio, timed
 from bench.server import Server, processor_seconds
@@ -47,7 +47,7 @@ def floor(url: str) -> Iterator[Change]:
     def change(conversation_id: str) -> None:
         cursor.execute("SELECT * FROM close_engine_conversations WHERE id = %s", (conversation_id,))
         row = cursor.fetchone()
-        source, version, moment = row[4], row[16], peers.utc_now()
+        source, version, moment = row[4], row[16], utc_now()
         dest = DEST[source]
         values = (dest, moment, conversation_id, source, version, TRIGGER[source], source, dest, "bench", moment)
         cursor.execute(MOVED, values)

@@ -15,19 +15,23 @@ from datetime import timedelta
 import psycopg2
 
 import close_engine
-from bench.ground import conversation_id, fill
+from bench.ground import WITHOUT_TRIGGERS, conversation_id, fill
 from bench.report import Table, milliseconds, times
 from bench.rounds import interleave, median, ratio, timed
 from bench.server import Server, private_memory
 
 ACTIVE = ["QUALIFYING", "COLLECTING_INFO", "BUILDING", "PREVIEW_SENT", "EDIT_LOOP"]
 
-MAKE_DUE = """
+MAKE_DUE = (
+    """
     UPDATE close_engine_conversations SET updated_at = updated_at - interval '4 days'
-    WHERE id IN (SELECT id FROM close_engine_conversations ORDER BY id LIMIT {due});
-    UPDATE {silence} SET since = c.updated_at FROM close_engine_conversations c
+    WHERE id IN (SELECT id FROM close_engine_conversations ORDER BY id LIMIT {due})
+    """,
+    """
+    UPDATE close_engine.silence SET since = c.updated_at FROM close_engine_conversations c
     WHERE c.id = conversation_id AND c.updated_at < localtimestamp - interval '3 days'
-"""
+    """,
+)
 BY_HAND = """
     WITH moment AS (SELECT date_trunc('milliseconds', localtimestamp) AS now),
     due AS (SELECT id, stage FROM close_engine_conversations, moment
@@ -50,7 +54,8 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
     count, due = (5_000, 500) if quick else (1_000_000, 100_000)
     ours_template = server.migrated("sweep_ours")
     fill(server, ours_template, count, stages=ACTIVE, history=2)
-    server.execute(MAKE_DUE.format(due=due, silence="close_engine.silence"), "VACUUM ANALYZE", database=ours_template)
+    make_due = [statement.format(due=due) for statement in MAKE_DUE]
+    server.execute(WITHOUT_TRIGGERS, *make_due, "VACUUM ANALYZE", database=ours_template)
     plain_template = server.plain(ours_template, "sweep_plain")
     batches = (500,) if quick else (1000, 10_000, 100_000)
     contenders = {
@@ -120,7 +125,7 @@ def ours(server: Server, batch: int, due: int) -> None:
 
 
 def row_by_row(server: Server, some: int) -> None:
-    """The first ids by order are those that are due, but which ones does not matter to the cost."""
+    """Stall so many one by one; whether they are due makes no difference to the cost."""
     database = close_engine.connect(server.url("sweep"))
     for number in range(1, some + 1):
         close_engine.CloseEngineConversation.get_by_id(conversation_id(number)).stall(actor="sweep")
