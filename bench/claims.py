@@ -40,7 +40,7 @@ REFILL_JOBS = """
 
 
 def measure(server: Server, *, quick: bool) -> Iterator[Table]:
-    conversations = 20 if quick else 1000
+    conversations = 20 if quick else 400
     workers, rounds = ((1, 2), 1) if quick else ((1, 2, 4), 5)
     ours_database, jobs = server.migrated("claims_ours"), server.copy("template0", "claims_procrastinate")
     fill(server, ours_database, conversations)
