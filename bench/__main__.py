@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+from bench import page
 from bench.report import Results, show
 from bench.server import private_server
 
@@ -18,7 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Close Engine.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(QUESTIONS)}; the default is all")
     parser.add_argument("--quick", action="store_true", help="a smoke run: small, and nothing is written")
+    parser.add_argument("--page", action="store_true", help="quote bench/results.json in docs/performance.md, no more")
     given = parser.parse_args()
+    if given.page:
+        page.quote()
+        return
     if unknown := set(given.names) - set(QUESTIONS):
         parser.error(f"there is no question {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped, too
