@@ -97,7 +97,13 @@ class Tape:
 
     @contextmanager
     def playing(self) -> Iterator[None]:
-        """Answer from the tape; after the last answer comes the first again."""
+        """Answer from the tape; after the last answer comes the first again.
+
+        Raises:
+            RuntimeError: nothing was recorded, so nothing that was to be replayed went through these cursors.
+        """
+        if not self.answers:
+            raise RuntimeError("the tape is empty: what was recorded does not connect through psycopg2.connect")
         self.state = "playing"
         yield
         self.state = "through"
@@ -158,6 +164,11 @@ class TapeCursor(psycopg2.extensions.cursor):
 @contextmanager
 def replayed() -> Iterator[Tape]:
     """Whatever connects through psycopg2 within this block has cursors that follow the tape."""
-    tape = Tape()
-    with mock.patch("psycopg2.connect", partial(psycopg2.connect, cursor_factory=partial(TapeCursor, tape=tape))):
+    tape, connect = Tape(), psycopg2.connect
+
+    def connect_to_tape(*arguments: Any, **options: Any) -> psycopg2.extensions.connection:
+        # Over what the caller says: Django names the factory that is psycopg2's default.
+        return connect(*arguments, **{**options, "cursor_factory": partial(TapeCursor, tape=tape)})
+
+    with mock.patch("psycopg2.connect", connect_to_tape):
         yield tape
