@@ -17,7 +17,7 @@ def in_processes(work: Callable[[], object], count: int) -> float:
     """
     context = multiprocessing.get_context("spawn")
     ready, finished = context.Barrier(count + 1), context.Queue()
-    processes = [context.Process(target=_work, args=(work, ready, finished)) for _ in range(count)]
+    processes = [context.Process(target=_work, args=(work, ready, finished), daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
     ready.wait()
