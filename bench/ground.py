@@ -1,0 +1,128 @@
+"""Conversations, history and messages by the million, generated in the server with the triggers off.
+
+The n-th conversation is `conversation_id(n)` to PostgreSQL and to Python: an id of the length and the disorder of a
+cuid, so that an index on it is used as it is in production.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timezone
+
+from bench.server import Server
+
+#: A way round that never ends: from the stage to the trigger, and to the next stage.
+TRIGGER = {"PREVIEW_SENT": "request_approval", "PENDING_APPROVAL": "withdraw_approval"}
+DEST = {"PREVIEW_SENT": "PENDING_APPROVAL", "PENDING_APPROVAL": "PREVIEW_SENT"}
+
+# n stands for the number of a conversation.
+ID = "('c' || left(md5(n::text), 24))"
+LEAD_ID = "('l' || left(md5(n::text), 24))"
+
+#: Stages by n % 20: how a working agency's board looks, most of it closed.
+STAGES = (
+    ["QUALIFYING"] * 3
+    + ["COLLECTING_INFO", "BUILDING", "PREVIEW_SENT", "EDIT_LOOP", "PAYMENT_SENT"]
+    + ["COMPLETED"] * 5
+    + ["STALLED"] * 2
+    + ["CLOSED_LOST"] * 5
+)
+
+LEADS = f"INSERT INTO leads (id, phone) SELECT {LEAD_ID}, '+15550100' FROM generate_series(1, {{count}}) n"
+CONVERSATIONS = f"""
+    INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, created_at, updated_at,
+        payment_link_sent_at, completed_at, stalled_at, closed_lost_at, closed_lost_reason)
+    SELECT {ID}, {LEAD_ID}, 'SMS_REPLY', stage, moment - interval '30 days', moment,
+        CASE WHEN stage IN ('PAYMENT_SENT', 'COMPLETED') THEN moment END, CASE stage WHEN 'COMPLETED' THEN moment END,
+        CASE stage WHEN 'STALLED' THEN moment END, CASE stage WHEN 'CLOSED_LOST' THEN moment END,
+        CASE stage WHEN 'CLOSED_LOST' THEN 'generated' END
+    FROM (SELECT n, ({{stages}})[n % array_length({{stages}}, 1) + 1] AS stage,
+            date_trunc('milliseconds', localtimestamp - (n % 86400) * interval '1 second') AS moment
+        FROM generate_series(1, {{count}}) n) AS numbered
+"""
+HISTORY = f"""
+    INSERT INTO close_engine.history (conversation_id, lead_id, trigger, source, dest, actor, created_at)
+    SELECT {ID}, {LEAD_ID}, 'request_edits', 'PREVIEW_SENT', 'EDIT_LOOP', 'generated',
+        localtimestamp - interval '30 days' + step * interval '1 hour'
+    FROM generate_series(1, {{steps}}) step, generate_series(1, {{count}}) n
+"""
+LAST_CHANGE = """
+    INSERT INTO close_engine.history (conversation_id, lead_id, trigger, source, dest, actor, created_at)
+    SELECT id, lead_id, 'adopted', NULL, stage, 'generated', updated_at FROM close_engine_conversations
+"""
+SILENCE = """
+    INSERT INTO close_engine.silence (conversation_id, since) SELECT id, updated_at FROM close_engine_conversations
+    WHERE stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+"""
+MESSAGES = f"""
+    INSERT INTO close_engine.outbox (conversation_id, lead_id, topic, body, status, created_at, available_at)
+    SELECT {ID}, {LEAD_ID}, 'SEND_MESSAGE', 'Hello!', '{{status}}', moment, moment
+    FROM (SELECT n, date_trunc('milliseconds', localtimestamp - interval '1 hour' + step * interval '1 ms') AS moment
+        FROM generate_series(1, {{each}}) step, generate_series(1, {{count}}) n) AS numbered
+"""
+#: For the session: no triggers run, neither ours nor those of foreign keys.
+WITHOUT_TRIGGERS = "SET session_replication_role = replica"
+SECONDARY_INDEXES = """
+    SELECT i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid) FROM pg_index i
+    JOIN pg_class c ON c.oid = i.indrelid
+    WHERE c.relnamespace IN ('public'::regnamespace, 'close_engine'::regnamespace) AND NOT i.indisprimary
+"""
+
+
+def utc_now() -> datetime:
+    """The moment as a `timestamp` without a time zone takes it."""
+    return datetime.now(timezone.utc).replace(tzinfo=None)
+
+
+def conversation_id(number: int) -> str:
+    """The id of the n-th conversation, counted from 1."""
+    return "c" + hashlib.md5(str(number).encode()).hexdigest()[:24]
+
+
+def lead_id(number: int) -> str:
+    """The id of its lead."""
+    return "l" + conversation_id(number)[1:]
+
+
+def fill(
+    server: Server,
+    database: str,
+    count: int,
+    *,
+    stages: list[str] | None = None,
+    history: int = 1,
+    spare_leads: int = 0,
+    sent: int = 0,
+    pending: int = 0,
+) -> None:
+    """Fill an empty database.
+
+    Args:
+        count: how many conversations.
+        stages: their stages, in turn; the default is `STAGES`.
+        history: how many rows of history each has.
+        spare_leads: how many leads more, without a conversation; their numbers follow.
+        sent: how many sent messages each has.
+        pending: how many conversations have one message that waits, the first ones.
+    """
+    array = "ARRAY[" + ", ".join(f"'{stage}'" for stage in stages or STAGES) + "]"
+    statements = [
+        LEADS.format(count=count + spare_leads),
+        CONVERSATIONS.format(count=count, stages=array),
+        HISTORY.format(count=count, steps=history - 1),
+        LAST_CHANGE,
+        SILENCE,
+        MESSAGES.format(count=count, each=sent, status="SENT"),
+        MESSAGES.format(count=pending, each=1, status="PENDING"),
+    ]
+    indexes = server.rows(SECONDARY_INDEXES, database=database)
+    server.execute(
+        *(f"DROP INDEX {name}" for name, _ in indexes),
+        WITHOUT_TRIGGERS,
+        *statements,
+        "SET maintenance_work_mem = '512MB'",
+        *(definition for _, definition in indexes),
+        "VACUUM ANALYZE",
+        "CHECKPOINT",
+        database=database,
+    )

@@ -1,0 +1,119 @@
+"""Does the cost stay flat from 10 thousand to 1 million conversations, with ten rows of history each?
+
+The contenders are the sizes: the same operation on each in turn, and its ratio to the smallest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import peewee
+
+import close_engine
+from bench.ground import conversation_id, fill, lead_id
+from bench.report import Table, milliseconds, times
+from bench.rounds import interleave, median, ratio
+from bench.server import Server
+
+SWEPT = 500
+CLAIMED = 50
+
+MAKE_DUE = """
+    UPDATE close_engine.silence SET since = localtimestamp - interval '4 days' WHERE conversation_id IN (
+        SELECT conversation_id FROM close_engine.silence ORDER BY md5(conversation_id || %s) LIMIT %s)
+"""
+#: How many conversations are in each stage, and for how long the one that waits longest has been silent in it.
+BOARD = """
+    SELECT c.stage, count(*), min(coalesce(s.since, c.updated_at)) FROM close_engine_conversations c
+    LEFT JOIN close_engine.silence s ON s.conversation_id = c.id GROUP BY c.stage
+"""
+
+
+class Grown:
+    """A database of a size, and the operations on it.
+
+    Each binds the models first, for the others are bound in between; that is not timed.
+    """
+
+    def __init__(self, server: Server, count: int, operations: int) -> None:
+        self.count = count
+        self.name = server.migrated(f"growth_{count}")
+        fill(
+            server,
+            self.name,
+            count,
+            history=10,
+            spare_leads=operations,
+            sent=2,
+            pending=max(count // 10, operations * CLAIMED),
+        )
+        self.random = random.Random(count)
+        self.leads = (lead_id(number) for number in itertools.count(count + 1))
+        self.database: peewee.Database = close_engine.connect(server.url(self.name))
+
+    def bind(self) -> None:
+        close_engine.bind(self.database)
+
+    def load(self) -> None:
+        """Choose a conversation that can be changed; what the change costs is loading it and firing the trigger."""
+        self.bind()
+        while True:
+            self.chosen = conversation_id(self.random.randint(1, self.count))
+            conversation = close_engine.CloseEngineConversation.get_by_id(self.chosen)
+            if conversation.may("request_edits") or conversation.may("send_preview"):
+                return
+
+    def change_stage(self) -> None:
+        conversation = close_engine.CloseEngineConversation.get_by_id(self.chosen)
+        conversation.fire("request_edits" if conversation.may("request_edits") else "send_preview")
+
+    def claim(self) -> None:
+        assert len(close_engine.outbox.claim(CLAIMED, timedelta(hours=1), "bench")) == CLAIMED
+
+    def make_due(self) -> None:
+        self.bind()
+        self.database.execute_sql(MAKE_DUE, (str(self.random.random()), SWEPT))
+
+    def sweep(self) -> None:
+        assert len(close_engine.stall_silent(timedelta(hours=72))) == SWEPT
+
+    def open_conversation(self) -> None:
+        close_engine.open_conversation(next(self.leads), close_engine.EntryPoint.SMS_REPLY)
+
+    def board(self) -> None:
+        self.database.execute_sql(BOARD).fetchall()
+
+
+def measure(server: Server, *, quick: bool) -> Iterator[Table]:
+    sizes = (5_000, 10_000) if quick else (10_000, 100_000, 1_000_000)
+    rounds = 1 if quick else 30
+    operations: list[tuple[str, Callable[[Grown], None], Callable[[Grown], None], int]] = [
+        ("stage change", Grown.change_stage, Grown.load, rounds * 10),
+        (f"claim of {CLAIMED}", Grown.claim, Grown.bind, rounds),
+        (f"sweep that finds {SWEPT}", Grown.sweep, Grown.make_due, min(rounds, 5)),
+        ("open_conversation", Grown.open_conversation, Grown.bind, rounds * 5),
+        ("the board's counts", Grown.board, Grown.bind, min(rounds, 10)),
+    ]
+    databases = {f"{size:,}": Grown(server, size, operations=rounds * 5 + 5) for size in sizes}
+    smallest = next(iter(databases))
+    rows = []
+    for name, operation, before, count in operations:
+        measured = interleave(
+            {size: lambda grown=grown, operation=operation: operation(grown) for size, grown in databases.items()},
+            rounds=count,
+            before={size: lambda grown=grown, before=before: before(grown) for size, grown in databases.items()},
+        )
+        costs = [milliseconds(median(measured[size])) for size in databases]
+        rows.append([name, *costs, times(ratio(measured[list(databases)[-1]], measured[smallest]))])
+    yield Table(
+        "Cost by the number of conversations",
+        ["operation", *databases, "largest to smallest"],
+        rows,
+        "ten rows of history and two sent messages a conversation; one in ten has a message that waits",
+    )
+    for grown in databases.values():
+        grown.database.close()
+        server.drop(grown.name)
