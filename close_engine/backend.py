@@ -142,6 +142,10 @@ class Dialect:
         """The end of a query that takes the rows of these tables, but for those that another one holds."""
         raise NotImplementedError
 
+    def ids_of(self, query: str) -> str:
+        """What a column of ids is compared with, so that few rows are found by it and not a table searched for them."""
+        raise NotImplementedError
+
     def merged_list(self, column: str) -> str:
         """What a JSON column becomes when a list is merged into it: each element once, in the order of its first."""
         raise NotImplementedError
@@ -210,6 +214,9 @@ class Postgres(Dialect):
 
     def skip_locked(self, *aliases: str) -> str:
         return f"{self.hold_rows} OF {', '.join(aliases)} SKIP LOCKED"
+
+    def ids_of(self, query: str) -> str:
+        return f"= ANY (ARRAY({query}))"
 
     def merged_list(self, column: str) -> str:
         return (
@@ -286,6 +293,9 @@ class Sqlite(Dialect):
 
     def skip_locked(self, *aliases: str) -> str:
         return self.hold_rows
+
+    def ids_of(self, query: str) -> str:
+        return f"IN ({query})"
 
     def merged_list(self, column: str) -> str:
         return f"close_engine_merge({column}, ?)"

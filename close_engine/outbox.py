@@ -363,7 +363,7 @@ WITH next AS (
     ORDER BY o.available_at, o.id LIMIT %s {skip_locked}
 )
 UPDATE {outbox} SET leased_by = %s, available_at = %s, attempts = attempts + 1
-WHERE id IN (SELECT id FROM next) RETURNING *
+WHERE id {next} RETURNING *
 """
 
 
@@ -385,7 +385,8 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
     if lease <= timedelta(0):
         raise InvalidValue("lease", lease, "it must last for a while")
     binding, moment = current(), now()
-    text = binding.dialect.sql(_CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o")))
+    text = _CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o"))
+    text = binding.dialect.sql(text.replace("{next}", binding.dialect.ids_of("SELECT id FROM next")))
     values = (stored_time(moment), limit, worker, stored_time(moment + lease))
     try:
         with atomic() if binding.database.in_transaction() else nullcontext():

@@ -9,9 +9,9 @@ from typing import Any
 from close_engine import CloseEngineConversation, StageChange
 
 
-def copy_of(conversation: CloseEngineConversation) -> CloseEngineConversation:
-    """The same conversation as another worker loads it."""
-    return CloseEngineConversation.get_by_id(conversation.id)
+def copy_of(row: Any) -> Any:
+    """The same row as another worker loads it."""
+    return type(row).get_by_id(row.id)
 
 
 def in_memory(conversation: CloseEngineConversation) -> tuple[dict[str, Any], set[str]]:

@@ -36,8 +36,8 @@ from close_engine import (
 )
 from close_engine.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
-from tests.rows import triggers
-from tests.workers import LINK, assert_consistent, claimed, copy_of, messages, race, sql, values
+from tests.rows import copy_of, triggers
+from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
 
 # The table of the design, written down a second time.
 SEND, APPROVE = False, True

@@ -31,8 +31,8 @@ from close_engine import (
 )
 from close_engine.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
-from tests.rows import triggers
-from tests.workers import LINK, assert_consistent, claimed, copy_of, messages, race, sql, values
+from tests.rows import copy_of, triggers
+from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
 
 MINUTE = timedelta(minutes=1)
 

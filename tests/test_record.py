@@ -19,7 +19,8 @@ from close_engine import (
     StageConflict,
 )
 from close_engine.testing import new_lead
-from tests.workers import copy_of, race, sql
+from tests.rows import copy_of
+from tests.workers import race, sql
 
 
 def kept(conversation):

@@ -35,8 +35,8 @@ from close_engine import (
 )
 from close_engine.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
-from tests.rows import triggers
-from tests.workers import LINK, assert_consistent, claimed, copy_of, messages, race, sql, values
+from tests.rows import copy_of, triggers
+from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
 
 MILLISECOND = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)  # more than the versions of some writes at one moment are ahead of the clock
@@ -100,6 +100,7 @@ def test_silence_counts_from_the_last_text_or_stage_change(conversation_in, clos
 
 def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(conversation_in, close_engine_clock):
     conversation = conversation_in(Stage.QUALIFYING)
+    close_engine_clock.move(timedelta(seconds=1))
     receive(conversation.lead_id, "SM1", "hello")
     close_engine_clock.move(THREE_DAYS - HOUR)
     conversation = copy_of(conversation)

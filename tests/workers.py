@@ -43,11 +43,6 @@ def sql(statement: str, *values: Any) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in cursor.fetchall()] if cursor.description else []
 
 
-def copy_of(row: Any) -> Any:
-    """The same row as another worker loads it."""
-    return type(row).get_by_id(row.id)
-
-
 def values(row: Any) -> dict[str, Any]:
     """Everything an object holds: one that was just created has no entry for an empty column."""
     return {name: row.__data__.get(name) for name in row._meta.sorted_field_names}
