@@ -72,6 +72,8 @@ BEGIN
 END
 $body$
 """,
+    # Whoever may see our schema could otherwise attach it to a table of his own.
+    "REVOKE EXECUTE ON FUNCTION close_engine.withdraw_messages() FROM PUBLIC",
     "CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE OF stage ON close_engine_conversations "
     f"FOR EACH ROW WHEN ({CLOSING}) EXECUTE FUNCTION close_engine.withdraw_messages()",
     "CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON close_engine_conversations "

@@ -100,7 +100,7 @@ BEGIN
         RETURN NULL;
     END IF;
     PERFORM set_config('close_engine.context', jsonb_build_object(
-        'id', NEW.conversation_id, 'updated_at', version,
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'updated_at', version,
         'actor', CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         'reason', context ->> 'reason',
         'metadata', jsonb_build_object('action_id', NEW.id, 'status', NEW.status))::text, true);
@@ -110,6 +110,12 @@ BEGIN
 END
 $body$
 """
+
+# Whoever may see our schema could otherwise attach them to a table of his own.
+REVOKE = (
+    "REVOKE EXECUTE ON FUNCTION close_engine.guard_action(), close_engine.follow_decision(), "
+    "close_engine.expire_drafts() FROM PUBLIC"
+)
 
 POSTGRES_TRIGGERS = [
     "CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE OF status ON pending_actions "
@@ -195,7 +201,7 @@ WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.ty
         WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL')
 BEGIN
     INSERT OR REPLACE INTO close_engine_context VALUES (2, json_object(
-        'id', NEW.conversation_id, 'updated_at', {VERSION},
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'updated_at', {VERSION},
         'actor', CASE WHEN {CONTEXT} IS NULL THEN 'database' ELSE json_extract({CONTEXT}, '$.actor') END,
         'reason', json_extract({CONTEXT}, '$.reason'),
         'metadata', json_object('action_id', NEW.id, 'status', NEW.status)));
@@ -229,7 +235,7 @@ def up(migrator, db):
             **names,
         )
         functions = [text.format(enqueue=enqueue, **names) for text in (GUARD, FOLLOW, EXPIRE_DRAFTS)]
-        statements = [*functions, *POSTGRES_TRIGGERS, *POSTGRES_CLOSING]
+        statements = [*functions, REVOKE, *POSTGRES_TRIGGERS, *POSTGRES_CLOSING]
         prefix, mark = "close_engine.", "%s"
     else:
         statements = [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]
