@@ -367,11 +367,14 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         Raises:
             CloseEngineConversation.DoesNotExist: there is none.
         """
-        binding, fields = current(), cls._meta.sorted_fields
+        binding, meta = current(), cls._meta
         row = binding.database.execute_sql(_select_by_id(binding.dialect), (pk,)).fetchone()
         if row is None:
             raise cls.DoesNotExist(f"There is no conversation {pk!r}.")
-        values = {field.name: field.python_value(value) for field, value in zip(fields, row, strict=True)}
+        values = dict(zip(meta.sorted_field_names, row, strict=True))
+        for name, value in values.items():
+            if value is not None:
+                values[name] = meta.fields[name].python_value(value)
         return cls(__no_default__=True, **values)
 
     def reload(self) -> None:
