@@ -278,8 +278,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         if not merged:
             return
         with atomic():
-            # The lead first, as open_conversation() does.
-            dialect.hold(Lead.select(Lead.id).where(Lead.id == self.lead_id)).execute()
+            # The conversation first, and then its lead, as everybody does who holds both.
             row = dialect.hold(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
             if row is None:
                 raise ConversationNotFound(self.id)
@@ -493,15 +492,18 @@ def open_conversation(
     context = context_of("open", actor, reason, metadata, key)
     hold = current().dialect.hold
     with atomic():
-        row = hold(Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)).first()
-        if row is None:
-            raise LeadNotFound(lead_id)
+        # The conversation first, and then its lead, as everybody does who holds both.
         mine = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
         conversation: CloseEngineConversation | None = mine.first()
         if conversation is not None and conversation.stage not in ACTIVE_STAGES:
             conversation = hold(mine).first()  # so that nobody else resumes or reopens it meanwhile
+        if conversation is not None and conversation.stage in ACTIVE_STAGES:
+            return conversation
+        row = hold(Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)).first()
+        if row is None:
+            raise LeadNotFound(lead_id)
         if conversation is not None:
-            if conversation.stage in ACTIVE_STAGES or _opened_by(conversation, key):
+            if _opened_by(conversation, key):
                 return conversation
             if conversation.stage is Stage.COMPLETED:
                 raise ConversationCompleted(conversation.id, lead_id)

@@ -95,6 +95,17 @@ class Worker:
     def open(self):
         close_engine.open_conversation(self.conversation().lead_id, EntryPoint.SMS_REPLY)
 
+    def do_several_things_at_once(self):
+        deeds = [Worker.fire, Worker.receive, Worker.record, Worker.open]
+        conversation = self.conversation()
+        self.conversation, before = lambda: CloseEngineConversation.get_by_id(conversation.id), self.conversation
+        try:
+            with close_engine.atomic():
+                for deed in self.random.sample(deeds, 2):
+                    deed(self)
+        finally:
+            self.conversation = before
+
     def sweep(self):
         close_engine.stall_silent(after=timedelta(milliseconds=self.random.randrange(200)), batch=2)
         close_engine.lose_stalled(after=timedelta(milliseconds=self.random.randrange(500)), batch=2)
@@ -122,6 +133,7 @@ DEEDS = {
     Worker.fire: 10,
     Worker.record: 8,
     Worker.open: 8,
+    Worker.do_several_things_at_once: 15,
     Worker.sweep: 3,
     Worker.close_lost: 1,
     Worker.pay: 0.2,
