@@ -146,6 +146,10 @@ class Dialect:
         """What a column of ids is compared with, so that few rows are found by it and not a table searched for them."""
         raise NotImplementedError
 
+    def sample(self, table: str, every: int) -> str:
+        """A query for one of so many rows of a table of ours, the same ones each time and without an order."""
+        raise NotImplementedError
+
     def merged_list(self, column: str) -> str:
         """What a JSON column becomes when a list is merged into it: each element once, in the order of its first."""
         raise NotImplementedError
@@ -217,6 +221,9 @@ class Postgres(Dialect):
 
     def ids_of(self, query: str) -> str:
         return f"= ANY (ARRAY({query}))"
+
+    def sample(self, table: str, every: int) -> str:
+        return self.sql(f"SELECT * FROM {{{table}}} TABLESAMPLE BERNOULLI ({100 / every}) REPEATABLE (0)")
 
     def merged_list(self, column: str) -> str:
         return (
@@ -296,6 +303,9 @@ class Sqlite(Dialect):
 
     def ids_of(self, query: str) -> str:
         return f"IN ({query})"
+
+    def sample(self, table: str, every: int) -> str:
+        return self.sql(f"SELECT * FROM {{{table}}} WHERE rowid % {every} = 0")
 
     def merged_list(self, column: str) -> str:
         return f"close_engine_merge({column}, ?)"

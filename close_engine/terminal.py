@@ -1,0 +1,67 @@
+"""What may stand in a terminal: a console as wide as it needs to be, plain tables, and values as people read them.
+
+>>> duration(timedelta(minutes=95)), duration(timedelta(days=3)), duration(None)
+('1.6 h', '3.0 days', '-')
+>>> cell("who\\x1b[2J?"), cell(None), cell({"n": 1})
+('who\ufffd[2J?', '-', '{"n": 1}')
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection
+from datetime import datetime, timedelta
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["cell", "console", "duration", "table"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The terminal at its width; without one, as wide as the widest table."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if terminal else 1000, highlight=False, emoji=False, markup=False)
+
+
+def table(*columns: str, title: str | None = None, numbers: Collection[str] = ()) -> Table:
+    """An empty table.
+
+    Args:
+        columns: their headings.
+        title: stands above it.
+        numbers: the headings of those that are flush right.
+    """
+    made = Table(
+        title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+def cell(value: Any) -> str:
+    """A value as it may stand in a terminal: whatever a lead has written, it moves no cursor."""
+    if value is None:
+        return "-"
+    if isinstance(value, timedelta):
+        return duration(value)
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S} UTC"
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def duration(time: timedelta | None) -> str:
+    """A length of time in the unit that suits it; of none, a dash."""
+    if time is None:
+        return "-"
+    seconds = time.total_seconds()
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
