@@ -9,43 +9,65 @@ error and exit status 1. Run in a pipe or without a terminal, everything is plai
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import sqlite3
 import sys
-from datetime import datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import peewee
 import typer
-from rich import box
 from rich.columns import Columns
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from close_engine import backend, schema
-from close_engine.backend import DEFAULT_URL, current, without_password
+from close_engine import backend, outbox, schema, sweeps
+from close_engine import board as boards
+from close_engine.approvals import PendingAction, pending_actions
+from close_engine.backend import DEFAULT_URL, current, now, without_password
 from close_engine.conversations import CloseEngineConversation
 from close_engine.demo import LEAST_LEADS, Demo, temporary_database
-from close_engine.errors import CloseEngineError, ConfigurationError, ConversationNotFound, InvalidValue, SchemaError
+from close_engine.errors import (
+    ActionNotFound,
+    CloseEngineError,
+    ConfigurationError,
+    ConversationNotFound,
+    InvalidValue,
+    SchemaError,
+)
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.models import StageChange
-from close_engine.transaction import atomic
+from close_engine.outbox import OutboxMessage
+from close_engine.stages import ActionStatus, ActionType, MessageStatus
+from close_engine.terminal import cell, console, table
 from close_engine.verify import checks
 from close_engine.version import __version__
+from close_engine.worker import Worker, load_sender
 
 # -- the options of every command ------------------------------------------------------------------------------------
 
 
-class Command(TyperCommand):
-    """A command that takes the options of `close-engine` itself, too."""
+class _SharesOptions:
+    """Takes the options of `close-engine` itself, too."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         shared = [option for option in ctx.find_root().command.params if not option.expose_value]
-        return [*super().get_params(ctx), *shared]
+        return [*super().get_params(ctx), *shared]  # type: ignore[misc]
+
+
+class Command(_SharesOptions, TyperCommand):
+    """A command."""
+
+
+class Group(_SharesOptions, TyperGroup):
+    """A command that has commands below it."""
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -137,7 +159,9 @@ def _sqlite_file(database: peewee.Database) -> Path | None:
     return None
 
 
-def _require_migrated() -> None:
+def _open(context: typer.Context) -> None:
+    """Connect to a database that must be migrated."""
+    _connect(context)
     pending = [migration.name for migration in schema.status() if migration.applied_at is None]
     if pending:
         raise SchemaError(f"The database is not migrated ({', '.join(pending)} pending): run close-engine migrate.")
@@ -176,23 +200,13 @@ def down(
 ) -> None:
     """Take migrations back. Asks first where that drops data."""
     _connect(context)
-    lost = {} if yes else _lost_by(target)
+    lost = {} if yes else schema.rows_at_stake(target)
     if lost and not _confirmed(
         "This drops the rows of " + ", ".join(f"{name} ({count})" for name, count in lost.items())
     ):
         raise CloseEngineError("Nothing was taken back; with --yes it is, without asking.")
     reverted = schema.rollback(target)
     print("\n".join(f"Took back {name}." for name in reverted) or "Nothing to do: no migration is applied.")
-
-
-def _lost_by(target: str | None) -> dict[str, int]:
-    """What taking back would drop: tried, and rolled back."""
-    at_stake = schema.rows_at_stake()
-    with atomic() as transaction:
-        schema.rollback(target)
-        left = schema.rows_at_stake()
-        transaction.rollback()
-    return {name: count for name, count in at_stake.items() if name not in left}
 
 
 def _confirmed(what: str) -> bool:
@@ -207,13 +221,13 @@ def _confirmed(what: str) -> bool:
 def status(context: typer.Context) -> None:
     """List the migrations: when each was applied, or that it is pending."""
     _connect(context)
-    table = _table("migration", "applied")
+    listed = table("migration", "applied")
     for migration in schema.status():
         applied = f"{migration.applied_at:%Y-%m-%d %H:%M:%S}" if migration.applied_at else "pending"
-        table.add_row(
+        listed.add_row(
             migration.name, applied if migration.known else f"{applied}, not known here: upgrade close-engine"
         )
-    _console().print(table)
+    console().print(listed)
 
 
 @command()
@@ -245,26 +259,24 @@ def show(
     conversation: Annotated[str, typer.Argument(metavar="CONVERSATION", help="Its id, or the id of its lead.")],
 ) -> None:
     """Show a conversation and its timeline; of a deleted one, the timeline that it left."""
-    _connect(context)
-    _require_migrated()
+    _open(context)
     found = _find(conversation)
     mine = StageChange.conversation_id == (found.id if found else conversation)
     changes = list(StageChange.select().where(mine).order_by(StageChange.id))
     if not changes and not found:
         raise ConversationNotFound(conversation)
-    console = _console()
     if found:
-        row = _table("column", "value")
+        row = table("column", "value")
         for field in found._meta.sorted_fields:
-            row.add_row(field.column_name, _cell(found.__data__[field.name]))
-        console.print(row, "")
+            row.add_row(field.column_name, cell(found.__data__[field.name]))
+        console().print(row, "")
     else:
         print(f"Conversation {conversation!r} was deleted; its history is kept.")
     columns = ("created_at", "source", "dest", "trigger", "actor", "reason", "key", "metadata")
-    timeline = _table("when", "from", "to", *columns[3:])
+    timeline = table("when", "from", "to", *columns[3:])
     for change in changes:
-        timeline.add_row(*(_cell(getattr(change, column)) for column in columns))
-    console.print(timeline)
+        timeline.add_row(*(cell(getattr(change, column)) for column in columns))
+    console().print(timeline)
 
 
 @command()
@@ -281,8 +293,7 @@ def fire(
 ) -> None:
     """Fire a trigger of a conversation."""
     given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "metadata": _json_object(metadata)}
-    _connect(context)
-    _require_migrated()
+    _open(context)
     found = _find(conversation)
     if found is None:
         raise ConversationNotFound(conversation)
@@ -307,13 +318,212 @@ def _json_object(text: str | None) -> Any:
         raise InvalidValue("metadata", text, f"it must be a JSON object ({error})") from None
 
 
+# -- approvals -------------------------------------------------------------------------------------------------------
+
+
+@command()
+def actions(
+    context: typer.Context,
+    type: Annotated[ActionType | None, typer.Option(help="Only those of this type.")] = None,
+) -> None:
+    """List what waits for a human's approval, the oldest first."""
+    _open(context)
+    waiting = table("id", "type", "lead", "waits for", "expires in", "draft")
+    for action in pending_actions(type=type):
+        left = action.expires_at and action.expires_at - now()
+        waited = now() - action.created_at
+        waiting.add_row(*map(cell, (action.id, action.type, action.lead_id, waited, left, action.draft_message)))
+    if waiting.row_count:
+        console().print(waiting)
+    else:
+        print("Nothing waits for approval.")
+
+
+_Action = Annotated[str, typer.Argument(metavar="ACTION", help="Its id, as close-engine actions shows it.")]
+_By = Annotated[str, typer.Option(metavar="WHO", help="Who decides.")]
+
+
+@command()
+def approve(
+    context: typer.Context,
+    action: _Action,
+    by: _By,
+    message: Annotated[str | None, typer.Option(help="The text to send instead of the draft.")] = None,
+) -> None:
+    """Approve what waits, so that it is sent."""
+    _open(context)
+    found = _action(action)
+    decided = found.status is ActionStatus.APPROVED
+    sent = found.approve(by, message)
+    told = f"was approved by {cell(found.approved_by)} already" if decided else "is approved"
+    print(f"Action {found.id!r} {told}: message {sent.id} of the outbox.")
+
+
+@command()
+def reject(
+    context: typer.Context,
+    action: _Action,
+    by: _By,
+    reason: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+) -> None:
+    """Reject what waits; it is not sent."""
+    _open(context)
+    found = _action(action)
+    decided = found.status is ActionStatus.REJECTED
+    found.reject(by, reason)
+    print(f"Action {found.id!r} {f'was rejected by {cell(found.approved_by)} already' if decided else 'is rejected'}.")
+
+
+def _action(name: str) -> PendingAction:
+    found: PendingAction | None = PendingAction.get_or_none(PendingAction.id == name)
+    if found is None:
+        raise ActionNotFound(name)
+    return found
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+outbox_commands = typer.Typer(invoke_without_command=True)
+app.add_typer(outbox_commands, name="outbox", cls=Group)
+
+
+@outbox_commands.callback()
+def outbox_(context: typer.Context) -> None:
+    """Show what the outbox holds: how much is to be sent, since when, and what was given up."""
+    if context.invoked_subcommand:
+        return
+    _open(context)
+    console().print(boards.render_outbox(boards.outbox_line()))
+    dead = table("id", "topic", "lead", "attempts", "last error", title="Dead")
+    for message in OutboxMessage.select().where(OutboxMessage.status == MessageStatus.DEAD).order_by(OutboxMessage.id):
+        dead.add_row(*map(cell, (message.id, message.topic, message.lead_id, message.attempts, message.last_error)))
+    if dead.row_count:
+        console().print("", dead)
+
+
+@outbox_commands.command(cls=Command)
+def requeue(
+    context: typer.Context,
+    message: Annotated[int, typer.Argument(metavar="MESSAGE", help="Its id, as close-engine outbox shows it.")],
+) -> None:
+    """Put a dead message back, to be tried again."""
+    _open(context)
+    print(f"Message {outbox.requeue(message).id} is to be sent again.")
+
+
+@command()
+def sweep(context: typer.Context) -> None:
+    """Do what is due by time alone: stall, lose, expire, take back; as from a cron job."""
+    _open(context)
+    swept = sweeps.sweep()
+    print(
+        f"Conversations stalled: {len(swept.stalled)}, lost: {len(swept.lost)}. "
+        f"Actions expired: {len(swept.expired)}. Messages taken back from dead workers: {len(swept.released)}."
+    )
+
+
+def _in_seconds(text: str, default: float) -> Any:
+    return typer.Option(metavar="SECONDS", parser=_seconds, help=f"{text} Default {default:g}.", show_default=False)
+
+
+def _seconds(given: str | timedelta) -> timedelta:
+    try:
+        return given if isinstance(given, timedelta) else timedelta(seconds=float(given))
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{given!r} is no number of seconds.") from None
+
+
+@command()
+def worker(
+    context: typer.Context,
+    sender: Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="What sends a message; the default prints it.")
+    ] = "close_engine.worker:print_sender",
+    name: Annotated[str | None, typer.Option(help="Its name, which no other worker may have.")] = None,
+    limit: Annotated[int, typer.Option(help="How many messages it claims at once.")] = 10,
+    lease: Annotated[timedelta, _in_seconds("How long they are its own if it dies.", 60)] = timedelta(seconds=60),
+    idle: Annotated[timedelta, _in_seconds("How long it waits when there is nothing.", 1)] = timedelta(seconds=1),
+    sweep_every: Annotated[timedelta, _in_seconds("How often it sweeps.", 60)] = timedelta(seconds=60),
+    no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Leave sweeping to others.")] = False,
+    until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when nothing can be sent now.")] = False,
+) -> None:
+    """Send what the outbox holds, and sweep, until SIGTERM or Ctrl-C; the second of them does not wait.
+
+    One line for each event goes to standard error, unless the module of the sender sets up `logging` itself.
+    """
+    _open(context)
+    swept = None if no_sweep else sweeps.sweep
+    send = load_sender(sender)
+    made = Worker(send, name=name, limit=limit, lease=lease, idle=idle, sweep=swept, sweep_every=sweep_every)
+    _log_to_standard_error()
+    with _stopped_by_signals(made):
+        if until_empty:
+            made.run_until_empty()
+        else:
+            made.run()
+
+
+class _OneLine(logging.Formatter):
+    """One line for each event, also where a traceback belongs to it."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return cell(super().format(record).replace("\n", "\\n"))
+
+
+def _log_to_standard_error() -> None:
+    if logging.root.handlers:  # the sender's module has its own way
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    logging.root.addHandler(handler)
+    logging.getLogger("close_engine").setLevel(logging.INFO)
+
+
+@contextmanager
+def _stopped_by_signals(stopped: Worker) -> Iterator[None]:
+    """SIGTERM or SIGINT lets it finish what it is sending; the next does what it did before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: object) -> None:
+        restore()
+        stopped.stop()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@command()
+def board(
+    context: typer.Context,
+    every: Annotated[timedelta, _in_seconds("How long each picture stands.", 2)] = timedelta(seconds=2),
+    once: Annotated[bool, typer.Option("--once", help="Show it once; so it is where there is no terminal.")] = False,
+) -> None:
+    """Watch the pipeline: conversations and time in each stage, what waits for approval, the outbox. Ctrl-C ends it."""
+    _open(context)
+    if once or not console().is_terminal:
+        console().print(boards.render(boards.pipeline()))
+        return
+    with suppress(KeyboardInterrupt):
+        boards.watch(console(), every)
+
+
 # -- the demonstration -----------------------------------------------------------------------------------------------
 
 
 @command()
 def demo(
     context: typer.Context,
-    leads: Annotated[int, typer.Option(min=LEAST_LEADS, help="How many leads to take through it.")] = 300,
+    leads: Annotated[int, typer.Option(min=LEAST_LEADS, help="How many leads to take through it.")] = 200,
     seed: Annotated[int, typer.Option(help="The same seed tells the same stories.")] = 1,
 ) -> None:
     """Take leads through conversations as they happen, in a temporary database, and show what came out.
@@ -321,7 +531,7 @@ def demo(
     The database is a SQLite file; --database has it made on another server, or in another directory, instead. No
     database that is there already is touched.
     """
-    console, progress = _console(), _console(stderr=True)
+    progress = console(stderr=True)
     with (
         temporary_database(context.find_root().ensure_object(dict).get("database")) as url,
         Demo(url, leads, seed) as play,
@@ -332,38 +542,20 @@ def demo(
         for _ in steps:
             pass
         report = play.report()
-    pipeline, triggers, refused = report.tables()
-    for part in (Columns([pipeline, triggers], padding=(0, 4)), refused, report.summary()):
-        console.print("", part, sep="\n")
+    pipeline, triggers, levels, approvals, outbox_, refused = report.tables()
+    beside = [Columns([pipeline, triggers], padding=(0, 4)), levels, Columns([approvals, outbox_], padding=(0, 4))]
+    for part in (*beside, refused, report.summary(), str(report.handover)):
+        console().print("", part, sep="\n")
     if report.problems:
         raise SchemaError("The demo found what must not be:", report.problems)
-    console.print("The history replays to every stored stage, and verify finds nothing wrong.", style="green")
+    console().print(
+        "\nThe history replays to every stored stage, every message was sent as often as is recorded, and verify finds "
+        "nothing wrong.",
+        style="green",
+    )
 
 
 # -- what is printed, and how it ends --------------------------------------------------------------------------------
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """The terminal at its width; without one, as wide as the widest table."""
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if terminal else 1000, highlight=False, emoji=False, markup=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _cell(value: Any) -> str:
-    """A value as it may stand in a terminal: whatever a lead has written, it moves no cursor."""
-    if value is None:
-        return "-"
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S} UTC"
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _one_line(error: object) -> str:

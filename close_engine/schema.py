@@ -151,13 +151,29 @@ def status() -> list[MigrationStatus]:
         ) from error
 
 
-def rows_at_stake() -> dict[str, int]:
-    """What a complete rollback would drop.
+def rows_at_stake(target: str | None = None) -> dict[str, int]:
+    """What `rollback` would drop: it is tried, and rolled back.
+
+    Args:
+        target: as for `rollback`.
 
     Returns:
         name of a table, or of a column added to one of the CRM's, to the number of rows that have something in it;
         what is empty is left out.
+
+    Raises:
+        SchemaError: as for `rollback`.
     """
+    with atomic() as transaction:
+        before = _rows_of_ours()
+        rollback(target)
+        after = _rows_of_ours()
+        transaction.rollback()
+    return {name: count for name, count in before.items() if name not in after}
+
+
+def _rows_of_ours() -> dict[str, int]:
+    """By name of a table, or of a column that was added to one of the CRM's: how many rows have something in it."""
     binding = current()
     schema, record = binding.dialect.own_table("created")
     if not binding.database.table_exists(record, schema):

@@ -23,6 +23,7 @@ from tests.servers import execute, postgres_database
 MIGRATIONS = sorted(path.stem for path in directory().glob("0*.py"))
 
 COMMANDS = ("migrate", "down", "status", "verify", "graph", "show", "fire", "demo")
+COMMANDS += ("actions", "approve", "reject", "outbox", "sweep", "worker", "board")
 
 
 @pytest.fixture(params=["sqlite-file", "postgresql"])

@@ -9,11 +9,28 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import peewee
 import pytest
 
-from close_engine import CloseEngineConversation, ConfigurationError, Stage, StageChange
-from close_engine.demo import LEAST_LEADS, MISTAKES, Demo, Mistake, Report, temporary_database
+from close_engine import (
+    ActionStatus,
+    ActionType,
+    CloseEngineConversation,
+    CloseEngineError,
+    ConfigurationError,
+    MessageStatus,
+    OutboxMessage,
+    PendingAction,
+    Stage,
+    StageChange,
+    backend,
+)
+from close_engine.demo import LEAST_LEADS, Demo, temporary_database
+from close_engine.demo_report import Report
+from close_engine.demo_script import MISTAKES, Mistake
 from close_engine.errors import StageConflict
+from close_engine.fields import create_id
+from close_engine.inbox import receive
 from close_engine.machine import TRIGGERS
 from tests.command_line import COMMAND, as_user, postgres_role, process, run
 from tests.crm import catalog, query
@@ -56,9 +73,53 @@ def test_even_few_leads_show_every_stage_trigger_and_mistake(beside: str) -> Non
     assert report.conversations == LEAST_LEADS
     assert {line.stage: line.now for line in report.stages} == stored
     assert {trigger: count for trigger, count in report.triggers.items() if trigger != "open"} == fired
-    assert min(*stored.values(), *fired.values(), *report.refused.values(), report.repeated) > 0
+    assert min(*stored.values(), *fired.values(), *report.refused.values(), *report.repeated.values()) > 0
     assert set(report.refused) == set(MISTAKES)
-    assert [line.stage for line in report.stages if line.hours is None] == [Stage.COMPLETED]
+    assert [line.stage for line in report.stages if line.stay is None] == [Stage.COMPLETED]
+
+
+def test_even_few_leads_show_every_way_of_a_draft_and_of_a_message_at_every_level(beside: str) -> None:
+    with temporary_database(beside) as url:
+        report = play(url)
+        actions = {(one.type, one.status) for one in PendingAction.select()}
+        messages = list(OutboxMessage.select())
+
+    assert set(report.approvals) == actions
+    assert {status for _, status in actions} == set(ActionStatus)
+    assert {type for type, _ in actions} == set(ActionType)
+    assert {status for _, status in report.outbox} >= {MessageStatus.SENT, MessageStatus.DEAD, MessageStatus.WITHDRAWN}
+    assert sum(report.outbox.values()) == len(messages)
+    assert set(report.repeated) == {"opening", "draft", "approval", "inbound text", "payment"}
+    assert min(report.corrected, report.unanswered) > 0
+    full, semi, manual = report.levels
+    assert min(full.paid, semi.paid, manual.paid, full.at_once, semi.at_once, semi.approved, manual.approved) > 0
+    assert (full.approved, manual.at_once) == (0, 0)
+    assert sum(line.at_once + line.approved for line in report.levels) == sum(
+        one.sent_at is not None for one in messages
+    )
+
+
+def test_a_worker_that_is_killed_in_mid_send_loses_nothing_and_nothing_is_recorded_twice(beside: str) -> None:
+    with temporary_database(beside) as url:
+        report = play(url)
+        by_them = list(OutboxMessage.select().where(OutboxMessage.leased_by.in_(["worker-5", "worker-6"])))
+
+    end = report.handover
+    assert {end.killed, end.survivor} == {"worker-5", "worker-6"}
+    assert (end.topic, end.attempts, end.asked, end.texts, end.exit_code) == ("SEND_PREVIEW", 2, 2, 1, 0)
+    assert end.messages == len(by_them) > 2
+    assert {one.status for one in by_them} == {MessageStatus.SENT}
+    assert [(one.leased_by, one.topic) for one in by_them if one.attempts > 1] == [(end.survivor, "SEND_PREVIEW")]
+    assert report.problems == []
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_whatever_the_seed_everything_occurs(seed: int) -> None:
+    with temporary_database() as url:
+        report = play(url, seed=seed)
+
+    assert report.problems == []
+    assert min(*report.refused.values(), *report.triggers.values(), *(line.now for line in report.stages)) > 0
 
 
 def test_the_same_seed_tells_the_same_story_on_every_database(beside: str) -> None:
@@ -86,6 +147,56 @@ def test_a_mistake_that_is_not_refused_is_a_problem(monkeypatch: pytest.MonkeyPa
         problems = play(url).problems
 
     assert set(problems) == {"It was not refused that somebody does nothing wrong."}
+
+
+def test_messages_that_are_not_what_the_provider_knows_are_problems(beside: str) -> None:
+    with temporary_database(beside) as url, Demo(url, LEAST_LEADS, 1) as demo:
+        for _ in demo.run():
+            pass
+        sent = OutboxMessage.select().where(OutboxMessage.sent_at.is_null(False))
+        with_two = sent.group_by(OutboxMessage.conversation_id).having(peewee.fn.COUNT(OutboxMessage.id) > 1)
+        talkative = with_two.select(OutboxMessage.conversation_id)
+        late = sent.where(OutboxMessage.conversation_id.in_(talkative)).order_by(OutboxMessage.id).first()
+        last = sent.where(OutboxMessage.conversation_id != late.conversation_id).first()
+        OutboxMessage.update(sent_at=backend.now()).where(OutboxMessage.id == late.id).execute()
+        forgotten = {"status": MessageStatus.PENDING, "sent_at": None}
+        OutboxMessage.update(forgotten).where(OutboxMessage.id == last.id).execute()
+        problems = demo.report().problems
+
+    assert f"{last.send_key} was sent 1 times and is recorded 0 times." in problems
+    assert any(f"{last.id}" in problem and "is still leased by" in problem for problem in problems)
+    assert any("was sent before an older one of its conversation" in problem for problem in problems)
+
+
+def test_what_is_done_twice_where_it_is_reported_twice_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("close_engine.demo.receive", lambda lead, key, text: receive(lead, create_id(), text))
+
+    with temporary_database() as url:
+        problems = play(url).problems
+
+    assert problems
+    assert all(problem.startswith("The same inbound text was processed again: Received(") for problem in problems)
+
+
+def test_what_should_have_expired_and_has_not_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("close_engine.demo.sweep", lambda: None)
+
+    with temporary_database() as url:
+        problems = play(url).problems
+
+    assert any("still waits for it" in problem for problem in problems)
+
+
+def test_a_worker_process_that_dies_by_itself_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with temporary_database() as url, Demo(url, LEAST_LEADS, 1) as demo:
+        steps = demo.run()
+        for _ in range(demo.total - 1):
+            next(steps)
+        demo._url = "nowhere"
+        with pytest.raises(CloseEngineError, match=r"The process worker-\d died unexpectedly\."):
+            next(steps)
+
+    assert "The database URL 'nowhere' cannot be used" in capfd.readouterr().err
 
 
 def test_an_error_that_is_not_the_mistakes_own_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +230,8 @@ def test_the_command_shows_the_pipeline_and_leaves_nothing_behind(beside: str) -
     assert {stage.value for stage in Stage} <= listed
     assert all(mistake.what in result.out for mistake in MISTAKES)
     assert result.out.startswith("\nPipeline")
-    assert result.out.endswith("The history replays to every stored stage, and verify finds nothing wrong.\n")
+    assert "was killed (SIGKILL) in the middle of sending one, a SEND_PREVIEW" in " ".join(result.out.split())
+    assert result.out.endswith("was sent as often as is recorded, and verify finds nothing wrong.\n")
     assert databases(beside) == there
     assert tables == (catalog(beside) if beside.startswith("postgres") else {})
 

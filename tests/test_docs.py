@@ -123,17 +123,21 @@ def test_imports_run_downward_as_the_design_lists_the_files() -> None:
 CLI_PAGE = ROOT / "docs/cli.md"
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
+BELOW = [f"{name} {below}" for name, command in COMMANDS.items() for below in getattr(command, "commands", ())]
 
 
 def options_of(command: Any) -> list[str]:
-    return [word for parameter in command.params for word in parameter.opts if word.startswith("-")]
+    commands = [command, *getattr(command, "commands", {}).values()] if command is not GROUP else [command]
+    parameters = [parameter for one in commands for parameter in one.params]
+    return [word for parameter in parameters for word in parameter.opts if word.startswith("-")]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *BELOW])
 def test_every_command_is_documented_with_its_options_and_an_example(name: str) -> None:
-    text = section(CLI_PAGE, name)
+    command = name.partition(" ")[0]
+    text = section(CLI_PAGE, command)
 
-    assert [option for option in options_of(COMMANDS[name]) if f"`{option}" not in text] == []
+    assert [option for option in options_of(COMMANDS[command]) if f"`{option}" not in text] == []
     assert re.search(rf"^\$ close-engine {name}\b", text, re.MULTILINE), "an example is missing"
 
 

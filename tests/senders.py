@@ -1,0 +1,43 @@
+"""Senders for a worker that is run from the command line, as `tests.senders:name`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from close_engine import CannotBeSent, OutboxMessage
+
+
+def send(message: OutboxMessage) -> str:
+    return f"SM-{message.id}"
+
+
+def refuse(message: OutboxMessage) -> str:
+    raise CannotBeSent("no such\nnumber")
+
+
+def stop_the_worker(message: OutboxMessage) -> str:
+    """Sends one, while its worker is told to stop."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return f"SM-{message.id}"
+
+
+def return_a_wrong_id(message: OutboxMessage) -> str:
+    return "the same for all"
+
+
+def never_end(message: OutboxMessage) -> str:
+    """Says when it begins, and when its worker was told to stop; and does not let it."""
+    print("sending", flush=True)
+    while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        threading.Event().wait(0.01)
+    print("told to stop", flush=True)
+    while True:
+        threading.Event().wait()
+
+
+def log_something(message: OutboxMessage) -> str:
+    logging.getLogger("somebody").info("not asked for")
+    return f"SM-{message.id}"

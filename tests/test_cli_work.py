@@ -1,0 +1,409 @@
+"""The commands for those who approve, send and watch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pty
+import re
+import signal
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import close_engine
+from close_engine import (
+    ActionType,
+    AutonomyLevel,
+    MessageStatus,
+    OutboxMessage,
+    PendingAction,
+    Stage,
+    outbox,
+    submit,
+)
+from tests.command_line import COMMAND, Result, process, refused, run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=["sqlite-file", "postgresql"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A database in memory ends with the process that made it: these two are what a command can be given."""
+    return str(request.param)
+
+
+@pytest.fixture
+def action(conversation_in: Any, database_url: str, monkeypatch: pytest.MonkeyPatch) -> PendingAction:
+    """A payment link that waits for approval, in the database of the environment."""
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
+    conversation = conversation_in(Stage.PREVIEW_SENT, AutonomyLevel.SEMI_AUTO)
+    made = submit(
+        conversation,
+        ActionType.SEND_PAYMENT_LINK,
+        "Shall we\x1b[2J?",
+        metadata={"paymentUrl": "https://pay.example.com/1"},
+    )
+    assert isinstance(made, PendingAction)
+    return made
+
+
+@pytest.fixture
+def messages(conversation_in: Any, database_url: str, monkeypatch: pytest.MonkeyPatch) -> list[OutboxMessage]:
+    """Two messages to be sent, in the database of the environment."""
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
+    return [outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", text) for text in ("Hello!", "Hi!")]
+
+
+def stage_of(action: PendingAction) -> Stage:
+    return close_engine.CloseEngineConversation.get_by_id(action.conversation_id).stage
+
+
+# -- approvals -------------------------------------------------------------------------------------------------------
+
+
+def test_actions_lists_what_waits_for_approval(action: PendingAction) -> None:
+    result = run("actions")
+
+    assert (result.code, result.err) == (0, "")
+    (listed,) = (line for line in result.out.splitlines() if line.startswith(action.id))
+    assert listed.split()[1:3] == ["SEND_PAYMENT_LINK", action.lead_id]
+    assert "24.0 h" in listed
+    assert "Shall we\N{REPLACEMENT CHARACTER}[2J?" in listed
+
+
+def test_actions_may_be_narrowed_to_a_type(action: PendingAction) -> None:
+    assert action.id in run("actions", "--type", "SEND_PAYMENT_LINK").out
+    assert run("actions", "--type", "SEND_MESSAGE") == Result(0, "Nothing waits for approval.\n", "")
+    assert run("actions", "--type", "SEND_FLOWERS").code == 2
+
+
+def test_an_action_that_can_be_approved_for_ever_has_no_end(action: PendingAction) -> None:
+    PendingAction.update(expires_at=None).where(PendingAction.id == action.id).execute()
+
+    assert " -            Shall we" in run("actions").out
+
+
+def test_approve_puts_it_into_the_outbox_once(action: PendingAction, database: Any) -> None:
+    first = run("approve", action.id, "--by", "dana", "--message", "Here it is:")
+    again = run("approve", action.id, "--by", "ana")
+
+    close_engine.bind(database)
+    (message,) = OutboxMessage.select()
+    assert first == Result(0, f"Action {action.id!r} is approved: message {message.id} of the outbox.\n", "")
+    assert again.out == (f"Action {action.id!r} was approved by dana already: message {message.id} of the outbox.\n")
+    assert (message.body, message.approved_by) == ("Here it is:", "dana")
+
+
+def test_reject_takes_the_conversation_back_once(action: PendingAction, database: Any) -> None:
+    first = run("reject", action.id, "--by", "dana", "--reason", "too pushy")
+    again = run("reject", action.id, "--by", "ana")
+
+    assert first == Result(0, f"Action {action.id!r} is rejected.\n", "")
+    assert again == Result(0, f"Action {action.id!r} was rejected by dana already.\n", "")
+    close_engine.bind(database)
+    assert stage_of(action) is Stage.PREVIEW_SENT
+    assert OutboxMessage.select().count() == 0
+
+
+def test_what_is_decided_otherwise_is_refused_with_a_sentence(action: PendingAction) -> None:
+    run("reject", action.id, "--by", "dana")
+
+    assert "REJECTED" in refused("approve", action.id, "--by", "dana")
+
+
+@pytest.mark.parametrize("command", ["approve", "reject"])
+def test_a_decision_needs_an_action_and_somebody_who_takes_it(action: PendingAction, command: str) -> None:
+    assert refused(command, "a9", "--by", "dana") == "There is no action 'a9'.\n"
+    assert "by cannot be ' ': it must name somebody" in run(command, action.id, "--by", " ").err
+    assert run(command, action.id).code == 2
+
+
+# -- the outbox ------------------------------------------------------------------------------------------------------
+
+
+def test_outbox_shows_counts_the_lag_and_what_is_dead(messages: list[OutboxMessage]) -> None:
+    assert "Dead" not in run("outbox").out
+    outbox.claim(limit=1)[0].give_up("no such\x1b[2J number")
+
+    result = run("outbox")
+
+    assert (result.code, result.err) == (0, "")
+    assert ["to", "be", "sent", "1"] in result.lines
+    assert ["of", "them", "in", "flight", "0"] in result.lines
+    assert ["dead", "1"] in result.lines
+    assert any(line[:5] == ["the", "next", "one", "waits", "for"] and line[6] == "s" for line in result.lines)
+    (dead,) = (line for line in result.out.splitlines() if "no such" in line)
+    assert dead.split()[:4] == [str(messages[0].id), "SEND_MESSAGE", messages[0].lead_id, "1"]
+    assert "\x1b" not in dead
+
+
+def test_requeue_puts_a_dead_message_back(messages: list[OutboxMessage], database: Any) -> None:
+    dead = outbox.claim(limit=1)[0].give_up("no such number")
+
+    result = run("outbox", "requeue", str(dead.id))
+
+    assert result == Result(0, f"Message {dead.id} is to be sent again.\n", "")
+    close_engine.bind(database)
+    assert OutboxMessage.get_by_id(dead.id).status is MessageStatus.PENDING
+    assert "only a DEAD one can be put back" in refused("outbox", "requeue", str(dead.id))
+    assert refused("outbox", "requeue", "99") == "There is no message 99 in the outbox.\n"
+
+
+def test_the_shared_options_may_stand_anywhere_around_a_command_below_another(
+    messages: list[OutboxMessage], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = outbox.claim(limit=1)[0].give_up("no such number")
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", "sqlite:////no/such/place.db")
+    given = ("--database", database_url)
+
+    assert run("outbox", *given).code == 0
+    assert run("outbox", *given, "requeue", str(dead.id)).code == 0
+    assert "only a DEAD one" in refused("outbox", "requeue", str(dead.id), *given)
+    assert "only a DEAD one" in refused(*given, "outbox", "requeue", str(dead.id))
+
+
+# -- sweep and worker ------------------------------------------------------------------------------------------------
+
+
+def test_sweep_says_what_it_moved(action: PendingAction, conversation_in: Any, close_engine_clock: Any) -> None:
+    close_engine_clock.move(-timedelta(days=4))
+    conversation_in(Stage.BUILDING)
+    PendingAction.update(expires_at=close_engine_clock()).where(PendingAction.id == action.id).execute()
+
+    swept, again = run("sweep"), run("sweep")
+
+    assert swept.out == (
+        "Conversations stalled: 1, lost: 0. Actions expired: 1. Messages taken back from dead workers: 0.\n"
+    )
+    assert "stalled: 0, lost: 0. Actions expired: 0." in again.out
+
+
+def test_a_worker_sends_until_nothing_is_left(messages: list[OutboxMessage], database: Any) -> None:
+    result = run("worker", "--until-empty", "--name", "w1", "--sender", "tests.senders:send")
+
+    assert result == Result(0, "", "")
+    close_engine.bind(database)
+    sent = OutboxMessage.select().order_by(OutboxMessage.id)
+    assert [(one.status, one.provider_id, one.leased_by) for one in sent] == [
+        (MessageStatus.SENT, f"SM-{one.id}", "w1") for one in messages
+    ]
+
+
+def test_a_worker_without_a_sender_prints_what_it_would_send(messages: list[OutboxMessage]) -> None:
+    result = run("worker", "--until-empty")
+
+    assert result.out == "".join(f"SEND_MESSAGE to lead {one.lead_id}: {one.body}\n" for one in messages)
+
+
+@pytest.mark.parametrize(("option", "stage"), [((), Stage.STALLED), (("--no-sweep",), Stage.BUILDING)])
+def test_a_worker_sweeps_unless_it_is_told_not_to(
+    option: Any,
+    stage: Stage,
+    messages: list[OutboxMessage],
+    conversation_in: Any,
+    close_engine_clock: Any,
+    database: Any,
+) -> None:
+    close_engine_clock.move(-timedelta(days=4))
+    silent = conversation_in(Stage.BUILDING)
+
+    assert run("worker", "--until-empty", *option).code == 0
+
+    close_engine.bind(database)
+    silent.reload()
+    assert silent.stage is stage
+
+
+def test_a_worker_that_is_told_to_stop_ends_what_it_sends_and_gives_the_rest_back(
+    messages: list[OutboxMessage], database: Any
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    result = run("worker", "--sender", "tests.senders:stop_the_worker")
+
+    assert result == Result(0, "", "")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    close_engine.bind(database)
+    first, second = OutboxMessage.select().order_by(OutboxMessage.id)
+    assert (first.status, second.status) == (MessageStatus.SENT, MessageStatus.PENDING)
+    assert (second.leased_by, second.max_attempts - second.attempts) == (None, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--sender", "send"), "The sender 'send' must be given as module:function."),
+        (("--sender", "no_such_module:send"), "The sender 'no_such_module:send' cannot be imported"),
+        (("--limit", "0"), "limit cannot be 0: it must be at least 1"),
+        (("--lease", "0"), "lease cannot be '0:00:00': it must be longer than nothing"),
+    ],
+)
+def test_a_worker_that_could_not_work_is_refused(messages: list[OutboxMessage], arguments: Any, sentence: str) -> None:
+    result = run("worker", "--until-empty", *arguments)
+
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(sentence)
+
+
+@pytest.mark.parametrize("seconds", ["soon", "nan", "1e300"])
+def test_what_is_no_number_of_seconds_cannot_be_understood(seconds: str) -> None:
+    result = run("worker", "--lease", seconds)
+
+    assert (result.code, result.out) == (2, "")
+    assert "is no number of seconds." in result.err
+
+
+def worker(database_url: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [COMMAND, "worker", "--database", database_url, "--idle", "0.05", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_process_logs_one_line_for_each_event_and_stops_when_told_to(
+    messages: list[OutboxMessage], database_url: str, number: int
+) -> None:
+    working = worker(database_url, "--name", "w1", "--sender", "tests.senders:send")
+    assert working.stderr is not None
+    lines = [working.stderr.readline() for _ in range(3)]
+
+    working.send_signal(number)
+    out, err = working.communicate()
+
+    assert (working.returncode, out) == (0, "")
+    lines += err.splitlines(keepends=True)
+    assert [re.sub(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", "", line).split()[:3] for line in lines] == [
+        ["INFO", "started", "worker=w1"],
+        ["INFO", "sent", "worker=w1"],
+        ["INFO", "sent", "worker=w1"],
+        ["INFO", "stopped", "worker=w1"],
+    ]
+
+
+def test_a_second_signal_does_not_wait(messages: list[OutboxMessage], database_url: str) -> None:
+    working = worker(database_url, "--sender", "tests.senders:never_end")
+    assert working.stdout is not None
+    assert working.stdout.readline() == "sending\n"
+    working.send_signal(signal.SIGTERM)
+    assert working.stdout.readline() == "told to stop\n"
+
+    working.send_signal(signal.SIGTERM)
+    working.communicate()
+
+    assert working.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("sender", "events"),
+    [
+        ("refuse", ["ERROR dead", "ERROR dead"]),
+        ("return_a_wrong_id", ["INFO sent", "ERROR recording failed", "ERROR dead"]),
+        ("log_something", ["INFO sent", "INFO sent"]),
+    ],
+)
+def test_an_event_is_one_line_whatever_is_in_it(sender: str, events: list[str], messages: list[OutboxMessage]) -> None:
+    result = process("worker", "--until-empty", "--sender", f"tests.senders:{sender}", cwd=ROOT)
+
+    assert result.code == 0
+    lines = [line.partition(" ")[2] for line in result.err.splitlines()]
+    assert len(lines) == len(events)
+    assert all(line.startswith(event) for line, event in zip(lines, events, strict=True))
+
+
+def test_logging_that_the_sender_has_set_up_is_left_alone(messages: list[OutboxMessage], tmp_path: Path) -> None:
+    (tmp_path / "agency.py").write_text(
+        "import logging\n"
+        "logging.basicConfig(format='mine: %(message)s', level=logging.INFO)\n"
+        "logging.getLogger('transitions').setLevel(logging.WARNING)\n"
+        "def send(message): return None\n"
+    )
+
+    result = process("worker", "--until-empty", "--sender", "agency:send", cwd=tmp_path)
+
+    assert result.code == 0
+    assert [line.split()[:2] for line in result.err.splitlines()] == [["mine:", "sent"]] * 2
+
+
+def test_where_nobody_has_set_up_logging_it_goes_to_standard_error(
+    messages: list[OutboxMessage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.getLogger("close_engine"), "level", logging.NOTSET)
+    logging.getLogger("close_engine.worker").manager._clear_cache()  # type: ignore[attr-defined]
+
+    result = run("worker", "--until-empty", "--sender", "tests.senders:refuse")
+
+    assert [line[1:3] for line in result.lines] == []
+    assert result.err.count("\n") == 2
+    assert r"no such\nnumber" in result.err
+
+
+# -- the board -------------------------------------------------------------------------------------------------------
+
+
+def test_the_board_is_printed_once_where_there_is_no_terminal(action: PendingAction) -> None:
+    result = run("board")
+
+    assert (result.code, result.err) == (0, "")
+    assert any(line[:2] == ["PENDING_APPROVAL", "1"] for line in result.lines)
+    assert "SEND_PAYMENT_LINK" in result.out
+    assert "Outbox" in result.out
+    assert run("board", "--once").code == 0
+
+
+def test_on_a_terminal_the_board_is_live_until_it_is_interrupted(
+    messages: list[OutboxMessage], conversation_in: Any, database_url: str
+) -> None:
+    ours, theirs = pty.openpty()
+    watching = subprocess.Popen(
+        [COMMAND, "board", "--every", "0.1", "--database", database_url],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    seen = b""
+
+    def read_until(wanted: str) -> None:
+        nonlocal seen
+        while not re.search(wanted.encode(), seen):
+            seen += os.read(ours, 10_000)
+
+    read_until(r"BUILDING +0 ")
+    conversation_in(Stage.BUILDING)
+    read_until(r"BUILDING +1 ")
+    watching.send_signal(signal.SIGINT)
+    _, err = watching.communicate()
+    os.close(ours)
+
+    assert (watching.returncode, err) == (0, b"")
+
+
+def test_the_board_of_a_terminal_ends_with_ctrl_c(action: PendingAction, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(console: Any, every: timedelta) -> None:
+        assert every == timedelta(seconds=2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr("close_engine.board.watch", interrupted)
+
+    assert run("board").code == 0
+
+
+@pytest.mark.parametrize(
+    "command", [("actions",), ("approve", "a1", "--by", "ana"), ("outbox",), ("sweep",), ("worker",), ("board",)]
+)
+def test_a_database_that_is_not_migrated_is_told_to_be(empty_url: str, command: Any) -> None:
+    if empty_url.startswith("sqlite"):
+        Path(empty_url.removeprefix("sqlite:///")).touch()
+
+    assert "run close-engine migrate" in refused(*command, "--database", empty_url)
