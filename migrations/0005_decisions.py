@@ -125,21 +125,26 @@ POSTGRES_TRIGGERS = [
     "EXECUTE FUNCTION close_engine.follow_decision()",
 ]
 
-# Drafts that wait when their conversation closes or is deleted: those that somebody decides on at this moment are his.
+# Drafts that wait when their conversation closes or is deleted, and a payment link whose approval is withdrawn: those
+# that somebody decides on at this moment are his.
 EXPIRE_DRAFTS = """
 CREATE OR REPLACE FUNCTION close_engine.expire_drafts() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
     UPDATE {actions} SET status = 'EXPIRED' WHERE id IN (SELECT id FROM {actions}
-        WHERE conversation_id = OLD.id AND status = 'PENDING' FOR UPDATE SKIP LOCKED);
+        WHERE conversation_id = OLD.id AND status = 'PENDING'
+            AND (NEW.stage IS DISTINCT FROM 'PREVIEW_SENT' OR type = 'SEND_PAYMENT_LINK') FOR UPDATE SKIP LOCKED);
     RETURN NULL;
 END
 $body$
 """
-CLOSING = "NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage"
-POSTGRES_CLOSING = [
+OVER = (
+    "NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage "
+    "OR OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT'"
+)
+POSTGRES_OVER = [
     "CREATE OR REPLACE TRIGGER zz_close_engine_drafts AFTER UPDATE OF stage ON close_engine_conversations "
-    f"FOR EACH ROW WHEN ({CLOSING}) EXECUTE FUNCTION close_engine.expire_drafts()",
+    f"FOR EACH ROW WHEN ({OVER}) EXECUTE FUNCTION close_engine.expire_drafts()",
     "CREATE OR REPLACE TRIGGER zz_close_engine_drafts_gone AFTER DELETE ON close_engine_conversations "
     "FOR EACH ROW EXECUTE FUNCTION close_engine.expire_drafts()",
 ]
@@ -211,9 +216,10 @@ BEGIN
     DELETE FROM close_engine_context WHERE id = 2;
 END""",
     "close_engine_drafts": f"""
-AFTER UPDATE OF stage ON close_engine_conversations WHEN {CLOSING}
+AFTER UPDATE OF stage ON close_engine_conversations WHEN {OVER}
 BEGIN
-    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
+    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING'
+        AND (NEW.stage <> 'PREVIEW_SENT' OR type = 'SEND_PAYMENT_LINK');
 END""",
     "close_engine_drafts_gone": """
 AFTER DELETE ON close_engine_conversations
@@ -235,7 +241,7 @@ def up(migrator, db):
             **names,
         )
         functions = [text.format(enqueue=enqueue, **names) for text in (GUARD, FOLLOW, EXPIRE_DRAFTS)]
-        statements = [*functions, REVOKE, *POSTGRES_TRIGGERS, *POSTGRES_CLOSING]
+        statements = [*functions, REVOKE, *POSTGRES_TRIGGERS, *POSTGRES_OVER]
         prefix, mark = "close_engine.", "%s"
     else:
         statements = [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]

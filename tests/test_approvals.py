@@ -375,6 +375,30 @@ def test_rejecting_a_payment_link_takes_the_conversation_back_with_history(waiti
     assert_consistent()
 
 
+@pytest.mark.parametrize(
+    "withdraw",
+    [
+        lambda conversation: conversation.withdraw_approval(),
+        lambda conversation: sql("UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT'"),
+    ],
+    ids=["by the trigger", "by the CRM"],
+)
+def test_a_link_whose_approval_is_no_longer_asked_for_cannot_be_approved(waiting, withdraw):
+    link = waiting()
+    conversation = conversation_of(link)
+    text = PendingAction.create(
+        conversation_id=conversation.id,
+        lead_id=conversation.lead_id,
+        type=ActionType.SEND_MESSAGE,
+        draft_message="still there?",
+    )
+    withdraw(conversation)
+    with pytest.raises(ActionDecided, match="EXPIRED"):
+        link.approve(by="dana")
+    assert list(pending_actions()) == [text]
+    assert triggers(conversation)[-1] == "withdraw_approval"
+
+
 def test_rejecting_twice_changes_nothing(waiting):
     action = waiting()
     stale = copy_of(action)
