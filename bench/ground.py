@@ -48,7 +48,7 @@ HISTORY = f"""
 """
 LAST_CHANGE = """
     INSERT INTO close_engine.history (conversation_id, lead_id, trigger, source, dest, actor, created_at)
-    SELECT id, lead_id, 'adopted', NULL, stage, 'generated', updated_at FROM close_engine_conversations
+    SELECT id, lead_id, 'open', NULL, stage, 'generated', updated_at FROM close_engine_conversations
 """
 SILENCE = """
     INSERT INTO close_engine.silence (conversation_id, since) SELECT id, updated_at FROM close_engine_conversations

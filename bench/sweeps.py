@@ -28,6 +28,10 @@ MAKE_DUE = (
     WHERE id IN (SELECT id FROM close_engine_conversations ORDER BY id LIMIT {due})
     """,
     """
+    UPDATE close_engine.history SET created_at = created_at - interval '4 days'
+    WHERE conversation_id IN (SELECT id FROM close_engine_conversations ORDER BY id LIMIT {due})
+    """,
+    """
     UPDATE close_engine.silence SET since = c.updated_at FROM close_engine_conversations c
     WHERE c.id = conversation_id AND c.updated_at < localtimestamp - interval '3 days'
     """,
@@ -139,7 +143,7 @@ def watched(server: Server) -> Iterator[Callable[[], tuple[int, int]]]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.02):
+        while not done.wait(0.002):
             for process in server.backends("sweep"):
                 try:
                     seen.append(private_memory(process))
