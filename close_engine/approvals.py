@@ -43,12 +43,12 @@ from close_engine.fields import (
     dump_json,
     stored_time,
 )
-from close_engine.firing import context_of, draft_of, touch
+from close_engine.firing import context_of, draft_of, write_fields
 from close_engine.machine import TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
 from close_engine.outbox import OutboxMessage, enqueue, moment_after
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
-from close_engine.transaction import atomic, remember
+from close_engine.transaction import atomic, take_over
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
 
@@ -166,8 +166,7 @@ class PendingAction(BaseModel):
         if not clean_text("by", by).strip():
             raise InvalidValue("by", by, "it must name somebody")
         moment = now()
-        undecided = (PendingAction.id == self.id) & (PendingAction.status == ActionStatus.PENDING)
-        undecided &= PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
+        undecided = (PendingAction.id == self.id) & _waiting(moment)
         if dest is ActionStatus.APPROVED:
             values["approved_at"] = moment
             conversation = CloseEngineConversation.id == PendingAction.conversation_id
@@ -190,13 +189,14 @@ class PendingAction(BaseModel):
         found = PendingAction.get_or_none(PendingAction.id == self.id)
         if found is None:
             raise ActionNotFound(self.id)
-        remember(self, self._meta.sorted_field_names)
-        self.__data__ = found.__data__
-        self._dirty.clear()
+        take_over(self, found)
 
     def _explain(self, trigger: str, dest: ActionStatus) -> None:
         """Why it could not be decided; nothing where it was decided so already."""
-        self._reload()
+        with atomic():
+            # Whoever decides on it at this moment, in time where this came too late, is waited for.
+            current().dialect.hold(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
+            self._reload()
         if self.status is dest:
             return
         decide_action(trigger, self.id, self.status)
@@ -207,6 +207,12 @@ class PendingAction(BaseModel):
 
     def __repr__(self) -> str:
         return f"<PendingAction {self.id}: {self.type} of {self.conversation_id}, {self.status}>"
+
+
+def _waiting(moment: datetime) -> Any:
+    """That an action can still be decided."""
+    in_time = PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
+    return (PendingAction.status == ActionStatus.PENDING) & in_time
 
 
 def pending_actions(
@@ -221,12 +227,7 @@ def pending_actions(
     Returns:
         a query, to iterate over or to narrow down.
     """
-    query = (
-        PendingAction.select()
-        .where(PendingAction.status == ActionStatus.PENDING)
-        .where(PendingAction.expires_at.is_null() | (PendingAction.expires_at > now()))
-        .order_by(PendingAction.created_at, PendingAction.id)
-    )
+    query = PendingAction.select().where(_waiting(now())).order_by(PendingAction.created_at, PendingAction.id)
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
     return query if type is None else query.where(PendingAction.type == type)
@@ -287,7 +288,7 @@ def submit(
             if asks_for_approval:
                 conversation.request_approval(actor=actor, metadata={"action_id": action_id})
             else:
-                touch(conversation, "submit()")
+                write_fields(conversation, {}, "submit()")
         except StageConflict:
             if first := _submitted(conversation, key):
                 return first

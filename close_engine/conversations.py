@@ -53,17 +53,17 @@ from close_engine.fields import (
 from close_engine.firing import (
     Context,
     change_stage,
-    conflict,
     context_of,
     draft_of,
     entered,
     next_version,
     require_whole,
+    write_fields,
 )
 from close_engine.machine import TRANSITIONS, decide
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
-from close_engine.transaction import atomic, remember
+from close_engine.transaction import atomic, remember, take_over
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -385,9 +385,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         fresh = type(self).get_or_none(type(self).id == self.id)
         if fresh is None:
             raise ConversationNotFound(self.id)
-        remember(self, self._meta.sorted_field_names)
-        self.__data__, self.__rel__ = fresh.__data__, {}
-        self._dirty.clear()
+        take_over(self, fresh)
 
     def save(self, force_insert: bool = False, only: Any = None) -> Any:
         """Write the unsaved changes of fields other than the stage.
@@ -412,15 +410,9 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             raise refuse_stage(self, self.stage)
         if not values:
             return 0
-        values["updated_at"] = next_version(self)
-        mine = (type(self).id == self.id) & (type(self).updated_at == self.updated_at)
-        rows = type(self).update(**values).where(mine).execute()
-        if not rows:
-            raise conflict(self, "save()", self.stage)
-        remember(self, list(values))
-        self.__data__["updated_at"] = values["updated_at"]
-        self._dirty.difference_update(values, ["id"])
-        return rows
+        write_fields(self, values, "save()")
+        self._dirty.discard("id")
+        return 1
 
 
 @cache

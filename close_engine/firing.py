@@ -48,7 +48,7 @@ __all__ = [
     "entered",
     "next_version",
     "require_whole",
-    "touch",
+    "write_fields",
     "written_by",
 ]
 
@@ -142,19 +142,23 @@ def change_stage(
     return change
 
 
-def touch(conversation: CloseEngineConversation, what: str) -> None:
-    """A guarded write of the version alone: whoever else decided on the same state is in conflict.
+def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any], what: str) -> None:
+    """A guarded write of fields other than the stage: whoever else decided on the same state is in conflict.
+
+    The version moves with them, and alone where there are none.
 
     Raises:
         StageConflict: somebody changed the conversation since it was loaded.
         ConversationNotFound: it was deleted.
     """
-    model, version = type(conversation), next_version(conversation)
+    model = type(conversation)
+    values = {**values, "updated_at": next_version(conversation)}
     same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
-    if not model.update(updated_at=version).where(same & (model.stage == conversation.stage)).execute():
+    if not model.update(values).where(same & (model.stage == conversation.stage)).execute():
         raise conflict(conversation, what, conversation.stage)
-    remember(conversation, ["updated_at"])
-    conversation.__data__["updated_at"] = version
+    remember(conversation, list(values))
+    conversation.__data__["updated_at"] = values["updated_at"]
+    conversation._dirty.difference_update(values)
 
 
 def written_by(transition: Transition, moment: datetime, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation
 from close_engine.errors import LeadNotFound, PaymentUnmatched
 from close_engine.fields import TextField, UtcDateTimeField, clean_text, stored_time
-from close_engine.firing import change_stage, context_of, touch
+from close_engine.firing import change_stage, context_of, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.stages import ACTIVE_STAGES, Stage
 from close_engine.transaction import atomic
@@ -107,7 +107,7 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
         if conversation.stage is Stage.STALLED:
             resumed = change_stage(conversation, "resume", {}, {**context, "key": f"text:{key}"})
             return Received(conversation, resumed=resumed)
-        touch(conversation, "receive()")
+        write_fields(conversation, {}, "receive()")
         binding = current()
         binding.database.execute_sql(
             binding.dialect.sql("UPDATE {silence} SET since = %s WHERE conversation_id = %s"),

@@ -39,7 +39,7 @@ from close_engine.hooks import Hook, on_enter
 from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, StageChange
 from close_engine.stages import CLOSED_STAGES, ActionType, MessageStatus, Stage
-from close_engine.transaction import atomic, remember
+from close_engine.transaction import atomic, remember, take_over
 
 __all__ = ["OutboxMessage", "claim", "effect", "enqueue", "requeue"]
 
@@ -216,8 +216,7 @@ class OutboxMessage(BaseModel):
             raise LeaseLost(self.id, self.leased_by, found.status, found.leased_by)
         if first.id != self.id:
             raise ProviderIdTaken(provider_id, self.id, first.id)
-        remember(self, self._meta.sorted_field_names)
-        self.__data__ = found.__data__
+        take_over(self, found)
 
     def _fire(self, trigger: str, provider_id: str | None) -> tuple[str | None, Exception | None]:
         """Fire the trigger behind it: the sentence that says why not, and the error of a hook that failed."""

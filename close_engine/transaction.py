@@ -25,7 +25,7 @@ from typing import Any
 from close_engine.backend import current
 from close_engine.errors import AfterCommitError, TransactionFailed
 
-__all__ = ["atomic", "remember", "run_after_commit"]
+__all__ = ["atomic", "remember", "run_after_commit", "take_over"]
 
 
 class _Scopes(threading.local):
@@ -112,6 +112,13 @@ def remember(instance: Any, names: list[str]) -> None:
     if _scopes.open:
         data = {name: instance.__data__.get(name, _ABSENT) for name in names}
         _scopes.open[-1]._before.append((instance, data, instance._dirty.intersection(names)))
+
+
+def take_over(instance: Any, fresh: Any) -> None:
+    """Make an object what its row is now, unless that is rolled back; its unsaved changes are lost."""
+    remember(instance, instance._meta.sorted_field_names)
+    instance.__data__, instance.__rel__ = fresh.__data__, {}
+    instance._dirty.clear()
 
 
 def run_after_commit(*functions: Callable[[], object]) -> None:

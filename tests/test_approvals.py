@@ -37,7 +37,7 @@ from close_engine import (
 from close_engine.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, triggers
-from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
+from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
 
 # The table of the design, written down a second time.
 SEND, APPROVE = False, True
@@ -851,8 +851,7 @@ def test_a_conversation_that_closes_while_its_draft_is_approved_sends_nothing(po
     )
 
     def commit_once_somebody_waits():
-        while not sql("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"):
-            pass
+        until_somebody_waits()
         closing.commit()
 
     refused, _ = race([lambda: copy_of(action).approve(by="dana"), commit_once_somebody_waits])
@@ -874,8 +873,7 @@ def test_a_draft_that_is_being_approved_while_its_conversation_closes_is_refused
     holding.commit()
 
     def commit_once_somebody_waits():
-        while not sql("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"):
-            pass
+        until_somebody_waits()
         closing.commit()
 
     refused, _ = race([lambda: copy_of(action).approve(by="dana"), commit_once_somebody_waits])

@@ -32,7 +32,7 @@ from close_engine import (
 from close_engine.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, triggers
-from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
+from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
 
 MINUTE = timedelta(minutes=1)
 
@@ -742,8 +742,7 @@ def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_be
     outbox.requeue(older)
 
     def commit_once_somebody_waits():
-        while not sql("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"):
-            pass
+        until_somebody_waits()
         other.commit()
 
     result, _ = race([outbox.claim, commit_once_somebody_waits])
@@ -795,8 +794,7 @@ def test_the_order_of_ids_is_the_order_of_commits(postgres, postgres_url):
     )
 
     def enqueue_once_somebody_waits():
-        while not sql("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"):
-            pass
+        until_somebody_waits()
         assert messages() == []
         first.commit()
 

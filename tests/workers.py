@@ -43,6 +43,12 @@ def sql(statement: str, *values: Any) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in cursor.fetchall()] if cursor.description else []
 
 
+def until_somebody_waits() -> None:
+    """Return once a transaction on PostgreSQL waits for another one."""
+    while not sql("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"):
+        pass
+
+
 def values(row: Any) -> dict[str, Any]:
     """Everything an object holds: one that was just created has no entry for an empty column."""
     return {name: row.__data__.get(name) for name in row._meta.sorted_field_names}
