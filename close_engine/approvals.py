@@ -166,7 +166,7 @@ class PendingAction(BaseModel):
         if not clean_text("by", by).strip():
             raise InvalidValue("by", by, "it must name somebody")
         moment = now()
-        undecided = (PendingAction.id == self.id) & _waiting(moment)
+        undecided = (PendingAction.id == self.id) & PendingAction.status.still(ActionStatus.PENDING) & _in_time(moment)
         if dest is ActionStatus.APPROVED:
             values["approved_at"] = moment
             conversation = CloseEngineConversation.id == PendingAction.conversation_id
@@ -209,10 +209,9 @@ class PendingAction(BaseModel):
         return f"<PendingAction {self.id}: {self.type} of {self.conversation_id}, {self.status}>"
 
 
-def _waiting(moment: datetime) -> Any:
-    """That an action can still be decided."""
-    in_time = PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
-    return (PendingAction.status == ActionStatus.PENDING) & in_time
+def _in_time(moment: datetime) -> Any:
+    """That an action has not expired."""
+    return PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
 
 
 def pending_actions(
@@ -227,7 +226,8 @@ def pending_actions(
     Returns:
         a query, to iterate over or to narrow down.
     """
-    query = PendingAction.select().where(_waiting(now())).order_by(PendingAction.created_at, PendingAction.id)
+    waiting = (PendingAction.status == ActionStatus.PENDING) & _in_time(now())
+    query = PendingAction.select().where(waiting).order_by(PendingAction.created_at, PendingAction.id)
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
     return query if type is None else query.where(PendingAction.type == type)

@@ -154,7 +154,7 @@ def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any
     model = type(conversation)
     values = {**values, "updated_at": next_version(conversation)}
     same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
-    if not model.update(values).where(same & (model.stage == conversation.stage)).execute():
+    if not model.update(values).where(same & model.stage.still(conversation.stage)).execute():
         raise conflict(conversation, what, conversation.stage)
     remember(conversation, list(values))
     conversation.__data__["updated_at"] = values["updated_at"]
@@ -215,7 +215,8 @@ def _statement(meta: Any, dialect: Dialect, trigger: str, written: tuple[str, ..
         elif transition.stamps.get(name) is Stamp.INCREMENTED:
             value = f"{column} + %s"
         assignments.append(f"{column} = {value}")
-    conditions = '"id" = %s AND "stage" = %s AND "updated_at" = %s'
+    # As `EnumField.still` writes it: the key alone is to find the row.
+    conditions = '"id" = %s AND "stage" || \'\' = %s AND "updated_at" = %s'
     if keyed:
         conditions += " AND NOT EXISTS (SELECT 1 FROM {history} WHERE conversation_id = %s AND key = %s)"
     return dialect.guarded_update(

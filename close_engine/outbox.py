@@ -180,7 +180,7 @@ class OutboxMessage(BaseModel):
         # The number of attempts tells this lease from a later one of the same worker.
         held: peewee.Expression = (
             (OutboxMessage.id == self.id)
-            & (OutboxMessage.status == MessageStatus.PENDING)
+            & OutboxMessage.status.still(MessageStatus.PENDING)
             & OutboxMessage.leased_by.is_null(False)
             & (OutboxMessage.leased_by == self.leased_by)
             & (OutboxMessage.attempts == self.attempts)
@@ -433,7 +433,7 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
     if found.status is not MessageStatus.DEAD:
         raise MessageNotDead(message_id, found.status)
     fresh = {"status": MessageStatus.PENDING, "attempts": 0, "available_at": now()}
-    dead = (OutboxMessage.id == message_id) & (OutboxMessage.status == MessageStatus.DEAD)
+    dead = (OutboxMessage.id == message_id) & OutboxMessage.status.still(MessageStatus.DEAD)
     with locked(found.conversation_id) if found.topic in TEXTS else nullcontext() as conversation:
         if conversation is not None and conversation.stage in CLOSED_STAGES:
             raise ConversationClosed(conversation.id, conversation.stage)

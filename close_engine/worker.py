@@ -272,7 +272,7 @@ class Worker:
         done = threading.Event()
         held = (
             OutboxMessage.id.in_([message.id for message in messages])
-            & (OutboxMessage.status == MessageStatus.PENDING)
+            & OutboxMessage.status.still(MessageStatus.PENDING)
             & (OutboxMessage.leased_by == self.name)
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from datetime import timedelta
 
 import peewee
 import pytest
@@ -55,6 +56,27 @@ def filled(server, postgres_template):
             database.execute_sql(statement)
         database.close()
         yield url
+
+
+#: The same at the one moment when everything was closed, sent and decided, which is what the planner believes.
+CALM = [
+    *FILL[:1],
+    *(re.sub(r"\(ARRAY.*\]", "'COMPLETED'", text) for text in FILL[1:2]),
+    *(re.sub(r"\(ARRAY.*\]", "'APPROVED'", text) for text in FILL[2:3]),
+    *(re.sub(r"CASE WHEN n %% 20.*END,", "'SENT',", text) for text in FILL[3:4]),
+    *FILL[4:],
+]
+
+
+@pytest.fixture
+def calm(server, postgres_template):
+    """A PostgreSQL database of the same size, on which nothing waits, and whose planner knows it."""
+    with postgres_database(server, postgres_template) as url:
+        database = close_engine.connect(url)
+        for statement in CALM:
+            database.execute_sql(statement)
+        yield url
+        database.close()
 
 
 @contextmanager
@@ -142,6 +164,29 @@ def test_recording_a_payment_reads_no_table_on_postgresql(filled, monkeypatch):
             assert "Seq Scan" not in plan, f"{sql}\n{plan}"
     finally:
         database.close()
+
+
+def test_a_row_is_found_by_its_key_whatever_the_planner_believes_of_its_stage(calm, monkeypatch):
+    """Or a stage that nobody was in when the table was last analyzed has everybody read who is in it by now."""
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    with explained(monkeypatch, "EXPLAIN") as plans:
+        conversation.start_qualifying()
+        conversation.payment_link_url = "https://pay.example.com/1"
+        conversation.save()
+        CloseEngineConversation.update(autonomy_level="MANUAL").execute()
+        conversation.reload()
+        for decide in (PendingAction.approve, PendingAction.reject):
+            decide(close_engine.submit(conversation, "SEND_MESSAGE", "hello", key=decide.__name__), by="dana")
+        outbox.enqueue(conversation, "SEND_MESSAGE", "hello")
+        claim_and_report()
+        for message in outbox.claim():
+            message.extend(timedelta(minutes=1))
+            message.give_up("the number is unknown")
+            outbox.requeue(message)
+    by_key = {sql: plan for sql, plan in plans.items() if re.match(r'UPDATE.* WHERE .*"id"\W+= %s', sql, re.DOTALL)}
+    assert len(by_key) >= 9
+    for sql, plan in by_key.items():
+        assert re.search(r"Index Scan using (\w+)", plan)[1].endswith("_pkey"), f"{sql}\n{plan}"
 
 
 @pytest.mark.parametrize("kind", ["sqlite-memory"], indirect=True)
