@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +67,9 @@ _ENCODE = "percent-encode the special characters in its user and password"
 _POOL_OPTIONS = ("max_connections", "stale_timeout", "timeout")
 
 _SQLITE_NEEDED = (3, 35, 0)
+
+#: Seconds that a connection to SQLite waits for another's lock.
+_SQLITE_WAITS = 60
 
 
 @dataclass(frozen=True)
@@ -491,11 +496,31 @@ def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"SQLite knows no parameter {', '.join(query)}")
     if not place.startswith("/"):
         raise ValueError(f"a file takes three slashes, sqlite:///{place}")
-    # Waiting comes first: where many processes open a new file, the change to WAL is what they wait for.
     return {
         "database": place[1:] or ":memory:",
-        "pragmas": [("busy_timeout", 60000), ("foreign_keys", 1), ("journal_mode", "wal")],
+        "factory": _WalConnection,
+        "pragmas": [("foreign_keys", 1)],
     }
+
+
+class _WalConnection(sqlite3.Connection):
+    """A connection in WAL mode, which many processes may give a new file at once.
+
+    SQLite lets one of them make the change and turns the others away without waiting, whatever their timeout.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute(f"PRAGMA busy_timeout = {_SQLITE_WAITS * 1000}")
+        give_up = time.monotonic() + _SQLITE_WAITS
+        while True:
+            try:
+                self.execute("PRAGMA journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up:
+                    raise
+                time.sleep(0.001)
 
 
 def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
