@@ -29,7 +29,7 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
     threads = (1, 4) if quick else (1, 2, 4, 8, 16, 32, 64)
     changes, rounds = (20, 1) if quick else (512, 5)
     database = server.migrated("contention")
-    fill(server, database, 100, stages=["PREVIEW_SENT"])
+    fill(server, database, 100, stages=list(TRIGGER))
     ways = {
         "a connection a thread": server.url(database),
         "a pool of connections": pooled(server.url(database)),
@@ -165,7 +165,7 @@ def pgbouncer(server: Server, database: str) -> Iterator[str]:
 
 FOREIGN_WRITE = """
     UPDATE close_engine_conversations
-    SET stage = CASE stage WHEN 'PENDING_APPROVAL' THEN 'PREVIEW_SENT' ELSE 'EDIT_LOOP' END WHERE id = %s
+    SET stage = CASE stage WHEN 'EDIT_LOOP' THEN 'PREVIEW_SENT' ELSE 'EDIT_LOOP' END WHERE id = %s
 """
 
 

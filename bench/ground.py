@@ -11,9 +11,10 @@ from datetime import datetime, timezone
 
 from bench.server import Server
 
-#: A way round that never ends: from the stage to the trigger, and to the next stage.
-TRIGGER = {"PREVIEW_SENT": "request_approval", "PENDING_APPROVAL": "withdraw_approval"}
-DEST = {"PREVIEW_SENT": "PENDING_APPROVAL", "PENDING_APPROVAL": "PREVIEW_SENT"}
+#: A way round that never ends: from the stage to the trigger, to the next stage, and to what `edit_rounds` grows by.
+TRIGGER = {"PREVIEW_SENT": "request_edits", "EDIT_LOOP": "send_preview"}
+DEST = {"PREVIEW_SENT": "EDIT_LOOP", "EDIT_LOOP": "PREVIEW_SENT"}
+EDITS = {"PREVIEW_SENT": 1, "EDIT_LOOP": 0}
 
 # n stands for the number of a conversation.
 ID = "('c' || left(md5(n::text), 24))"

@@ -23,7 +23,7 @@ from playhouse import db_url
 from sqlalchemy import orm
 from statemachine.states import States
 
-from bench.ground import TRIGGER, utc_now
+from bench.ground import EDITS, TRIGGER, utc_now
 from close_engine.machine import TRANSITIONS
 from close_engine.stages import Stage
 
@@ -103,6 +103,7 @@ def peewee_machine(url: str) -> Iterator[Change]:
         conversation = load_with_machine(conversation_id)
         source, trigger = conversation.stage, TRIGGER[conversation.stage]
         conversation.trigger(trigger)
+        conversation.edit_rounds += EDITS[source]
         conversation.updated_at = utc_now()
         with database.atomic():
             conversation.save()
@@ -215,9 +216,10 @@ def django_fsm(url: str) -> Iterator[Change]:
         conversation = django.Conversation.objects.get(pk=conversation_id)
         source, trigger = conversation.stage, TRIGGER[conversation.stage]
         getattr(conversation, trigger)()
+        conversation.edit_rounds += EDITS[source]
         conversation.updated_at = utc_now()
         with django.atomic():
-            conversation.save(update_fields=["stage", "updated_at"])
+            conversation.save(update_fields=["stage", "edit_rounds", "updated_at"])
             django.History.objects.create(
                 conversation_id=conversation.id,
                 lead_id=conversation.lead_id,
@@ -304,6 +306,7 @@ def python_statemachine(url: str) -> Iterator[Change]:
             machine = ConversationMachine(conversation, state_field="stage")
             source, trigger = conversation.stage, TRIGGER[conversation.stage]
             machine.send(trigger)
+            conversation.edit_rounds += EDITS[source]
             session.add(
                 SqlAlchemyHistory(
                     conversation_id=conversation.id,

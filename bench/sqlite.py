@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import close_engine
-from bench.ground import DEST, TRIGGER, utc_now
+from bench.ground import DEST, EDITS, TRIGGER, utc_now
 from bench.processes import in_processes
 from bench.report import Table, microseconds, per_second, times
 from bench.rounds import interleave, measured_itself, median, ratio
@@ -87,9 +87,9 @@ def by_hand(file: str, ids: list[str], changes: int) -> None:
         ).fetchone()
         identity, lead, source, version, moment = row[0], row[1], row[4], row[16], utc_now().isoformat(" ")[:23]
         updated = connection.execute(
-            "UPDATE close_engine_conversations SET stage = ?, updated_at = ? "
+            "UPDATE close_engine_conversations SET stage = ?, edit_rounds = edit_rounds + ?, updated_at = ? "
             "WHERE id = ? AND stage = ? AND updated_at = ?",
-            (DEST[source], moment, identity, source, version),
+            (DEST[source], EDITS[source], moment, identity, source, version),
         )
         assert updated.rowcount == 1
         connection.execute(

@@ -22,7 +22,7 @@ from sqlalchemy import orm
 import close_engine
 from bench import peers
 from bench.driver import counting_proxy, replayed
-from bench.ground import DEST, TRIGGER, conversation_id, fill, utc_now
+from bench.ground import DEST, EDITS, TRIGGER, conversation_id, fill, utc_now
 from bench.peers import Change
 from bench.report import Table, microseconds, milliseconds, times
 from bench.rounds import interleave, median, percentile, ratio, timed
@@ -30,7 +30,7 @@ from bench.server import Server, processor_seconds
 
 MOVED = """
     WITH moved AS (
-        UPDATE close_engine_conversations SET stage = %s, updated_at = %s
+        UPDATE close_engine_conversations SET stage = %s, edit_rounds = edit_rounds + %s, updated_at = %s
         WHERE id = %s AND stage = %s AND updated_at = %s RETURNING id, lead_id)
     INSERT INTO history (conversation_id, lead_id, trigger, source, dest, actor, created_at)
     SELECT id, lead_id, %s, %s, %s, %s, %s FROM moved
@@ -49,8 +49,8 @@ def floor(url: str) -> Iterator[Change]:
         row = cursor.fetchone()
         source, version, moment = row[4], row[16], utc_now()
         dest = DEST[source]
-        values = (dest, moment, conversation_id, source, version, TRIGGER[source], source, dest, "bench", moment)
-        cursor.execute(MOVED, values)
+        written = (dest, EDITS[source], moment, conversation_id, source, version)
+        cursor.execute(MOVED, (*written, TRIGGER[source], source, dest, "bench", moment))
         assert cursor.rowcount == 1
 
     yield change
@@ -94,7 +94,7 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
 def ground(server: Server, count: int) -> dict[str, str]:
     """A database for each contender, with the same tables and rows."""
     ours_database = server.migrated("stage_change_ours")
-    fill(server, ours_database, count, stages=["PREVIEW_SENT"], history=5)
+    fill(server, ours_database, count, stages=list(DEST), history=5)
     plain = server.plain(ours_database, "stage_change_plain")
     databases = {OURS: ours_database, FLOOR: plain}
     for number, name in enumerate(CONTENDERS):
