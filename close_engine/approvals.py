@@ -329,7 +329,7 @@ def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, det
     trigger, facts = _TRIGGER[type], draft_of(conversation, given)
     if facts.stage is TRIGGERS[trigger].dest:
         # To be sent again, which needs what it needed the first time.
-        facts.stage = TRIGGERS[trigger].sources[0]
+        facts = facts._replace(stage=TRIGGERS[trigger].sources[0])
     decide(trigger, facts)
     return trigger
 

@@ -171,8 +171,7 @@ class PostgresCatalog(Catalog):
                 "zz_close_engine_truncation",
             ),
         ),
-        Guard("close_engine_conversations", "0004_outbox", ("zz_close_engine_closing",)),
-        Guard("close_engine_conversations", "0005_decisions", ("zz_close_engine_drafts",)),
+        Guard("close_engine_conversations", "0005_decisions", ("zz_close_engine_closing", "zz_close_engine_gone")),
         Guard("pending_actions", "0005_decisions", ("zz_close_engine_guard", "zz_close_engine_decision")),
     )
 
@@ -254,8 +253,11 @@ class SqliteCatalog(Catalog):
                 "close_engine_version",
             ),
         ),
-        Guard("close_engine_conversations", "0004_outbox", ("close_engine_closing",)),
-        Guard("close_engine_conversations", "0005_decisions", ("close_engine_drafts",)),
+        Guard(
+            "close_engine_conversations",
+            "0005_decisions",
+            ("close_engine_closing", "close_engine_gone", "close_engine_unasked"),
+        ),
         Guard(
             "pending_actions",
             "0005_decisions",

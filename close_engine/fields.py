@@ -203,7 +203,7 @@ def milliseconds(moment: datetime) -> datetime:
 
 def stored_time(moment: datetime) -> str:
     """The text by which both databases know this moment: naive UTC with milliseconds."""
-    return moment.isoformat(sep=" ", timespec="milliseconds")[:23]
+    return moment.isoformat(" ", "milliseconds")[:23]
 
 
 def clean_text(label: str, value: Any) -> str:

@@ -55,6 +55,8 @@ __all__ = [
 #: What fits an index of PostgreSQL in any alphabet.
 LONGEST_KEY = 255
 
+_TICK = timedelta(milliseconds=1)
+
 #: What a decision, its write and its history row rest on.
 _NEEDED = {"id", "lead", "stage", "autonomy_level", "payment_link_sent_at", "updated_at"}
 
@@ -87,7 +89,7 @@ def require_whole(conversation: CloseEngineConversation) -> None:
 
 def next_version(conversation: CloseEngineConversation) -> datetime:
     """The `updated_at` of the next write: later than the last, also where clocks differ."""
-    return max(now(), conversation.updated_at + timedelta(milliseconds=1))
+    return max(now(), conversation.updated_at + _TICK)
 
 
 def context_of(
@@ -186,13 +188,13 @@ def _write(
 ) -> tuple[Any, ...] | None:
     key, meta = context["key"], conversation._meta
     statement = _statement(meta, binding.dialect, transition.trigger, tuple(values), key is not None)
-    parameters = [meta.fields[name].db_value(value) for name, value in values.items()]
+    stored = {name: meta.fields[name].db_value(value) for name, value in values.items()}
+    context = {**context, "id": conversation.id, "updated_at": stored["updated_at"]}
     if transition.dest is None:
-        parameters[0] = conversation.id
-    parameters += [conversation.id, source.value, stored_time(conversation.updated_at)]
+        stored["stage"] = conversation.id  # _STALLED_IN finds the stage
+    parameters = [*stored.values(), conversation.id, source.value, stored_time(conversation.updated_at)]
     if key is not None:
         parameters += [conversation.id, key]
-    context = {**context, "id": conversation.id, "updated_at": stored_time(values["updated_at"])}
     return binding.dialect.execute_guarded(binding.database, statement, parameters, context)
 
 
@@ -240,7 +242,7 @@ def _take_over(
     for name, value in zip(values, row[:-1], strict=True):
         conversation.__data__[name] = fields[name].python_value(value)
     conversation._dirty.difference_update(values)
-    change = StageChange(
+    return StageChange(
         __no_default__=True,
         id=row[-1],
         conversation_id=conversation.id,
@@ -250,8 +252,6 @@ def _take_over(
         created_at=conversation.updated_at,
         **context,
     )
-    change._dirty.clear()
-    return change
 
 
 def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:

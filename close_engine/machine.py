@@ -1,7 +1,7 @@
 """The transition table as data, and the pure question it answers: where does this trigger lead?
 
 One table serves Python, the database's guard (a test compares them), the diagram and the documentation.
-It is run by one `transitions.Machine` for the whole process, on a draft, never on a row:
+It is run by one `transitions.Machine` for the whole process, never on a row:
 
 >>> decide("collect_info", Draft(Stage.QUALIFYING)).dest
 <Stage.COLLECTING_INFO: 'COLLECTING_INFO'>
@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, cast
+from functools import cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from transitions import EventData, Machine, MachineError
+from transitions import Machine, MachineError
 
 from close_engine.errors import ActionDecided, GuardRefused, TransitionNotAllowed, UnknownTrigger
 from close_engine.stages import ACTIVE_STAGES, ActionStatus, AutonomyLevel, Stage
@@ -46,16 +48,14 @@ class Stamp(Enum):
     GIVEN = "set to the argument of the same name"
 
 
-@dataclass
-class Draft:
-    """What the machine decides on: a conversation's facts, and what the caller gives with the trigger."""
+class Draft(NamedTuple):
+    """What is decided on: a conversation's facts, and what the caller gives with the trigger."""
 
     stage: Stage
     conversation_id: str | None = None
     autonomy_level: AutonomyLevel = AutonomyLevel.FULL_AUTO
     payment_link_sent: bool = False
-    given: Mapping[str, Any] = field(default_factory=dict)
-    refusal: str | None = None
+    given: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,6 @@ class Guard:
     sentence: str
     holds: Callable[[Draft], bool]
     on_arguments: bool
-
-    def __call__(self, event: EventData) -> bool:
-        draft = cast(Draft, event.model)
-        if self.holds(draft):
-            return True
-        draft.refusal = self.sentence
-        return False
 
 
 @dataclass(frozen=True)
@@ -190,6 +183,14 @@ ACTION_TRANSITIONS: tuple[tuple[str, ActionStatus, ActionStatus], ...] = (
 
 
 @dataclass
+class _Position:
+    """What the machine moves: the stage of a draft, and whether the guards of the trigger hold for it."""
+
+    stage: Stage
+    guards_hold: bool
+
+
+@dataclass
 class ActionDraft:
     """What the machine of pending actions decides on."""
 
@@ -202,14 +203,11 @@ def _build_machine() -> Machine:
         states=list(Stage),
         initial=S.INITIATED,
         auto_transitions=False,
-        send_event=True,
         model_attribute="stage",
     )
     for transition in TRANSITIONS:
         # One internal transition: where `resume` leads is the history's to say.
-        machine.add_transition(
-            transition.trigger, list(transition.sources), transition.dest, conditions=list(transition.guards)
-        )
+        machine.add_transition(transition.trigger, list(transition.sources), transition.dest, conditions="guards_hold")
     return machine
 
 
@@ -229,7 +227,7 @@ def decide(trigger: str, draft: Draft) -> Transition:
 
     Args:
         trigger: its name.
-        draft: the facts; its `stage` becomes the destination.
+        draft: the facts.
 
     Returns:
         the row of the table that applies.
@@ -242,14 +240,25 @@ def decide(trigger: str, draft: Draft) -> Transition:
     transition = TRIGGERS.get(trigger)
     if transition is None:
         raise UnknownTrigger(trigger, list(TRIGGERS))
+    failing = next((guard for guard in transition.guards if not guard.holds(draft)), None)
     stage = draft.stage
     try:
-        fired = _machine.events[trigger].trigger(draft)
+        fired = _fires(trigger, stage, failing is None)
     except MachineError:
         raise TransitionNotAllowed(draft.conversation_id, trigger, stage, triggers_from(stage)) from None
     if not fired:
-        raise GuardRefused(draft.conversation_id, trigger, stage, draft.refusal or "a guard fails")
+        raise GuardRefused(draft.conversation_id, trigger, stage, failing.sentence if failing else "a guard fails")
     return transition
+
+
+@cache
+def _fires(trigger: str, stage: Stage, guards_hold: bool) -> bool:
+    """The machine's answer, which never changes: it is asked once.
+
+    Raises:
+        MachineError: there is no such trigger from this stage.
+    """
+    return _machine.events[trigger].trigger(_Position(stage, guards_hold))
 
 
 def decide_action(trigger: str, action_id: str, status: ActionStatus) -> ActionStatus:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import peewee
-
 from close_engine import hooks
 from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation
@@ -127,7 +125,7 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
     context = {"moment": moment, "actor": ACTOR, "reason": "it was not approved in time"}
 
     def expire(held: list[str]) -> list[str]:
-        _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", held)
+        _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", these=held)
         return held
 
     return _in_batches(_EXPIRED, ("a",), [moment], batch, context, expire)
@@ -150,7 +148,7 @@ def release_leases(*, batch: int = 1000) -> list[int]:
         _execute(
             "UPDATE {outbox} SET leased_by = NULL, last_error = 'the lease of ' || leased_by || ' ran out', "
             "status = CASE WHEN attempts >= max_attempts THEN 'DEAD' ELSE status END WHERE id IN {these}",
-            held,
+            these=held,
         )
         return held
 
@@ -173,18 +171,18 @@ def _move(
     transition, moment = TRIGGERS[trigger], now()
     before, given = stored_time(moment - after), {"closed_lost_reason": reason}
     context = context_of(trigger, ACTOR, reason, None, None)
+    fields, written = CloseEngineConversation._meta.fields, written_by(transition, moment, given)
+    columns = ", ".join(f"{fields[name].column_name} = %s" for name in written)
+    stored = [fields[name].db_value(value) for name, value in written.items()]
 
     def move(held: list[str]) -> list[str]:
         not_due = spared(held, before) if spared else set()
         ids = [conversation_id for conversation_id in held if conversation_id not in not_due]
-        these = CloseEngineConversation.id.in_(ids)
         if hooks.concern(transition):
-            for conversation in CloseEngineConversation.select().where(these):
+            for conversation in CloseEngineConversation.select().where(CloseEngineConversation.id.in_(ids)):
                 change_stage(conversation, trigger, given, context)
         elif ids:
-            fields = CloseEngineConversation._meta.fields
-            written = {fields[name]: value for name, value in written_by(transition, moment, given).items()}
-            peewee.ModelUpdate(CloseEngineConversation, written).where(these).execute()
+            _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *stored, these=ids)
         return ids
 
     guarded = {**context, "updated_at": stored_time(moment)}
@@ -198,10 +196,10 @@ def _not_silent(held: list[str], before: str) -> set[str]:
         "AND \"trigger\" <> 'adopted' ORDER BY id DESC LIMIT 1)"
     )
     rows = _execute(
-        f"UPDATE {{silence}} SET since = {changed} WHERE conversation_id IN {{these}} AND {changed} > %s "
+        f"UPDATE {{silence}} SET since = {changed} WHERE {changed} > %s AND conversation_id IN {{these}} "
         "RETURNING conversation_id",
-        held,
         before,
+        these=held,
     )
     return {row[0] for row in rows}
 
@@ -240,10 +238,10 @@ def _in_batches(
             return moved
 
 
-def _execute(text: str, these: list[Any], *values: Any) -> list[tuple[Any, ...]]:
-    """Run a statement on these ids; the other values come behind them."""
+def _execute(text: str, *values: Any, these: list[Any]) -> list[tuple[Any, ...]]:
+    """Run a statement on these ids; the other values come before them."""
     binding = current()
     marks = ", ".join(["%s"] * len(these))
-    cursor = binding.database.execute_sql(binding.dialect.sql(text.replace("{these}", f"({marks})")), (*these, *values))
+    cursor = binding.database.execute_sql(binding.dialect.sql(text.replace("{these}", f"({marks})")), (*values, *these))
     rows: list[tuple[Any, ...]] = cursor.fetchall() if cursor.description else []
     return rows

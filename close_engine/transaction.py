@@ -128,6 +128,8 @@ def run_after_commit(*functions: Callable[[], object]) -> None:
         functions: take no arguments. If one fails, the commit stands, the others run all the same, and the outermost
             `atomic()` raises AfterCommitError; where that is Peewee's own, the first to fail is raised through it.
     """
+    if not functions:
+        return
     outermost = next((scope for scope in _scopes.open[:1] if scope._outermost), None)
 
     def run() -> None:
@@ -142,5 +144,4 @@ def run_after_commit(*functions: Callable[[], object]) -> None:
         elif errors:
             raise AfterCommitError(errors) from errors[0]
 
-    if functions:
-        current().database.after_commit(run)
+    current().database.after_commit(run)

@@ -1,9 +1,11 @@
-"""Decisions on pending actions: whoever approves, rejects or expires one, what follows from it follows at once.
+"""Decisions on pending actions, and closings: whoever makes one, what follows from it follows at once.
 
 A second, small machine in the table of allowed changes: PENDING to APPROVED, REJECTED or EXPIRED. Approving puts the
 message into the outbox, once; it is refused past `expires_at` and for a conversation that has closed. Rejecting or
 expiring the last payment link that waits takes its conversation back from PENDING_APPROVAL. The action's row is locked
 first, then its conversation's; a closing conversation, which goes the other way, waits for no action.
+
+When a conversation closes or is deleted, the texts that still wait for it are withdrawn, and its drafts expire.
 
 Partial indexes, which Prisma does not see, let the sweeps find their rows without reading a table.
 """
@@ -114,7 +116,7 @@ $body$
 # Whoever may see our schema could otherwise attach them to a table of his own.
 REVOKE = (
     "REVOKE EXECUTE ON FUNCTION close_engine.guard_action(), close_engine.follow_decision(), "
-    "close_engine.expire_drafts() FROM PUBLIC"
+    "close_engine.withdraw_waiting() FROM PUBLIC"
 )
 
 POSTGRES_TRIGGERS = [
@@ -125,28 +127,39 @@ POSTGRES_TRIGGERS = [
     "EXECUTE FUNCTION close_engine.follow_decision()",
 ]
 
-# Drafts that wait when their conversation closes or is deleted, and a payment link whose approval is withdrawn: those
-# that somebody decides on at this moment are his.
-EXPIRE_DRAFTS = """
-CREATE OR REPLACE FUNCTION close_engine.expire_drafts() RETURNS trigger
+WITHDRAW = """
+    UPDATE {prefix}outbox SET status = 'WITHDRAWN', last_error = 'the conversation is ' || {now_it_is}
+    WHERE conversation_id = OLD.id AND status = 'PENDING' AND leased_by IS NULL
+        AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+"""
+
+# Drafts that somebody decides on at this moment are his.
+WITHDRAW_WAITING = """
+CREATE OR REPLACE FUNCTION close_engine.withdraw_waiting() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    over boolean := coalesce(NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage, true);
+    approval_withdrawn boolean := OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT';
 BEGIN
-    UPDATE {actions} SET status = 'EXPIRED' WHERE id IN (SELECT id FROM {actions}
-        WHERE conversation_id = OLD.id AND status = 'PENDING'
-            AND (NEW.stage IS DISTINCT FROM 'PREVIEW_SENT' OR type = 'SEND_PAYMENT_LINK') FOR UPDATE SKIP LOCKED);
+    IF over THEN
+        {withdraw};
+    END IF;
+    IF over OR approval_withdrawn THEN
+        UPDATE {actions} SET status = 'EXPIRED' WHERE id IN (SELECT id FROM {actions}
+            WHERE conversation_id = OLD.id AND status = 'PENDING'
+                AND (over OR type = 'SEND_PAYMENT_LINK') FOR UPDATE SKIP LOCKED);
+    END IF;
     RETURN NULL;
 END
 $body$
 """
-OVER = (
-    "NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage "
-    "OR OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT'"
-)
-POSTGRES_OVER = [
-    "CREATE OR REPLACE TRIGGER zz_close_engine_drafts AFTER UPDATE OF stage ON close_engine_conversations "
-    f"FOR EACH ROW WHEN ({OVER}) EXECUTE FUNCTION close_engine.expire_drafts()",
-    "CREATE OR REPLACE TRIGGER zz_close_engine_drafts_gone AFTER DELETE ON close_engine_conversations "
-    "FOR EACH ROW EXECUTE FUNCTION close_engine.expire_drafts()",
+POSTGRES_WITHDRAWING = [
+    # Wider than what it acts on: PostgreSQL reads a condition anew for every statement, so that a short one is cheaper.
+    "CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE OF stage ON close_engine_conversations "
+    "FOR EACH ROW WHEN (OLD.stage = 'PENDING_APPROVAL' OR NEW.stage IN ('COMPLETED', 'CLOSED_LOST')) "
+    "EXECUTE FUNCTION close_engine.withdraw_waiting()",
+    "CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON close_engine_conversations "
+    "FOR EACH ROW EXECUTE FUNCTION close_engine.withdraw_waiting()",
 ]
 
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
@@ -215,16 +228,25 @@ BEGIN
     WHERE id = NEW.conversation_id;
     DELETE FROM close_engine_context WHERE id = 2;
 END""",
-    "close_engine_drafts": f"""
-AFTER UPDATE OF stage ON close_engine_conversations WHEN {OVER}
+    "close_engine_closing": f"""
+AFTER UPDATE OF stage ON close_engine_conversations
+WHEN NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage
 BEGIN
-    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING'
-        AND (NEW.stage <> 'PREVIEW_SENT' OR type = 'SEND_PAYMENT_LINK');
+    {WITHDRAW.format(prefix="close_engine_", now_it_is="NEW.stage")};
+    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
 END""",
-    "close_engine_drafts_gone": """
+    "close_engine_gone": f"""
 AFTER DELETE ON close_engine_conversations
 BEGIN
+    {WITHDRAW.format(prefix="close_engine_", now_it_is="'deleted'")};
     UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
+END""",
+    "close_engine_unasked": """
+AFTER UPDATE OF stage ON close_engine_conversations
+WHEN OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT'
+BEGIN
+    UPDATE pending_actions SET status = 'EXPIRED'
+    WHERE conversation_id = OLD.id AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK';
 END""",
 }
 
@@ -240,8 +262,11 @@ def up(migrator, db):
             send_after=SEND_AFTER,
             **names,
         )
-        functions = [text.format(enqueue=enqueue, **names) for text in (GUARD, FOLLOW, EXPIRE_DRAFTS)]
-        statements = [*functions, REVOKE, *POSTGRES_TRIGGERS, *POSTGRES_OVER]
+        withdraw = WITHDRAW.format(prefix="close_engine.", now_it_is="coalesce(NEW.stage, 'deleted')")
+        functions = [
+            text.format(enqueue=enqueue, withdraw=withdraw, **names) for text in (GUARD, FOLLOW, WITHDRAW_WAITING)
+        ]
+        statements = [*functions, REVOKE, *POSTGRES_TRIGGERS, *POSTGRES_WITHDRAWING]
         prefix, mark = "close_engine.", "%s"
     else:
         statements = [f"CREATE TRIGGER IF NOT EXISTS {name} {body}" for name, body in SQLITE_TRIGGERS.items()]
@@ -260,11 +285,11 @@ def down(migrator, db):
     if isinstance(db, peewee.PostgresqlDatabase):
         prefix = "close_engine."
         statements = [
-            "DROP TRIGGER IF EXISTS zz_close_engine_drafts ON close_engine_conversations",
-            "DROP TRIGGER IF EXISTS zz_close_engine_drafts_gone ON close_engine_conversations",
+            "DROP TRIGGER IF EXISTS zz_close_engine_closing ON close_engine_conversations",
+            "DROP TRIGGER IF EXISTS zz_close_engine_gone ON close_engine_conversations",
             "DROP TRIGGER IF EXISTS zz_close_engine_decision ON pending_actions",
             "DROP TRIGGER IF EXISTS zz_close_engine_guard ON pending_actions",
-            "DROP FUNCTION IF EXISTS close_engine.expire_drafts()",
+            "DROP FUNCTION IF EXISTS close_engine.withdraw_waiting()",
             "DROP FUNCTION IF EXISTS close_engine.follow_decision()",
             "DROP FUNCTION IF EXISTS close_engine.guard_action()",
         ]

@@ -40,13 +40,11 @@ def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
             dest = None if trigger == "resume" else rule.dests[0]
             assert (trigger, transition) == (trigger, TRIGGERS[trigger])
             assert (trigger, transition.dest) == (trigger, dest)
-            assert (trigger, draft.stage) == (trigger, dest or stage)
         else:
             with pytest.raises(TransitionNotAllowed, match=f"is {stage}, from where {trigger} is not") as refused:
                 decide(trigger, draft)
             assert (refused.value.stage, refused.value.trigger) == (stage, trigger)
             assert refused.value.allowed == triggers_from(stage)
-            assert draft.stage == stage
 
 
 @pytest.mark.parametrize(
@@ -85,7 +83,6 @@ def test_a_guard_refuses_and_says_what_is_missing(
     assert str(refused.value) == f"Conversation 'c1' is {source}, and {trigger} is refused: {missing}."
     assert (refused.value.conversation_id, refused.value.trigger) == ("c1", trigger)
     assert (refused.value.stage, refused.value.guard) == (source, missing)
-    assert draft.stage is source
 
 
 @pytest.mark.parametrize("level", list(AutonomyLevel))
@@ -101,7 +98,6 @@ def test_a_trigger_that_the_table_does_not_have_is_an_error_of_its_own() -> None
             decide(name, draft)
         assert (unknown.value.trigger, unknown.value.known) == (name, list(TABLE))
         assert str(unknown.value) == f"There is no trigger {name!r}; the triggers are {', '.join(TABLE)}."
-    assert draft == Draft(Stage.QUALIFYING)
 
 
 def test_the_trigger_between_two_stages() -> None:
