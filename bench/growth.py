@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import peewee
@@ -23,6 +24,11 @@ from close_engine.board import pipeline
 SWEPT = 500
 CLAIMED = 50
 
+PUT_BACK = """
+    WITH swept AS (UPDATE close_engine_conversations SET stage = 'QUALIFYING', stalled_at = NULL
+        WHERE stage = 'STALLED' AND stalled_at > localtimestamp - interval '5 minutes' RETURNING id)
+    INSERT INTO close_engine.silence (conversation_id, since) SELECT id, localtimestamp FROM swept
+"""
 MAKE_DUE = """
     WITH due AS (SELECT conversation_id FROM close_engine.silence ORDER BY md5(conversation_id || %s) LIMIT %s),
     aged AS (UPDATE close_engine.history h SET created_at = h.created_at - interval '40 days' FROM due
@@ -85,15 +91,23 @@ class Grown:
         assert len(close_engine.outbox.claim(CLAIMED, timedelta(hours=1), "bench")) == CLAIMED
 
     def make_due(self) -> None:
+        """Age as many, and put back what was swept before: the smallest has not enough for every round."""
         self.bind()
-        self.database.execute_sql(MAKE_DUE, (str(self.random.random()), SWEPT))
+        with self.without_triggers():
+            self.database.execute_sql(PUT_BACK)
+            self.database.execute_sql(MAKE_DUE, (str(self.random.random()), SWEPT))
+
+    @contextmanager
+    def without_triggers(self) -> Iterator[None]:
+        with self.database.atomic():
+            self.database.execute_sql("SET LOCAL session_replication_role = replica")
+            yield
 
     def sweep(self) -> None:
         assert len(close_engine.stall_silent(timedelta(hours=72))) == SWEPT
 
     def sweep_by_hand(self) -> None:
-        with self.database.atomic():
-            self.database.execute_sql("SET LOCAL session_replication_role = replica")
+        with self.without_triggers():
             assert self.database.execute_sql(BY_HAND).rowcount == SWEPT
 
     def open_conversation(self) -> None:

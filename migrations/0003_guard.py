@@ -98,26 +98,37 @@ BEGIN
 {take_up}
     END IF;
 
-    IF fired = 'request_edits' AND NEW.edit_rounds = OLD.edit_rounds THEN
-        NEW.edit_rounds := OLD.edit_rounds + 1;
-    ELSIF fired = 'send_payment_link' AND NEW.payment_link_sent_at IS NOT DISTINCT FROM OLD.payment_link_sent_at THEN
-        NEW.payment_link_sent_at := moment;
-    ELSIF fired = 'complete' AND NEW.completed_at IS NOT DISTINCT FROM OLD.completed_at THEN
-        NEW.completed_at := moment;
-    ELSIF fired = 'stall' AND NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
-        NEW.stalled_at := moment;
-    ELSIF fired = 'resume' AND NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
-        NEW.stalled_at := NULL;
-    ELSIF fired = 'close_lost' AND NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
-        NEW.closed_lost_at := moment;
-    ELSIF fired = 'reopen' THEN
+    CASE fired
+    WHEN 'request_edits' THEN
+        IF NEW.edit_rounds = OLD.edit_rounds THEN
+            NEW.edit_rounds := OLD.edit_rounds + 1;
+        END IF;
+    WHEN 'send_payment_link' THEN
+        IF NEW.payment_link_sent_at IS NOT DISTINCT FROM OLD.payment_link_sent_at THEN
+            NEW.payment_link_sent_at := moment;
+        END IF;
+    WHEN 'complete' THEN
+        IF NEW.completed_at IS NOT DISTINCT FROM OLD.completed_at THEN
+            NEW.completed_at := moment;
+        END IF;
+    WHEN 'stall', 'resume' THEN
+        IF NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
+            NEW.stalled_at := CASE fired WHEN 'stall' THEN moment END;
+        END IF;
+    WHEN 'close_lost' THEN
+        IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
+            NEW.closed_lost_at := moment;
+        END IF;
+    WHEN 'reopen' THEN
         IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
             NEW.closed_lost_at := NULL;
         END IF;
         IF NEW.closed_lost_reason IS NOT DISTINCT FROM OLD.closed_lost_reason THEN
             NEW.closed_lost_reason := NULL;
         END IF;
-    END IF;
+    ELSE
+        NULL; -- the others stamp nothing
+    END CASE;
 
 {write_down}
     RETURN NEW;
