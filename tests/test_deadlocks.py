@@ -145,7 +145,11 @@ def test_everything_at_once_on_a_few_conversations_never_deadlocks(postgres):
     for level in [*AutonomyLevel, AutonomyLevel.MANUAL]:
         close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
     workers = [Worker(number) for number in range(10)]
-    assert race([worker.work for worker in workers]) == [None] * 10
-    assert_consistent()
-    statuses = {action.status for action in PendingAction.select()} | {message.status for message in messages()}
-    assert {"APPROVED", "REJECTED", "EXPIRED", "SENT"} <= statuses
+    wanted, statuses = {"APPROVED", "REJECTED", "EXPIRED", "SENT"}, set()
+    for _ in range(10):  # until all of it has happened, for which once is nearly always enough
+        assert race([worker.work for worker in workers]) == [None] * 10
+        assert_consistent()
+        statuses = {action.status for action in PendingAction.select()} | {message.status for message in messages()}
+        if wanted <= statuses:
+            break
+    assert wanted <= statuses
