@@ -45,7 +45,7 @@ def _markdown(table: dict[str, Any]) -> str:
         *map(_row, table["rows"]),
         "",
     ]
-    return "\n".join([*lines, f"{table['note']}.\n"] if table["note"] else lines)
+    return "\n".join([*lines, f"{table['note'].rstrip('.')}.\n"] if table["note"] else lines)
 
 
 def _row(cells: list[Any]) -> str:
