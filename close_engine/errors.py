@@ -77,7 +77,7 @@ class InvalidValue(CloseEngineError, ValueError):
     def __init__(self, field: str, value: Any, why: str) -> None:
         self.field = field
         self.value = value
-        super().__init__(f"{field} cannot be {_shown(value)}: {why}")
+        super().__init__(f"{field} cannot be {_shown(value)}: {why}.")
 
 
 class UnknownTrigger(CloseEngineError, LookupError):

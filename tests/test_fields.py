@@ -45,53 +45,53 @@ class Circle(dict[str, Any]):
 
 #: Field, a value it cannot hold, and the sentence that says why.
 REFUSED = [
-    ("phone", "+1\x00555", "Lead.phone cannot be '+1\\x00555': PostgreSQL cannot hold a NUL character"),
-    ("phone", "\ud83d", "Lead.phone cannot be '\\ud83d': it has half of a surrogate pair, which is no character"),
-    ("phone", 15550100, "Lead.phone cannot be 15550100: it must be text"),
-    ("phone", b"+1555", "Lead.phone cannot be b'+1555': it must be text"),
-    ("id", "a\x00", "Lead.id cannot be 'a\\x00': PostgreSQL cannot hold a NUL character"),
+    ("phone", "+1\x00555", "Lead.phone cannot be '+1\\x00555': PostgreSQL cannot hold a NUL character."),
+    ("phone", "\ud83d", "Lead.phone cannot be '\\ud83d': it has half of a surrogate pair, which is no character."),
+    ("phone", 15550100, "Lead.phone cannot be 15550100: it must be text."),
+    ("phone", b"+1555", "Lead.phone cannot be b'+1555': it must be text."),
+    ("id", "a\x00", "Lead.id cannot be 'a\\x00': PostgreSQL cannot hold a NUL character."),
     (
         "autonomy_level",
         "HALF_AUTO",
-        "Lead.autonomy_level cannot be 'HALF_AUTO': it must be one of FULL_AUTO, SEMI_AUTO, MANUAL",
+        "Lead.autonomy_level cannot be 'HALF_AUTO': it must be one of FULL_AUTO, SEMI_AUTO, MANUAL.",
     ),
     (
         "close_entry_point",
         5,
-        "Lead.close_entry_point cannot be 5: it must be one of INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA",
+        "Lead.close_entry_point cannot be 5: it must be one of INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA.",
     ),
     (
         "qualification_data",
         {"budget": float("nan")},
-        "Lead.qualification_data cannot be nan: JSON has no NaN and no infinity",
+        "Lead.qualification_data cannot be nan: JSON has no NaN and no infinity.",
     ),
     (
         "qualification_data",
         [float("-inf")],
-        "Lead.qualification_data cannot be -inf: JSON has no NaN and no infinity",
+        "Lead.qualification_data cannot be -inf: JSON has no NaN and no infinity.",
     ),
     (
         "qualification_data",
         {"a": ["\x00"]},
-        "Lead.qualification_data cannot be '\\x00': PostgreSQL cannot hold a NUL character",
+        "Lead.qualification_data cannot be '\\x00': PostgreSQL cannot hold a NUL character.",
     ),
     (
         "qualification_data",
         {"\udc00": 1},
-        "Lead.qualification_data cannot be '\\udc00': it has half of a surrogate pair, which is no character",
+        "Lead.qualification_data cannot be '\\udc00': it has half of a surrogate pair, which is no character.",
     ),
-    ("qualification_data", {1: "a"}, "Lead.qualification_data cannot be 1: a key in JSON must be text"),
-    ("qualification_data", {"when": {1, 2}}, "Lead.qualification_data cannot be {1, 2}: JSON cannot hold a set"),
-    ("qualification_data", b"raw", "Lead.qualification_data cannot be b'raw': JSON cannot hold a bytes"),
+    ("qualification_data", {1: "a"}, "Lead.qualification_data cannot be 1: a key in JSON must be text."),
+    ("qualification_data", {"when": {1, 2}}, "Lead.qualification_data cannot be {1, 2}: JSON cannot hold a set."),
+    ("qualification_data", b"raw", "Lead.qualification_data cannot be b'raw': JSON cannot hold a bytes."),
     (
         "qualification_data",
         10**4000,
-        "Lead.qualification_data cannot be '…': a number in JSON may have 4000 digits",
+        "Lead.qualification_data cannot be '…': a number in JSON may have 4000 digits.",
     ),
     (
         "qualification_data",
         Circle(),
-        "Lead.qualification_data cannot be '…': it is nested too deeply, or contains itself",
+        "Lead.qualification_data cannot be '…': it is nested too deeply, or contains itself.",
     ),
 ]
 
@@ -180,7 +180,7 @@ def test_a_moment_is_a_datetime_with_a_timezone(moment: Any, why: str) -> None:
         PendingAction(expires_at=moment)
 
     assert str(caught.value).startswith("PendingAction.expires_at cannot be ")
-    assert str(caught.value).endswith(f": {why}")
+    assert str(caught.value).endswith(f": {why}.")
 
 
 @pytest.fixture(params=["UTC", "America/New_York", "Asia/Kolkata", "Pacific/Kiritimati"])

@@ -798,10 +798,10 @@ def test_a_database_that_is_not_migrated_is_refused(way: Callable[[Worker], None
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"limit": 0}, "limit cannot be 0: it must be at least 1"),
-        ({"lease": timedelta(0)}, "lease cannot be '0:00:00': it must be longer than nothing"),
-        ({"idle": timedelta(seconds=-1)}, "idle cannot be '-1 day, 23:59:59': it must be longer than nothing"),
-        ({"sweep_every": timedelta(0)}, "sweep_every cannot be '0:00:00': it must be longer than nothing"),
+        ({"limit": 0}, "limit cannot be 0: it must be at least 1."),
+        ({"lease": timedelta(0)}, "lease cannot be '0:00:00': it must be longer than nothing."),
+        ({"idle": timedelta(seconds=-1)}, "idle cannot be '-1 day, 23:59:59': it must be longer than nothing."),
+        ({"sweep_every": timedelta(0)}, "sweep_every cannot be '0:00:00': it must be longer than nothing."),
     ],
 )
 def test_a_worker_that_could_not_work_is_refused(options: dict[str, Any], sentence: str) -> None:
