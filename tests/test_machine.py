@@ -11,7 +11,7 @@ from transitions import Machine
 
 import close_engine
 from close_engine import CloseEngineConversation, GuardRefused, Stage, TransitionNotAllowed, UnknownTrigger
-from close_engine.machine import TRANSITIONS, TRIGGERS, Draft, decide, mermaid, pairs, trigger_between
+from close_engine.machine import TRANSITIONS, TRIGGERS, Draft, _machine, decide, mermaid, pairs, trigger_between
 from close_engine.stages import AutonomyLevel
 from tests.design import ACTIVE, GIVEN, REASON, STAGES, TABLE, TRIGGER_BETWEEN, URL, triggers_from
 
@@ -23,6 +23,17 @@ def test_the_table_is_the_designs() -> None:
     found = {(str(source), str(dest)): trigger for trigger, source, dest in pairs()}
     assert found == TRIGGER_BETWEEN
     assert len(list(pairs())) == len(found), "two triggers lead from one stage to another"
+
+
+def test_the_machine_that_runs_it_has_the_same_transitions_and_no_others() -> None:
+    held = [(row.source, row.dest, trigger) for trigger in TABLE for row in _machine.get_transitions(trigger)]
+    designed = [
+        (source, None if trigger == "resume" else rule.dests[0], trigger)
+        for trigger, rule in TABLE.items()
+        for source in rule.sources
+    ]
+    assert sorted(held, key=str) == sorted(designed, key=str)
+    assert list(_machine.events) == list(TABLE)
 
 
 def test_every_trigger_has_a_meaning_and_a_method_of_its_own() -> None:
