@@ -8,6 +8,7 @@ import pty
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,9 @@ def test_on_a_terminal_the_board_is_live_until_it_is_interrupted(
     conversation_in(Stage.BUILDING)
     read_until(r"BUILDING +1 ")
     watching.send_signal(signal.SIGINT)
+    with suppress(OSError):  # which ends the reading, for the terminal is gone with the process
+        while os.read(ours, 10_000):
+            pass
     _, err = watching.communicate()
     os.close(ours)
 
