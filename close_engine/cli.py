@@ -41,6 +41,8 @@ from close_engine.errors import (
     ConversationNotFound,
     InvalidValue,
     SchemaError,
+    first_line,
+    one_line,
 )
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.models import StageChange
@@ -149,7 +151,7 @@ def _connect(context: typer.Context, missing: Literal["refuse", "make", "pretend
             else "Check that the server is up, and that every part of the URL is right"
         )
         raise ConfigurationError(
-            f"The database {without_password(url)} cannot be opened: {_one_line(error)}. {needed}."
+            f"The database {without_password(url)} cannot be opened: {one_line(error)}. {needed}."
         ) from error
 
 
@@ -162,8 +164,7 @@ def _sqlite_file(database: peewee.Database) -> Path | None:
 def _open(context: typer.Context) -> None:
     """Connect to a database that must be migrated."""
     _connect(context)
-    pending = [migration.name for migration in schema.status() if migration.applied_at is None]
-    if pending:
+    if pending := schema.pending():
         raise SchemaError(f"The database is not migrated ({', '.join(pending)} pending): run close-engine migrate.")
 
 
@@ -353,10 +354,9 @@ def approve(
     """Approve what waits, so that it is sent."""
     _open(context)
     found = _action(action)
-    decided = found.status is ActionStatus.APPROVED
+    before = found.status
     sent = found.approve(by, message)
-    told = f"was approved by {cell(found.approved_by)} already" if decided else "is approved"
-    print(f"Action {found.id!r} {told}: message {sent.id} of the outbox.")
+    print(f"{_decided(found, before)}: message {sent.id} of the outbox.")
 
 
 @command()
@@ -369,9 +369,16 @@ def reject(
     """Reject what waits; it is not sent."""
     _open(context)
     found = _action(action)
-    decided = found.status is ActionStatus.REJECTED
+    before = found.status
     found.reject(by, reason)
-    print(f"Action {found.id!r} {f'was rejected by {cell(found.approved_by)} already' if decided else 'is rejected'}.")
+    print(f"{_decided(found, before)}.")
+
+
+def _decided(action: PendingAction, before: ActionStatus) -> str:
+    decision = action.status.lower()
+    if action.status is before:
+        return f"Action {action.id!r} was {decision} by {cell(action.approved_by)} already"
+    return f"Action {action.id!r} is {decision}"
 
 
 def _action(name: str) -> PendingAction:
@@ -558,10 +565,6 @@ def demo(
 # -- what is printed, and how it ends --------------------------------------------------------------------------------
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
 def _without_secrets(sentence: str) -> str:
     """What a driver says may quote what it was given."""
     try:
@@ -598,7 +601,7 @@ def main(arguments: list[str] | None = None) -> None:
         sentence = str(error)
     except peewee.PeeweeException as error:
         sentence = (
-            f"The database refuses: {str(error).partition(chr(10))[0]}. close-engine verify says what it lacks; a "
+            f"The database refuses: {first_line(error)}. close-engine verify says what it lacks; a "
             "right is its owner's to grant, and a SQLite file and its directory must be writable."
         )
     except OSError as error:

@@ -52,7 +52,7 @@ from close_engine.backend import connect, without_password
 from close_engine.conversations import CloseEngineConversation, open_conversation
 from close_engine.demo_report import Handover, LevelLine, Report, StageLine
 from close_engine.demo_script import CAST, MISTAKES, STILL_THERE, STORIES, VERBS, Mistake, Role, Turn, Verb
-from close_engine.errors import CannotBeSent, CloseEngineError, ConfigurationError
+from close_engine.errors import CannotBeSent, CloseEngineError, ConfigurationError, one_line
 from close_engine.fields import create_id
 from close_engine.inbox import receive, record_payment
 from close_engine.machine import TRIGGERS
@@ -532,7 +532,7 @@ def temporary_database(url: str | None = None) -> Iterator[str]:
         except peewee.DatabaseError as error:
             raise ConfigurationError(
                 f"The demo cannot make a temporary database beside {without_password(url)}: "
-                f"{' '.join(str(error).split())}. Use a role with CREATEDB, or leave --database out for SQLite."
+                f"{one_line(error)}. Use a role with CREATEDB, or leave --database out for SQLite."
             ) from error
         parts = urlsplit(url)
         yield f"{parts.scheme}://{parts.netloc}/{name}?{parts.query}"

@@ -446,6 +446,16 @@ class AfterCommitError(CloseEngineError):
         super().__init__(f"The change is committed, but what was to run after it failed: {told}")
 
 
+def first_line(error: BaseException) -> str:
+    """What a driver says, without the statement and the hints that it adds."""
+    return str(error).partition("\n")[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All that a driver says, for the inside of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def _conversation(conversation_id: str | None) -> str:
     return "The conversation" if conversation_id is None else f"Conversation {conversation_id!r}"
 

@@ -28,7 +28,7 @@ import peewee
 from playhouse.migrations import MigrationError, Runner
 
 from close_engine.backend import Binding, current
-from close_engine.errors import SchemaError
+from close_engine.errors import SchemaError, first_line
 from close_engine.models import BaseModel
 from close_engine.transaction import atomic
 
@@ -74,7 +74,7 @@ def migrate(*, standalone: bool = False) -> list[str]:
             statement (no right to make tables, say); nothing was changed.
     """
     binding = current()
-    if not standalone and not _pending():
+    if not standalone and not pending():
         return []
     with atomic(), _schema_errors():
         return _apply(binding, standalone)
@@ -146,7 +146,7 @@ def status() -> list[MigrationStatus]:
         return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
     except peewee.ProgrammingError as error:
         raise SchemaError(
-            f"The database refuses: {_first_line(error)}; a right is its owner's to grant, and to read which "
+            f"The database refuses: {first_line(error)}; a right is its owner's to grant, and to read which "
             "migrations were applied takes USAGE of the schema close_engine and SELECT on its tables."
         ) from error
 
@@ -198,15 +198,16 @@ def _runner(binding: Binding) -> Any:
     return Runner(binding.database, str(directory()), table_name=table, schema=schema)
 
 
-def _pending() -> bool:
-    return any(migration.applied_at is None for migration in status())
+def pending() -> list[str]:
+    """The names of the migrations that are still to be applied; errors as for `status`."""
+    return [migration.name for migration in status() if migration.applied_at is None]
 
 
 def _apply(binding: Binding, standalone: bool) -> list[str]:
     binding.dialect.exclusive(binding.database)
     if standalone:
         _create_crm_tables(binding)
-    if not _pending():
+    if not pending():
         return []
     binding.dialect.create_schema(binding.database)
     applied: list[str] = _runner(binding).up()
@@ -233,11 +234,7 @@ def _schema_errors() -> Iterator[None]:
         summary, *problems = str(error).split("\n  - ")
         raise SchemaError(f"Nothing was changed: {summary}", problems) from error
     except peewee.DatabaseError as error:
-        raise SchemaError(f"Nothing was changed: the database refuses, {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        raise SchemaError(f"Nothing was changed: the database refuses, {first_line(error)}.") from error
 
 
 _LEAVE_NO_TRACE = ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE")

@@ -42,9 +42,10 @@ from close_engine.errors import (
     LeaseLost,
     MessageNotFound,
     SchemaError,
+    first_line,
 )
 from close_engine.outbox import OutboxMessage
-from close_engine.schema import status
+from close_engine.schema import pending
 from close_engine.stages import MessageStatus
 
 __all__ = ["Sender", "Worker", "load_sender", "print_sender"]
@@ -183,8 +184,8 @@ class Worker:
 
     def _claim(self) -> list[OutboxMessage]:
         if not self._checked:
-            if pending := [migration.name for migration in status() if migration.applied_at is None]:
-                raise SchemaError(f"The database lacks {', '.join(pending)}: run close-engine migrate first.")
+            if missing := pending():
+                raise SchemaError(f"The database lacks {', '.join(missing)}: run close-engine migrate first.")
             self._checked = True
         if self.sweep is not None and (self._next_sweep is None or now() >= self._next_sweep):
             self._next_sweep = now() + self.sweep_every
@@ -283,7 +284,7 @@ class Worker:
                     OutboxMessage.update(available_at=now() + self.lease).where(held).execute()
                 except peewee.PeeweeException as error:
                     # It beats again; what cannot be reached by then the report will say.
-                    logger.warning("heartbeat failed worker=%s: %s", self.name, _first_line(error))
+                    logger.warning("heartbeat failed worker=%s: %s", self.name, first_line(error))
                 database.close()
 
         heart = threading.Thread(target=extend, name=f"{self.name} heartbeat", daemon=True)
@@ -298,7 +299,7 @@ class Worker:
         """Drop the broken connection, and wait a moment before the next; any other error is raised again."""
         if not is_transient(error):
             raise error
-        logger.warning("database unreachable worker=%s: %s", self.name, _first_line(error))
+        logger.warning("database unreachable worker=%s: %s", self.name, first_line(error))
         current().database.close()
         self._pause()
 
@@ -312,7 +313,3 @@ def _described(message: OutboxMessage) -> str:
         f"message={message.id} topic={message.topic} conversation={message.conversation_id} "
         f"attempt={message.attempts} provider_id={message.provider_id}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -25,6 +25,21 @@ TAKE_UP = """
 # Whether the conversation becomes active by this change.
 BEGINS = "OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')"
 
+# What each trigger stamps, where the writer left the column as it was: {now} is the moment of the change.
+STAMPS = {
+    "request_edits": {"edit_rounds": "OLD.edit_rounds + 1"},
+    "send_payment_link": {"payment_link_sent_at": "{now}"},
+    "complete": {"completed_at": "{now}"},
+    "stall": {"stalled_at": "{now}"},
+    "resume": {"stalled_at": "NULL"},
+    "close_lost": {"closed_lost_at": "{now}"},
+    "reopen": {"closed_lost_at": "NULL", "closed_lost_reason": "NULL"},
+}
+STAMP = """
+        IF NEW.{column} IS NOT DISTINCT FROM OLD.{column} THEN
+            NEW.{column} := {value};
+        END IF;"""
+
 # What both functions end with.
 WRITE_DOWN = """
     INSERT INTO close_engine.history
@@ -99,33 +114,7 @@ BEGIN
     END IF;
 
     CASE fired
-    WHEN 'request_edits' THEN
-        IF NEW.edit_rounds = OLD.edit_rounds THEN
-            NEW.edit_rounds := OLD.edit_rounds + 1;
-        END IF;
-    WHEN 'send_payment_link' THEN
-        IF NEW.payment_link_sent_at IS NOT DISTINCT FROM OLD.payment_link_sent_at THEN
-            NEW.payment_link_sent_at := moment;
-        END IF;
-    WHEN 'complete' THEN
-        IF NEW.completed_at IS NOT DISTINCT FROM OLD.completed_at THEN
-            NEW.completed_at := moment;
-        END IF;
-    WHEN 'stall', 'resume' THEN
-        IF NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
-            NEW.stalled_at := CASE fired WHEN 'stall' THEN moment END;
-        END IF;
-    WHEN 'close_lost' THEN
-        IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
-            NEW.closed_lost_at := moment;
-        END IF;
-    WHEN 'reopen' THEN
-        IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
-            NEW.closed_lost_at := NULL;
-        END IF;
-        IF NEW.closed_lost_reason IS NOT DISTINCT FROM OLD.closed_lost_reason THEN
-            NEW.closed_lost_reason := NULL;
-        END IF;
+{stamps}
     ELSE
         NULL; -- the others stamp nothing
     END CASE;
@@ -209,6 +198,7 @@ FORGOTTEN = "NEW.{0} IS OLD.{0} AND {0} IS NOT {1}"
 
 
 def stamp(trigger, column, value):
+    value = value.format(now=NOW)
     return (
         f"UPDATE close_engine_conversations SET {column} = {value} "
         f"WHERE id = NEW.id AND {FIRED} = '{trigger}' AND {FORGOTTEN.format(column, value)};"
@@ -260,14 +250,7 @@ BEGIN
         )
     }
     {KEEP_SILENCE.format(begins=BEGINS)}
-    {stamp("request_edits", "edit_rounds", "OLD.edit_rounds + 1")}
-    {stamp("send_payment_link", "payment_link_sent_at", NOW)}
-    {stamp("complete", "completed_at", NOW)}
-    {stamp("stall", "stalled_at", NOW)}
-    {stamp("resume", "stalled_at", "NULL")}
-    {stamp("close_lost", "closed_lost_at", NOW)}
-    {stamp("reopen", "closed_lost_at", "NULL")}
-    {stamp("reopen", "closed_lost_reason", "NULL")}
+    {"".join(stamp(trigger, *set_to) for trigger, columns in STAMPS.items() for set_to in columns.items())}
 END""",
     # The library finds a row again by the text of its updated_at: it must be later than before, and have its form,
     # which only a row that is being inserted did not have before.
@@ -308,7 +291,14 @@ WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
 
 def function_text(text, fired, source, begins):
     take_up, write_down = (part.format(fired=fired, source=source, begins=begins) for part in (TAKE_UP, WRITE_DOWN))
-    return text.replace("{take_up}", take_up).replace("{write_down}", write_down)
+    stamps = "".join(
+        f"    WHEN '{trigger}' THEN"
+        + "".join(STAMP.format(column=column, value=value.format(now="moment")) for column, value in columns.items())
+        + "\n"
+        for trigger, columns in STAMPS.items()
+    )
+    text = text.replace("{take_up}", take_up).replace("{write_down}", write_down)
+    return text.replace("{stamps}\n", stamps)
 
 
 def up(migrator, db):
