@@ -1,6 +1,6 @@
 """Close Engine: close conversations as a state machine whose rules hold in Python and in the database."""
 
-from close_engine import outbox
+from close_engine import outbox, schema
 from close_engine.approvals import (
     APPROVAL_FIRST,
     DEFAULT_EXPIRY,
@@ -9,8 +9,10 @@ from close_engine.approvals import (
     pending_actions,
     submit,
 )
-from close_engine.backend import Tables, bind, connect
 from close_engine.conversations import Answer, CloseEngineConversation, locked, open_conversation
+from close_engine.database.binding import Tables, bind
+from close_engine.database.transaction import atomic
+from close_engine.database.url import connect
 from close_engine.errors import (
     ActionDecided,
     ActionNotFound,
@@ -46,7 +48,7 @@ from close_engine.inbox import InboxEntry, Received, receive, record_payment
 from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS
 from close_engine.models import Client, Lead, StageChange, User
 from close_engine.outbox import OutboxMessage
-from close_engine.schema import migrate, rollback, status
+from close_engine.schema import migrate, verify
 from close_engine.stages import (
     ACTIVE_STAGES,
     CLOSED_STAGES,
@@ -58,8 +60,6 @@ from close_engine.stages import (
     Stage,
 )
 from close_engine.sweeps import Swept, expire_actions, lose_stalled, release_leases, stall_silent, sweep
-from close_engine.transaction import atomic
-from close_engine.verify import verify
 from close_engine.version import __version__
 from close_engine.worker import Worker
 
@@ -120,14 +120,13 @@ __all__ = [
     "Received",
     "record_payment",
     "release_leases",
-    "rollback",
+    "schema",
     "SchemaError",
     "Stage",
     "StageAssignmentRefused",
     "StageChange",
     "StageConflict",
     "stall_silent",
-    "status",
     "submit",
     "sweep",
     "Swept",

@@ -22,16 +22,9 @@ from typing import Any
 import peewee
 from peewee import SQL
 
-from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation
-from close_engine.errors import (
-    ActionNotFound,
-    ConversationClosed,
-    ConversationNotFound,
-    InvalidValue,
-    StageConflict,
-)
-from close_engine.fields import (
+from close_engine.database.binding import current, now
+from close_engine.database.fields import (
     CleaningAccessor,
     EnumField,
     JsonField,
@@ -43,12 +36,19 @@ from close_engine.fields import (
     dump_json,
     stored_time,
 )
+from close_engine.database.transaction import atomic, take_over
+from close_engine.errors import (
+    ActionNotFound,
+    ConversationClosed,
+    ConversationNotFound,
+    InvalidValue,
+    StageConflict,
+)
 from close_engine.firing import context_of, draft_of, write_fields
 from close_engine.machine import TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
 from close_engine.outbox import OutboxMessage, enqueue, moment_after
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
-from close_engine.transaction import atomic, take_over
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
 
@@ -195,7 +195,7 @@ class PendingAction(BaseModel):
         """Why it could not be decided; nothing where it was decided so already."""
         with atomic():
             # Whoever decides on it at this moment, in time where this came too late, is waited for.
-            current().dialect.hold(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
+            current().hold(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
             self._reload()
         if self.status is dest:
             return

@@ -1,14 +1,12 @@
 """The board: how many conversations stand where and for how long, what waits for a human, what the outbox holds.
 
     board = pipeline()                                  # plain numbers, for a dashboard of your own
-    console.print(render(board))
-    watch(console, every=timedelta(seconds=2))          # the same, live, until it is interrupted
 
 It answers within a second at a million conversations: it counts along indexes, and asks the history when its stage was
 entered only of so many conversations. Where that makes a number an approximation, it says so.
 
->>> from close_engine.backend import connect
->>> from close_engine.schema import migrate
+>>> from close_engine.database.url import connect
+>>> from close_engine.schema.migrations import migrate
 >>> database = connect("sqlite:///:memory:")
 >>> applied = migrate(standalone=True)
 >>> board = pipeline()
@@ -19,7 +17,6 @@ entered only of so many conversations. Where that makes a number an approximatio
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,21 +24,15 @@ from statistics import median
 from typing import Any
 
 import peewee
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
 
 from close_engine.approvals import PendingAction, pending_actions
-from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation
-from close_engine.errors import InvalidValue
+from close_engine.database.binding import current, now
 from close_engine.models import StageChange
 from close_engine.outbox import OutboxMessage
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
-from close_engine.terminal import cell, duration, table
 
-__all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "outbox_line", "pipeline", "render", "watch"]
+__all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "outbox_line", "pipeline"]
 
 #: As many conversations of an active stage are all looked at; where there are more, a sample is.
 EXACT = 1000
@@ -209,61 +200,3 @@ def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, date
         query = query.where(peewee.NodeList((model.id, peewee.SQL(dialect.ids_of(chosen)))))
     read: Any = StageChange.created_at.python_value
     return [(stage, read(at)) for stage, at in query.tuples() if at is not None]
-
-
-# -- in a terminal ---------------------------------------------------------------------------------------------------
-
-
-def render(board: Pipeline) -> RenderableType:
-    """The board as it is printed."""
-    approvals = table("waits for approval", "count", "oldest", title="Approvals", numbers=("count", "oldest"))
-    for waiting in board.approvals:
-        approvals.add_row(waiting.type.value, f"{waiting.waiting:,}", duration(waiting.oldest))
-    if not board.approvals:
-        approvals.add_row("nothing", "-", "-")
-    beside = Group(approvals, "", render_outbox(board.outbox))
-    parts: list[RenderableType] = [Columns([_render_stages(board), beside], padding=(0, 4))]
-    if any(line.sampled for line in board.stages):
-        parts += ["", "~ approximated, >= at least: from a sample"]
-    return Group(*parts)
-
-
-def _render_stages(board: Pipeline) -> Table:
-    numbers = ("conversations", "median time in it", "longest")
-    stages = table("stage", *numbers, title=f"Pipeline at {cell(board.at)}", numbers=numbers)
-    for line in board.stages:
-        about, least = ("~ ", ">= ") if line.sampled else ("", "")
-        stages.add_row(
-            line.stage.value, f"{line.count:,}", about + duration(line.median), least + duration(line.longest)
-        )
-    stages.add_section()
-    stages.add_row("all", f"{sum(line.count for line in board.stages):,}", "", "")
-    return stages
-
-
-def render_outbox(line: OutboxLine) -> Table:
-    """What the outbox holds, as it is printed."""
-    shown = table("messages", "count", title="Outbox", numbers=("count",))
-    shown.add_row("to be sent", f"{line.pending:,}")
-    shown.add_row("of them in flight", f"{line.in_flight:,}")
-    shown.add_row("dead", f"{line.dead:,}")
-    shown.add_section()
-    shown.add_row("the next one waits for", duration(line.lag))
-    return shown
-
-
-def watch(console: Console, every: timedelta) -> None:
-    """Show the board, again and again in the same place, until KeyboardInterrupt.
-
-    Args:
-        every: the time from one to the next.
-
-    Raises:
-        InvalidValue: it would never rest.
-    """
-    if every <= timedelta(0):
-        raise InvalidValue("every", str(every), "it must be longer than nothing")
-    with Live(render(pipeline()), console=console, auto_refresh=False, transient=False) as live:
-        while True:
-            time.sleep(every.total_seconds())
-            live.update(render(pipeline()), refresh=True)

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import peewee
 
+from close_engine.database.fields import CleaningAccessor, EnumField, UtcDateTimeField
 from close_engine.errors import InvalidValue, StageAssignmentRefused
-from close_engine.fields import CleaningAccessor, EnumField, UtcDateTimeField
 from close_engine.machine import TRIGGERS, trigger_between, triggers_from
 from close_engine.stages import Stage
 

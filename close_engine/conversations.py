@@ -28,18 +28,10 @@ import peewee
 from peewee import SQL
 
 from close_engine import hooks
-from close_engine.backend import Dialect, current, now
 from close_engine.columns import StageField, VersionField, WithoutStage, is_row, refuse_stage
-from close_engine.errors import (
-    ConversationCompleted,
-    ConversationNotFound,
-    InvalidValue,
-    LeadHasNoPhone,
-    LeadNotFound,
-    TransitionRefused,
-    UserNotFound,
-)
-from close_engine.fields import (
+from close_engine.database.binding import current, now
+from close_engine.database.dialect import Dialect
+from close_engine.database.fields import (
     EnumField,
     JsonField,
     OneToOneField,
@@ -49,6 +41,16 @@ from close_engine.fields import (
     clean_text,
     dump_json,
     stored_time,
+)
+from close_engine.database.transaction import atomic, remember, take_over
+from close_engine.errors import (
+    ConversationCompleted,
+    ConversationNotFound,
+    InvalidValue,
+    LeadHasNoPhone,
+    LeadNotFound,
+    TransitionRefused,
+    UserNotFound,
 )
 from close_engine.firing import (
     Context,
@@ -63,7 +65,6 @@ from close_engine.firing import (
 from close_engine.machine import TRANSITIONS, decide
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
-from close_engine.transaction import atomic, remember, take_over
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -279,7 +280,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             return
         with atomic():
             # The conversation first, and then its lead, as everybody does who holds both.
-            row = dialect.hold(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
+            row = current().hold(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
             if row is None:
                 raise ConversationNotFound(self.id)
             values = {**merged, "updated_at": next_version(row)}
@@ -437,7 +438,7 @@ def locked(conversation_id: str) -> Iterator[CloseEngineConversation]:
     """
     with atomic():
         query = CloseEngineConversation.select().where(CloseEngineConversation.id == conversation_id)
-        conversation = current().dialect.hold(query).first()
+        conversation = current().hold(query).first()
         if conversation is None:
             raise ConversationNotFound(conversation_id)
         yield conversation
@@ -482,7 +483,7 @@ def open_conversation(
     rep_id = rep.id if isinstance(rep, User) else rep
     entry_point = CloseEngineConversation.entry_point.clean(entry_point)
     context = context_of("open", actor, reason, metadata, key)
-    hold = current().dialect.hold
+    hold = current().hold
     with atomic():
         # The conversation first, and then its lead, as everybody does who holds both.
         mine = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)

@@ -20,8 +20,11 @@ from threading import local
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from close_engine import hooks
-from close_engine.backend import Binding, Dialect, current, now
 from close_engine.columns import is_row
+from close_engine.database.binding import Binding, current, now
+from close_engine.database.dialect import Dialect
+from close_engine.database.fields import clean_json, clean_text, stored_time
+from close_engine.database.transaction import atomic, remember, run_after_commit
 from close_engine.errors import (
     ConversationNotFound,
     InvalidValue,
@@ -30,11 +33,9 @@ from close_engine.errors import (
     StageConflict,
     TransitionRefused,
 )
-from close_engine.fields import clean_json, clean_text, stored_time
 from close_engine.machine import TRIGGERS, Draft, Stamp, Transition, decide
 from close_engine.models import StageChange
 from close_engine.stages import Stage
-from close_engine.transaction import atomic, remember, run_after_commit
 
 if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation

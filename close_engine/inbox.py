@@ -19,14 +19,14 @@ from typing import Any
 
 import peewee
 
-from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation
+from close_engine.database.binding import current, now
+from close_engine.database.fields import TextField, UtcDateTimeField, clean_text, stored_time
+from close_engine.database.transaction import atomic
 from close_engine.errors import LeadNotFound, PaymentUnmatched
-from close_engine.fields import TextField, UtcDateTimeField, clean_text, stored_time
 from close_engine.firing import change_stage, context_of, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.stages import ACTIVE_STAGES, Stage
-from close_engine.transaction import atomic
 
 __all__ = ["InboxEntry", "Received", "receive", "record_payment"]
 
@@ -158,7 +158,7 @@ def record_payment(
 def _held(lead_id: str) -> CloseEngineConversation | None:
     """The lead's conversation, held against every other writer."""
     query = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
-    conversation: CloseEngineConversation | None = current().dialect.hold(query).first()
+    conversation: CloseEngineConversation | None = current().hold(query).first()
     return conversation
 
 

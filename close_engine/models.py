@@ -3,7 +3,7 @@
 The tables with a life of their own are models too, each beside what it does: `CloseEngineConversation` in
 `conversations`. All of them follow the binding:
 
->>> from close_engine.backend import connect
+>>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:", leads="Lead")
 >>> Lead._meta.table_name, StageChange._meta.table_name
 ('Lead', 'close_engine_history')
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
-from close_engine.backend import current, database_proxy
-from close_engine.fields import EnumField, JsonField, TextField, UtcDateTimeField, create_id
+from close_engine.database.binding import current, database_proxy
+from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, create_id
 from close_engine.stages import AutonomyLevel, EntryPoint, Stage
 
 if TYPE_CHECKING:

@@ -22,8 +22,10 @@ from typing import Any
 
 import peewee
 
-from close_engine.backend import current, is_transient, now
 from close_engine.conversations import CloseEngineConversation, locked
+from close_engine.database.binding import current, is_transient, now
+from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, stored_time
+from close_engine.database.transaction import atomic, remember, take_over
 from close_engine.errors import (
     ConversationClosed,
     ConversationNotFound,
@@ -34,12 +36,10 @@ from close_engine.errors import (
     ProviderIdTaken,
     UnknownTrigger,
 )
-from close_engine.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, stored_time
 from close_engine.hooks import Hook, on_enter
 from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, StageChange
 from close_engine.stages import CLOSED_STAGES, ActionType, MessageStatus, Stage
-from close_engine.transaction import atomic, remember, take_over
 
 __all__ = ["OutboxMessage", "claim", "effect", "enqueue", "requeue"]
 

@@ -15,13 +15,13 @@ from datetime import timedelta
 from typing import Any
 
 from close_engine import hooks
-from close_engine.backend import current, now
 from close_engine.conversations import CloseEngineConversation
+from close_engine.database.binding import current, now
+from close_engine.database.fields import stored_time
+from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue
-from close_engine.fields import stored_time
 from close_engine.firing import change_stage, context_of, written_by
 from close_engine.machine import TRIGGERS
-from close_engine.transaction import atomic
 
 __all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
 

@@ -28,11 +28,11 @@ from typing import Any
 import peewee
 import pytest
 
-from close_engine.backend import connect
 from close_engine.conversations import CloseEngineConversation, open_conversation
+from close_engine.database.url import connect
 from close_engine.models import Lead
 from close_engine.outbox import OutboxMessage
-from close_engine.schema import migrate
+from close_engine.schema.migrations import migrate
 from close_engine.stages import AutonomyLevel, EntryPoint, Stage
 from close_engine.worker import Worker
 

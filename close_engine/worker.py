@@ -34,7 +34,7 @@ from functools import partial
 import peewee
 
 from close_engine import outbox, sweeps
-from close_engine.backend import current, is_transient, now
+from close_engine.database.binding import current, is_transient, now
 from close_engine.errors import (
     CannotBeSent,
     ConfigurationError,
@@ -45,7 +45,7 @@ from close_engine.errors import (
     first_line,
 )
 from close_engine.outbox import OutboxMessage
-from close_engine.schema import pending
+from close_engine.schema.migrations import pending
 from close_engine.stages import MessageStatus
 
 __all__ = ["Sender", "Worker", "load_sender", "print_sender"]

@@ -34,7 +34,7 @@ from close_engine import (
     pending_actions,
     submit,
 )
-from close_engine.fields import milliseconds
+from close_engine.database.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
@@ -787,7 +787,7 @@ def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_
     def approve_each():
         results = []
         for action, before in zip(actions, ahead, strict=True):
-            while close_engine.backend.now() < action.expires_at - before:
+            while close_engine.database.binding.now() < action.expires_at - before:
                 pass
             try:
                 results.append(copy_of(action).approve(by="dana"))

@@ -15,7 +15,7 @@ from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import close_engine
 from close_engine import ConfigurationError, EntryPoint, Lead, Stage
-from close_engine.backend import current, now
+from close_engine.database.binding import current, now
 from close_engine.testing import bring_to
 from tests.servers import execute, postgres_database
 
@@ -259,8 +259,8 @@ for use in (
     lambda: close_engine.open_conversation("lead_1", "SMS_REPLY"),
     lambda: close_engine.atomic().__enter__(),
     close_engine.migrate,
-    close_engine.status,
-    close_engine.rollback,
+    close_engine.schema.status,
+    close_engine.schema.downgrade,
     close_engine.verify,
 ):
     try:
@@ -311,6 +311,6 @@ def test_the_crm_may_live_in_another_schema(server: str, schema: str) -> None:
         assert database.get_tables("public") == []
         conversation = close_engine.open_conversation(Lead.create(phone="+1555"), EntryPoint.SMS_REPLY)
         assert bring_to(conversation, Stage.COMPLETED).history()[-1].dest is Stage.COMPLETED
-        close_engine.rollback("0001_conversations")
+        close_engine.schema.downgrade("0001_conversations")
         assert set(database.get_tables(schema)) == {"clients", "leads", "users"}
         database.close()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from close_engine import ActionType, AutonomyLevel, InvalidValue, Stage, board, outbox, submit
 from close_engine.board import ApprovalLine, OutboxLine, StageLine, pipeline
+from close_engine.cli.board import render, watch
 
 HOUR = timedelta(hours=1)
 
@@ -28,7 +29,7 @@ def to_minutes(time: timedelta | None) -> timedelta | None:
 
 def shown(width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(board.render(pipeline()))
+    console.print(render(pipeline()))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -165,11 +166,11 @@ def test_a_live_board_is_drawn_again_and_again(conversation_in: Any, monkeypatch
             raise KeyboardInterrupt
         conversation_in(Stage.BUILDING)
 
-    monkeypatch.setattr(board.time, "sleep", next_moment)
+    monkeypatch.setattr("close_engine.cli.board.time.sleep", next_moment)
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
 
     with pytest.raises(KeyboardInterrupt):
-        board.watch(console, every=timedelta(seconds=7))
+        watch(console, every=timedelta(seconds=7))
 
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
     counts = [words[1] for words in map(str.split, drawn.splitlines()) if words[:1] == ["BUILDING"]]
@@ -178,4 +179,4 @@ def test_a_live_board_is_drawn_again_and_again(conversation_in: Any, monkeypatch
 
 def test_a_live_board_that_would_never_rest_is_refused(database: Any) -> None:
     with pytest.raises(InvalidValue, match="every cannot be '0:00:00': it must be longer than nothing"):
-        board.watch(Console(file=io.StringIO()), every=timedelta(0))
+        watch(Console(file=io.StringIO()), every=timedelta(0))

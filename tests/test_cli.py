@@ -13,7 +13,7 @@ import pytest
 
 import close_engine
 from close_engine import CloseEngineConversation, Stage, StageChange
-from close_engine.backend import without_password
+from close_engine.database.url import without_password
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.schema import directory
 from tests.command_line import Result, as_user, postgres_role, process, refused, run
@@ -22,7 +22,7 @@ from tests.servers import execute, postgres_database
 
 MIGRATIONS = sorted(path.stem for path in directory().glob("0*.py"))
 
-COMMANDS = ("migrate", "down", "status", "verify", "graph", "show", "fire", "demo")
+COMMANDS = ("migrate", "downgrade", "status", "verify", "graph", "show", "fire", "demo")
 COMMANDS += ("actions", "approve", "reject", "outbox", "sweep", "worker", "board")
 
 
@@ -88,7 +88,7 @@ def test_status_lists_every_migration_as_pending_and_then_when_it_was_applied(em
 
 
 def test_status_marks_a_migration_that_this_version_does_not_know(database: Any, database_url: str) -> None:
-    schema, table = close_engine.backend.current().dialect.own_table("migrations")
+    schema, table = close_engine.database.binding.current().dialect.own_table("migrations")
     where = f"{schema}.{table}" if schema else table
     database.execute_sql(f"INSERT INTO {where} (name, applied) VALUES ('0999_later', '2026-01-02 03:04:05')")
 
@@ -105,7 +105,7 @@ def test_verify_prints_a_checklist_and_ends_with_0(database_url: str) -> None:
 
 
 def test_verify_lists_what_is_wrong_and_ends_with_1(database: Any, database_url: str) -> None:
-    dialect = close_engine.backend.current().dialect
+    dialect = close_engine.database.binding.current().dialect
     database.execute_sql(dialect.sql("DELETE FROM {transitions} WHERE source = 'INITIATED' AND dest = 'QUALIFYING'"))
 
     result = run("verify", "--database", database_url)
@@ -195,16 +195,16 @@ def test_down_takes_the_newest_back_without_asking_where_nothing_is_lost(
 ) -> None:
     conversation_in(Stage.BUILDING)
 
-    assert run("down", "--database", database_url) == Result(0, f"Took back {MIGRATIONS[-1]}.\n", "")
+    assert run("downgrade", "--database", database_url) == Result(0, f"Took back {MIGRATIONS[-1]}.\n", "")
     assert run("migrate", "--database", database_url).code == 0
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 1), ("", 1)])
 def test_down_asks_before_data_would_be_lost(conversation_in: Any, database_url: str, answer: str, code: int) -> None:
     conversation_in(Stage.BUILDING)
-    close_engine.backend.current().database.close()
+    close_engine.database.binding.current().database.close()
 
-    result = run("down", MIGRATIONS[0], "--database", database_url, input=answer)
+    result = run("downgrade", MIGRATIONS[0], "--database", database_url, input=answer)
 
     assert result.code == code
     assert "close_engine_conversations (1)" in result.err
@@ -212,14 +212,14 @@ def test_down_asks_before_data_would_be_lost(conversation_in: Any, database_url:
     assert ("Nothing was taken back; with --yes it is, without asking.\n" in result.err) is bool(code)
     assert len(result.out.splitlines()) == (0 if code else len(MIGRATIONS))
     close_engine.connect(database_url)
-    assert [migration.applied_at is None for migration in close_engine.status()] == [not code] * len(MIGRATIONS)
+    assert [migration.applied_at is None for migration in close_engine.schema.status()] == [not code] * len(MIGRATIONS)
 
 
 def test_down_asks_only_for_what_the_target_would_drop(conversation_in: Any, database_url: str) -> None:
     conversation_in(Stage.BUILDING)
-    close_engine.backend.current().database.close()
+    close_engine.database.binding.current().database.close()
 
-    result = run("down", "0002_history", "--database", database_url, input="n\n")
+    result = run("downgrade", "0002_history", "--database", database_url, input="n\n")
 
     assert "history" in result.err
     assert "close_engine_conversations" not in result.err
@@ -227,12 +227,12 @@ def test_down_asks_only_for_what_the_target_would_drop(conversation_in: Any, dat
 
 def test_down_with_yes_does_not_ask_and_then_has_nothing_to_do(conversation_in: Any, database_url: str) -> None:
     conversation_in(Stage.BUILDING)
-    close_engine.backend.current().database.close()
+    close_engine.database.binding.current().database.close()
 
-    result = run("down", MIGRATIONS[0], "--yes", "--database", database_url)
+    result = run("downgrade", MIGRATIONS[0], "--yes", "--database", database_url)
 
     assert result == Result(0, "".join(f"Took back {name}.\n" for name in reversed(MIGRATIONS)), "")
-    assert run("down", "--database", database_url).out == "Nothing to do: no migration is applied.\n"
+    assert run("downgrade", "--database", database_url).out == "Nothing to do: no migration is applied.\n"
 
 
 # -- options ---------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_a_command_line_that_cannot_be_understood_ends_with_2() -> None:
 # -- how it fails ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [("status",), ("verify",), ("down",), ("migrate",), ("show", "c1")])
+@pytest.mark.parametrize("command", [("status",), ("verify",), ("downgrade",), ("migrate",), ("show", "c1")])
 def test_a_missing_file_is_named_and_not_made(tmp_path: Path, command: Any) -> None:
     sentence = refused(*command, "--database", f"sqlite:///{tmp_path}/none.db")
 
@@ -365,7 +365,7 @@ NO_SUCH_CONVERSATION = (
     [
         (("show", "c9"), NO_SUCH_CONVERSATION),
         (("fire", "c9", "stall"), NO_SUCH_CONVERSATION),
-        (("down", "0042_none"), 'Nothing was changed: "0042_none" is not an applied migration.'),
+        (("downgrade", "0042_none"), 'Nothing was changed: "0042_none" is not an applied migration.'),
     ],
 )
 def test_what_is_not_there_is_named(database_url: str, arguments: Any, sentence: str) -> None:
@@ -465,7 +465,7 @@ def test_a_role_without_rights_is_told_so(postgres_url: str, server: str) -> Non
     ],
 )
 def test_a_url_that_cannot_be_used_is_named_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("close_engine.backend._binding", None)
+    monkeypatch.setattr("close_engine.database.binding._binding", None)
 
     sentence = refused("status", "--database", url)
 

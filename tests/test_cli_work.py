@@ -398,7 +398,7 @@ def test_the_board_of_a_terminal_ends_with_ctrl_c(action: PendingAction, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
-    monkeypatch.setattr("close_engine.board.watch", interrupted)
+    monkeypatch.setattr("close_engine.cli.board.watch", interrupted)
 
     assert run("board").code == 0
 

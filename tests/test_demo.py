@@ -23,13 +23,14 @@ from close_engine import (
     PendingAction,
     Stage,
     StageChange,
-    backend,
 )
-from close_engine.demo import LEAST_LEADS, Demo, temporary_database
-from close_engine.demo_report import Report
-from close_engine.demo_script import MISTAKES, Mistake
+from close_engine.database.binding import now
+from close_engine.database.fields import create_id
+from close_engine.demo.mistakes import MISTAKES, Mistake
+from close_engine.demo.place import temporary_database
+from close_engine.demo.play import LEAST_LEADS, Demo
+from close_engine.demo.report import Report
 from close_engine.errors import StageConflict
-from close_engine.fields import create_id
 from close_engine.inbox import receive
 from close_engine.machine import TRIGGERS
 from tests.command_line import COMMAND, as_user, postgres_role, process, run
@@ -141,7 +142,7 @@ def test_it_needs_enough_leads() -> None:
 
 def test_a_mistake_that_is_not_refused_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = Mistake("does nothing wrong", StageConflict, lambda turn: None)
-    monkeypatch.setattr("close_engine.demo.MISTAKES", (harmless,))
+    monkeypatch.setattr("close_engine.demo.play.MISTAKES", (harmless,))
 
     with temporary_database() as url:
         problems = play(url).problems
@@ -158,7 +159,7 @@ def test_messages_that_are_not_what_the_provider_knows_are_problems(beside: str)
         talkative = with_two.select(OutboxMessage.conversation_id)
         late = sent.where(OutboxMessage.conversation_id.in_(talkative)).order_by(OutboxMessage.id).first()
         last = sent.where(OutboxMessage.conversation_id != late.conversation_id).first()
-        OutboxMessage.update(sent_at=backend.now()).where(OutboxMessage.id == late.id).execute()
+        OutboxMessage.update(sent_at=now()).where(OutboxMessage.id == late.id).execute()
         forgotten = {"status": MessageStatus.PENDING, "sent_at": None}
         OutboxMessage.update(forgotten).where(OutboxMessage.id == last.id).execute()
         problems = demo.report().problems
@@ -169,7 +170,7 @@ def test_messages_that_are_not_what_the_provider_knows_are_problems(beside: str)
 
 
 def test_what_is_done_twice_where_it_is_reported_twice_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("close_engine.demo.receive", lambda lead, key, text: receive(lead, create_id(), text))
+    monkeypatch.setattr("close_engine.demo.play.receive", lambda lead, key, text: receive(lead, create_id(), text))
 
     with temporary_database() as url:
         problems = play(url).problems
@@ -179,7 +180,7 @@ def test_what_is_done_twice_where_it_is_reported_twice_is_a_problem(monkeypatch:
 
 
 def test_what_should_have_expired_and_has_not_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("close_engine.demo.sweep", lambda: None)
+    monkeypatch.setattr("close_engine.demo.play.sweep", lambda: None)
 
     with temporary_database() as url:
         problems = play(url).problems
@@ -200,7 +201,7 @@ def test_a_worker_process_that_dies_by_itself_is_an_error(capfd: pytest.CaptureF
 
 
 def test_an_error_that_is_not_the_mistakes_own_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("close_engine.demo.MISTAKES", (Mistake("fails", StageConflict, lambda turn: 1 / 0),))
+    monkeypatch.setattr("close_engine.demo.play.MISTAKES", (Mistake("fails", StageConflict, lambda turn: 1 / 0),))
 
     with temporary_database() as url, pytest.raises(ZeroDivisionError):
         play(url)
@@ -237,7 +238,7 @@ def test_the_command_shows_the_pipeline_and_leaves_nothing_behind(beside: str) -
 
 
 def test_the_command_tells_of_what_must_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("close_engine.demo.verify", lambda: ["The moon is missing."])
+    monkeypatch.setattr("close_engine.demo.audit.verify", lambda: ["The moon is missing."])
 
     result = run("demo", "--leads", FEW)
 

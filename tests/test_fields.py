@@ -14,7 +14,7 @@ import pytest
 import close_engine
 from close_engine import CloseEngineConversation, EntryPoint, InvalidValue, Lead, Stage
 from close_engine.approvals import PendingAction
-from close_engine.fields import UtcDateTimeField, clean_json, create_id
+from close_engine.database.fields import UtcDateTimeField, clean_json, create_id
 from close_engine.testing import MovableClock
 
 NAIVE = datetime(2026, 1, 2, 3, 4, 5)

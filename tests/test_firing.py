@@ -53,7 +53,7 @@ def test_a_trigger_changes_the_row_the_object_and_the_history_alike(conversation
         {"gaps": ["hours", "prices"]},
         "SM1",
     )
-    assert change.created_at == conversation.updated_at == close_engine.fields.milliseconds(moment)
+    assert change.created_at == conversation.updated_at == close_engine.database.fields.milliseconds(moment)
     assert repr(change) == f"<StageChange {change.id}: QUALIFYING → COLLECTING_INFO by collect_info>"
 
 

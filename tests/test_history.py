@@ -242,7 +242,7 @@ def test_the_history_of_a_random_walk_leads_to_the_stored_stage(
 def test_conversations_from_before_the_history_are_adopted_once(
     database: peewee.Database, foreign: ForeignWriter
 ) -> None:
-    close_engine.rollback("0002_history")
+    close_engine.schema.downgrade("0002_history")
     made = {stage: foreign.insert(stage) for stage in STAGES}
     rows = {stage: foreign.row(conversation) for stage, conversation in made.items()}
 
@@ -263,7 +263,7 @@ def test_a_guard_that_is_installed_again_adopts_what_came_meanwhile(
 ) -> None:
     known = conversation_in(Stage.BUILDING)
     past = foreign.history(known.id)
-    close_engine.rollback("0003_guard")
+    close_engine.schema.downgrade("0003_guard")
     new = foreign.insert("EDIT_LOOP")
     close_engine.migrate()
     close_engine.migrate()

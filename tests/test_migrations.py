@@ -28,7 +28,7 @@ from close_engine import (
     StageChange,
 )
 from close_engine.approvals import PendingAction
-from close_engine.schema import directory, migration_sql, rows_at_stake
+from close_engine.schema import directory, downgrade, migration_sql, rows_at_stake, status
 from close_engine.testing import bring_to
 from tests.crm import AFTER, everything, query, restore
 from tests.servers import execute, postgres_database
@@ -101,9 +101,9 @@ def test_a_database_without_a_crm_gets_one_only_when_asked(empty_url: str) -> No
         after = everything(empty_url)
         assert close_engine.migrate() == close_engine.migrate(standalone=True) == []
         assert everything(empty_url) == after
-        assert [(each.name, each.known) for each in close_engine.status()] == [(name, True) for name in SCRIPTS]
-        assert all(each.applied_at for each in close_engine.status())
-        close_engine.rollback(SCRIPTS[0])
+        assert [(each.name, each.known) for each in status()] == [(name, True) for name in SCRIPTS]
+        assert all(each.applied_at for each in status())
+        downgrade(SCRIPTS[0])
         assert set(database.get_tables()) - LEFT_ON_SQLITE == {"leads", "users", "clients"}
 
 
@@ -159,7 +159,7 @@ def test_conversations_that_exist_already_get_one_row_of_history_each(pushed_url
         stalled = CloseEngineConversation.get(CloseEngineConversation.stage == Stage.STALLED)
         assert stalled.resume().dest is Stage.QUALIFYING  # where it stalled, nobody has recorded
         assert [change.trigger for change in stalled.history()] == ["adopted", "resume"]
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
     assert len(query(pushed_url, rows)) == 11
 
 
@@ -188,7 +188,7 @@ def test_what_prisma_pushed_is_adopted_and_stays_when_migrated_back(pushed_url: 
 
         assert everything(pushed_url)[0]["public"][0] == pushed[0]["public"][0]
         assert close_engine.verify() == []
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
     assert everything(pushed_url) == before
 
 
@@ -403,7 +403,7 @@ def test_on_sqlite_what_is_there_is_adopted_and_stays(tmp_path: Path) -> None:
     with bound(url) as database:
         close_engine.migrate(standalone=True)
         database.execute_sql("DELETE FROM close_engine_created")
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
         before = everything(url)
         assert [name for kind, name, *_ in before if kind == "table"] == [
             "clients",
@@ -415,7 +415,7 @@ def test_on_sqlite_what_is_there_is_adopted_and_stays(tmp_path: Path) -> None:
 
         assert close_engine.migrate() == SCRIPTS
         assert close_engine.verify() == []
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
         assert everything(url) == before
 
 
@@ -532,13 +532,13 @@ def test_a_migration_that_a_newer_version_applied_is_known_by_its_name(crm_url: 
         query(crm_url, f"INSERT INTO {schema}migrations (name, applied) VALUES ('0999_later', '2026-01-01 00:00:00')")
 
         assert close_engine.migrate() == []
-        assert (close_engine.status()[-1].name, close_engine.status()[-1].known) == ("0999_later", False)
+        assert (status()[-1].name, status()[-1].known) == ("0999_later", False)
         before = everything(crm_url)
         with pytest.raises(SchemaError) as caught:
-            close_engine.rollback()
+            downgrade()
         assert str(caught.value) == ('Nothing was changed: cannot revert "0999_later": migration file is missing.')
         with pytest.raises(SchemaError, match='"0000_never" is not an applied migration'):
-            close_engine.rollback("0000_never")
+            downgrade("0000_never")
         assert everything(crm_url) == before
         assert not database.in_transaction()
 
@@ -597,7 +597,7 @@ def test_a_schema_that_was_made_beforehand_needs_no_right_to_make_one_and_stays(
         assert close_engine.migrate() == SCRIPTS
         assert close_engine.verify() == []
         bring_to(close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY), Stage.COMPLETED)
-        assert close_engine.rollback(SCRIPTS[0]) == SCRIPTS[::-1]
+        assert downgrade(SCRIPTS[0]) == SCRIPTS[::-1]
         assert everything(url) == before
         assert close_engine.migrate() == SCRIPTS
 
@@ -665,9 +665,9 @@ def test_the_printed_script_does_what_migrating_does_and_printing_it_leaves_no_t
             assert close_engine.migrate() == migration_sql() == []
             lead = Lead.create(phone="+1557")
             bring_to(close_engine.open_conversation(lead, EntryPoint.SMS_REPLY), Stage.COMPLETED)
-            close_engine.rollback(SCRIPTS[0])
+            downgrade(SCRIPTS[0])
         with bound(empty_url):
-            close_engine.rollback(SCRIPTS[0])
+            downgrade(SCRIPTS[0])
         assert everything(url) == everything(empty_url)
 
 
@@ -684,7 +684,7 @@ def test_the_printed_script_quotes_names_and_values(server: str) -> None:
 
 def test_the_printed_script_has_no_statements_of_other_threads(postgres_url: str) -> None:
     with bound(postgres_url) as database:
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
         started, stop = threading.Event(), threading.Event()
 
         def write() -> None:
@@ -721,16 +721,16 @@ def test_every_step_back_can_be_taken_alone_and_again(crm_url: str) -> None:
         close_engine.migrate()
         migrated = everything(crm_url)
         for steps in range(1, len(SCRIPTS) + 1):
-            assert [close_engine.rollback() for _ in range(steps)] == [[name] for name in SCRIPTS[: -steps - 1 : -1]]
-            pending = [each.name for each in close_engine.status() if each.applied_at is None]
+            assert [downgrade() for _ in range(steps)] == [[name] for name in SCRIPTS[: -steps - 1 : -1]]
+            pending = [each.name for each in status() if each.applied_at is None]
             assert pending == SCRIPTS[-steps:]
             if steps == len(SCRIPTS):
                 assert everything(crm_url) == before
             assert close_engine.migrate() == SCRIPTS[-steps:]
             assert everything(crm_url) == migrated
-        assert close_engine.rollback(SCRIPTS[1]) == SCRIPTS[:0:-1]
-        assert close_engine.rollback() == SCRIPTS[:1]
-        assert close_engine.rollback() == []
+        assert downgrade(SCRIPTS[1]) == SCRIPTS[:0:-1]
+        assert downgrade() == SCRIPTS[:1]
+        assert downgrade() == []
     assert everything(crm_url) == before
 
 
@@ -742,7 +742,7 @@ def test_migrating_back_and_again_adopts_the_conversations_that_prisma_keeps(pus
     with bound(pushed_url):
         close_engine.migrate()
         conversation = bring_to(close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY), Stage.BUILDING)
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
         close_engine.migrate()
 
         assert [(change.trigger, change.dest) for change in conversation.history()] == [("adopted", Stage.BUILDING)]
@@ -758,7 +758,7 @@ def test_what_depends_on_ours_is_not_dropped(server: str) -> None:
             before = everything(url)
 
             with pytest.raises(SchemaError, match="cannot drop table close_engine_conversations because other objects"):
-                close_engine.rollback(SCRIPTS[0])
+                downgrade(SCRIPTS[0])
 
             assert everything(url) == before
             assert close_engine.verify() == []
@@ -783,7 +783,7 @@ def test_what_a_rollback_would_lose_is_counted(crm_url: str) -> None:
             "leads.close_entry_point": 1,
             "pending_actions": 1,
         }
-        close_engine.rollback(SCRIPTS[0])
+        downgrade(SCRIPTS[0])
         assert rows_at_stake() == {}
 
 

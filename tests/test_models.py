@@ -347,7 +347,7 @@ def test_the_crms_tables_may_have_any_name(
     assert rep.close_engine_conversations.get().lead == lead
     assert Lead.get_by_id(lead.id).close_entry_point is EntryPoint.SMS_REPLY
     assert close_engine.verify() == []
-    close_engine.rollback("0001_conversations")
+    close_engine.schema.downgrade("0001_conversations")
     assert set(database.get_tables()) == {*names, *(["sqlite_sequence"] if "sqlite" in empty_url else [])}
     assert conversation.stage is Stage.INITIATED
     database.close()

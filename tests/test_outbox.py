@@ -29,7 +29,7 @@ from close_engine import (
     record_payment,
     submit,
 )
-from close_engine.fields import milliseconds
+from close_engine.database.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
@@ -310,7 +310,7 @@ def test_what_nobody_has_claimed_cannot_be_reported_on(conversation, report):
     with pytest.raises(LeaseLost, match="held by nobody"):
         REPORTS[report](message)
     for finish in ("release", "retry"):
-        close_engine.backend.current().clock.move(timedelta(hours=2))
+        close_engine.database.binding.current().clock.move(timedelta(hours=2))
         message = REPORTS[finish](claimed())
         before = values(copy_of(message))
         with pytest.raises(LeaseLost, match="held by nobody"):

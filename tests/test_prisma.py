@@ -75,7 +75,7 @@ def test_migrated_to_what_prisma_makes_walked_and_migrated_back(crm_url: str, af
     assert catalog(crm_url) == after
     assert close_engine.verify() == []
 
-    assert close_engine.rollback("0001_conversations") == applied[::-1]
+    assert close_engine.schema.downgrade("0001_conversations") == applied[::-1]
     database.close()
 
     assert catalog(crm_url) == before

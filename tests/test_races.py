@@ -11,7 +11,7 @@ import pytest
 
 import close_engine
 from close_engine import CloseEngineConversation, EntryPoint, StageConflict, open_conversation
-from close_engine.backend import current
+from close_engine.database.binding import current
 from close_engine.testing import new_lead
 from tests.rows import replayed, triggers
 

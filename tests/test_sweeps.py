@@ -33,7 +33,7 @@ from close_engine import (
     submit,
     sweep,
 )
-from close_engine.fields import milliseconds
+from close_engine.database.fields import milliseconds
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values

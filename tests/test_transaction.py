@@ -21,8 +21,8 @@ from close_engine import (
     locked,
     open_conversation,
 )
+from close_engine.database.transaction import run_after_commit
 from close_engine.testing import new_lead
-from close_engine.transaction import run_after_commit
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
 
 

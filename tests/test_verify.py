@@ -20,9 +20,9 @@ from close_engine import (
     User,
 )
 from close_engine.approvals import PendingAction
-from close_engine.schema import directory
+from close_engine.schema import directory, status
+from close_engine.schema.checks import Check, checks
 from close_engine.testing import bring_to
-from close_engine.verify import Check, checks
 from tests.crm import everything
 from tests.servers import execute, postgres_database
 
@@ -614,7 +614,7 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         )
         assert close_engine.verify() == []
         assert close_engine.migrate() == []
-        assert [each.known for each in close_engine.status()] == [True] * len(list(directory().glob("[0-9]*.py")))
+        assert [each.known for each in status()] == [True] * len(list(directory().glob("[0-9]*.py")))
         database.close()
     finally:
         execute(postgres_url, "DROP OWNED BY close_engine_reader")

@@ -15,7 +15,7 @@ import pytest
 
 import close_engine
 from close_engine import ActionType, EntryPoint, MessageStatus, OutboxMessage, Stage, open_conversation, submit
-from close_engine.backend import current
+from close_engine.database.binding import current
 from close_engine.testing import new_lead
 from close_engine.worker import load_sender
 from tests.prose import ROOT, block, blocks

@@ -11,7 +11,7 @@ from typing import Any
 import peewee
 
 from close_engine import CloseEngineConversation, OutboxMessage, PendingAction, outbox
-from close_engine.backend import current
+from close_engine.database.binding import current
 from tests.rows import replayed
 
 LINK = "https://pay.example.com/1"

@@ -6,7 +6,7 @@
 The scripts stand in `migrations/` and are run by `playhouse.migrations`; which of them ran is recorded in
 `close_engine.migrations` on PostgreSQL and in `close_engine_migrations` on SQLite.
 
->>> from close_engine.backend import connect
+>>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:")
 >>> migrate(standalone=True)[0]
 '0001_conversations'
@@ -27,12 +27,12 @@ from typing import Any
 import peewee
 from playhouse.migrations import MigrationError, Runner
 
-from close_engine.backend import Binding, current
+from close_engine.database.binding import Binding, current
+from close_engine.database.transaction import atomic
 from close_engine.errors import SchemaError, first_line
 from close_engine.models import BaseModel
-from close_engine.transaction import atomic
 
-__all__ = ["MigrationStatus", "migrate", "migration_sql", "rollback", "status"]
+__all__ = ["MigrationStatus", "migrate", "migration_sql", "downgrade", "status"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MigrationStatus:
 
 def directory() -> Path:
     """Where the migration scripts are: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
 
@@ -109,7 +109,7 @@ def migration_sql(*, standalone: bool = False) -> list[str]:
     return statements
 
 
-def rollback(target: str | None = None) -> list[str]:
+def downgrade(target: str | None = None) -> list[str]:
     """Take migrations back, in one transaction. What they made is dropped, WITH THE DATA IN IT.
 
     What Prisma had made before, and the migrations only adopted, stays; so do minimal tables of a CRM.
@@ -152,21 +152,21 @@ def status() -> list[MigrationStatus]:
 
 
 def rows_at_stake(target: str | None = None) -> dict[str, int]:
-    """What `rollback` would drop: it is tried, and rolled back.
+    """What `downgrade` would drop: it is tried, and rolled back.
 
     Args:
-        target: as for `rollback`.
+        target: as for `downgrade`.
 
     Returns:
         name of a table, or of a column added to one of the CRM's, to the number of rows that have something in it;
         what is empty is left out.
 
     Raises:
-        SchemaError: as for `rollback`.
+        SchemaError: as for `downgrade`.
     """
     with atomic() as transaction:
         before = _rows_of_ours()
-        rollback(target)
+        downgrade(target)
         after = _rows_of_ours()
         transaction.rollback()
     return {name: count for name, count in before.items() if name not in after}

@@ -7,16 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
-from rich.table import Table
-
-from close_engine.demo_script import Mistake
+from close_engine.demo.mistakes import Mistake
 from close_engine.stages import ActionStatus, ActionType, AutonomyLevel, MessageStatus, Stage
-from close_engine.terminal import duration, table
 
 __all__ = ["Handover", "LevelLine", "Report", "StageLine"]
 
@@ -119,47 +114,3 @@ class Report:
     handover: Handover
     closing: timedelta
     problems: list[str]
-
-    def summary(self) -> str:
-        """What the tables do not say."""
-        again = ", ".join(f"{count} {what}s" for what, count in sorted(self.repeated.items()))
-        return (
-            f"{self.conversations} conversations with {sum(self.triggers.values())} recorded changes; from the opening "
-            f"to the payment, it took {duration(self.closing)} (median). {sum(self.refused.values())} mistakes were "
-            f"made and refused. Reported twice and processed once: {again}. {self.corrected} drafts were corrected by "
-            f"the human who approved them; {self.unanswered} times the provider did not answer, and was asked again."
-        )
-
-    def tables(self) -> Iterator[Table]:
-        """The report as tables for a console."""
-        numbers = ("now", "entered", "median stay")
-        pipeline = table("stage", *numbers, title="Pipeline", numbers=numbers)
-        for line in self.stages:
-            pipeline.add_row(line.stage.value, str(line.now), str(line.entered), duration(line.stay))
-        yield pipeline
-        fired = table("trigger", "fired", title="Triggers", numbers=("fired",))
-        for trigger, count in self.triggers.items():
-            fired.add_row(trigger, str(count))
-        yield fired
-        counts = ("conversations", "paid", "sent at once", "sent when approved")
-        levels = table("level", *counts, title="Autonomy", numbers=counts)
-        for level in self.levels:
-            levels.add_row(
-                level.level.value, str(level.conversations), str(level.paid), str(level.at_once), str(level.approved)
-            )
-        yield levels
-        yield _crossed("Approvals", "draft", self.approvals, ActionStatus)
-        yield _crossed("Outbox", "message", self.outbox, MessageStatus)
-        refused = table("a worker", "times", "error", title="Refused", numbers=("times",))
-        for mistake, count in self.refused.items():
-            refused.add_row(mistake.what, str(count), mistake.refusal.__name__)
-        yield refused
-
-
-def _crossed(title: str, rows: str, counts: dict[tuple[Any, Any], int], statuses: Iterable[Any]) -> Table:
-    """Counts by type and status."""
-    columns = [status.lower() for status in statuses]
-    crossed = table(rows, *columns, title=title, numbers=columns)
-    for type in ActionType:
-        crossed.add_row(type.value, *(str(counts.get((type, status), 0)) for status in statuses))
-    return crossed

@@ -1,6 +1,6 @@
 """Transactions that Python objects follow: what is rolled back in the database is rolled back in memory.
 
->>> from close_engine.backend import connect
+>>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:")
 >>> told = []
 >>> with atomic():
@@ -22,7 +22,7 @@ from contextlib import ContextDecorator
 from types import TracebackType
 from typing import Any
 
-from close_engine.backend import current
+from close_engine.database.binding import current
 from close_engine.errors import AfterCommitError, TransactionFailed
 
 __all__ = ["atomic", "remember", "run_after_commit", "take_over"]

@@ -5,8 +5,8 @@
 
 The models say what there must be; the database's catalog and its rows say what there is. Nothing is written.
 
->>> from close_engine.backend import connect
->>> from close_engine.schema import migrate
+>>> from close_engine.database.url import connect
+>>> from close_engine import migrate
 >>> database = connect("sqlite:///:memory:")
 >>> verify()
 ['The database is not migrated: run close-engine migrate, or close_engine.migrate().']
@@ -24,13 +24,15 @@ from typing import Any
 import peewee
 
 from close_engine import approvals, inbox  # noqa: F401 - their tables are checked, too
-from close_engine.backend import current
-from close_engine.catalog import Catalog, Column, ForeignKey, Guard, Index
 from close_engine.conversations import CloseEngineConversation
-from close_engine.fields import EnumField
+from close_engine.database.binding import current
+from close_engine.database.catalog import Catalog, Column, ForeignKey, Index
+from close_engine.database.fields import EnumField
+from close_engine.database.postgresql import PostgresCatalog
+from close_engine.database.sqlite import SqliteCatalog
 from close_engine.machine import ACTION_TRANSITIONS, pairs
 from close_engine.models import BaseModel, Client, Lead, StageChange, User
-from close_engine.schema import status
+from close_engine.schema.migrations import status
 
 __all__ = ["Check", "checks", "verify"]
 
@@ -51,6 +53,82 @@ class Check:
 
     subject: str
     problems: list[str]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The triggers that a migration puts on a table."""
+
+    table: str
+    migration: str
+    triggers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Helper:
+    """One of our tables that no model stands for, and the migrations that make and fill it."""
+
+    columns: tuple[str, ...]
+    migrations: tuple[str, ...]
+
+
+#: The triggers that there must be, by catalog.
+_GUARDS: dict[type[Catalog], tuple[Guard, ...]] = {
+    PostgresCatalog: (
+        Guard(
+            "close_engine_conversations",
+            "0003_guard",
+            (
+                "aa_close_engine_opening",
+                "zz_close_engine_deletion",
+                "zz_close_engine_guard",
+                "zz_close_engine_truncation",
+            ),
+        ),
+        Guard("close_engine_conversations", "0005_decisions", ("zz_close_engine_closing", "zz_close_engine_gone")),
+        Guard("pending_actions", "0005_decisions", ("zz_close_engine_guard", "zz_close_engine_decision")),
+    ),
+    SqliteCatalog: (
+        Guard(
+            "close_engine_conversations",
+            "0003_guard",
+            (
+                "close_engine_deletion",
+                "close_engine_guard_id",
+                "close_engine_guard_insert",
+                "close_engine_guard_update",
+                "close_engine_opening",
+                "close_engine_record",
+                "close_engine_version",
+            ),
+        ),
+        Guard(
+            "close_engine_conversations",
+            "0005_decisions",
+            ("close_engine_closing", "close_engine_gone", "close_engine_unasked"),
+        ),
+        Guard(
+            "pending_actions",
+            "0005_decisions",
+            (
+                "close_engine_action_approved",
+                "close_engine_action_closed",
+                "close_engine_action_expired",
+                "close_engine_action_insert",
+                "close_engine_action_update",
+                "close_engine_action_withdrawn",
+            ),
+        ),
+    ),
+}
+
+#: Our tables that no model stands for, by name.
+_HELPERS = {
+    "created": Helper(("table_name", "column_name"), ("0001_conversations",)),
+    "silence": Helper(("conversation_id", "since"), ("0002_history", "0003_guard")),
+    "transitions": Helper(("machine", "trigger", "source", "dest"), ("0002_history", "0005_decisions")),
+}
+_SQLITE_HELPERS = {"context": Helper(("id", "context"), ("0002_history",))}
 
 
 def verify() -> list[str]:
@@ -89,7 +167,7 @@ def checks() -> list[Check]:
     made = [Check("migrations", found)]
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
     made.append(Check("tables of our own", list(_helper_problems(catalog))))
-    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in catalog.guards]
+    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in _GUARDS[type(catalog)]]
     made.append(Check("allowed stage changes", list(_transition_problems(catalog, "conversation", pairs()))))
     made.append(Check("allowed decisions", list(_transition_problems(catalog, "action", ACTION_TRANSITIONS))))
     made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
@@ -189,7 +267,8 @@ def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[
 
 
 def _helper_problems(catalog: Catalog) -> Iterator[str]:
-    for table, helper in catalog.helpers.items():
+    helpers = _HELPERS if catalog.exact else _HELPERS | _SQLITE_HELPERS
+    for table, helper in helpers.items():
         schema, name = current().dialect.own_table(table)
         found, shown = catalog.columns(name, schema), current().dialect.sql(f"{{{table}}}")
         if not found:
@@ -246,7 +325,7 @@ def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
 def _transition_problems(catalog: Catalog, machine: str, expected: Iterable[tuple[str, str, str]]) -> Iterator[str]:
     dialect = current().dialect
     schema, name = dialect.own_table("transitions")
-    if not catalog.columns(name, schema).keys() >= set(catalog.helpers["transitions"].columns):
+    if not catalog.columns(name, schema).keys() >= set(_HELPERS["transitions"].columns):
         return  # told already
     table = dialect.sql("{transitions}")
     found = set(_rows('SELECT "trigger", source, dest FROM {transitions} WHERE machine = %s', [machine]))

@@ -1,0 +1,86 @@
+"""Conversations: the diagram, one conversation and its timeline, firing a trigger."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from close_engine.cli.app import app, command, open_migrated
+from close_engine.cli.terminal import cell, console, table
+from close_engine.conversations import CloseEngineConversation
+from close_engine.errors import ConversationNotFound, InvalidValue
+from close_engine.machine import TRIGGERS, mermaid
+from close_engine.models import StageChange
+
+
+@app.command()
+def graph() -> None:
+    """Print the state diagram, in Mermaid's language."""
+    print(mermaid())
+
+
+@command()
+def show(
+    context: typer.Context,
+    conversation: Annotated[str, typer.Argument(metavar="CONVERSATION", help="Its id, or the id of its lead.")],
+) -> None:
+    """Show a conversation and its timeline; of a deleted one, the timeline that it left."""
+    open_migrated(context)
+    found = _find(conversation)
+    mine = StageChange.conversation_id == (found.id if found else conversation)
+    changes = list(StageChange.select().where(mine).order_by(StageChange.id))
+    if not changes and not found:
+        raise ConversationNotFound(conversation)
+    if found:
+        row = table("column", "value")
+        for field in found._meta.sorted_fields:
+            row.add_row(field.column_name, cell(found.__data__[field.name]))
+        console().print(row, "")
+    else:
+        print(f"Conversation {conversation!r} was deleted; its history is kept.")
+    columns = ("created_at", "source", "dest", "trigger", "actor", "reason", "key", "metadata")
+    timeline = table("when", "from", "to", *columns[3:])
+    for change in changes:
+        timeline.add_row(*(cell(getattr(change, column)) for column in columns))
+    console().print(timeline)
+
+
+@command()
+def fire(
+    context: typer.Context,
+    conversation: Annotated[str, typer.Argument(metavar="CONVERSATION", help="Its id, or the id of its lead.")],
+    trigger: Annotated[str, typer.Argument(metavar="TRIGGER", help=f"One of {', '.join(TRIGGERS)}.")],
+    actor: Annotated[str, typer.Option(help="Who does it, for the history.")] = "command line",
+    reason: Annotated[str | None, typer.Option(help="Why, for the history; close_lost asks for it.")] = None,
+    key: Annotated[str | None, typer.Option(help="Idempotency key: the same again changes nothing.")] = None,
+    payment_link_url: Annotated[str | None, typer.Option(help="What send_payment_link asks for.")] = None,
+    approved_by: Annotated[str | None, typer.Option(help="Who approved the payment link.")] = None,
+    metadata: Annotated[str | None, typer.Option(metavar="JSON", help="A JSON object, for the history.")] = None,
+) -> None:
+    """Fire a trigger of a conversation."""
+    given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "metadata": _json_object(metadata)}
+    open_migrated(context)
+    found = _find(conversation)
+    if found is None:
+        raise ConversationNotFound(conversation)
+    before = found.updated_at
+    change = found.fire(trigger, actor=actor, reason=reason, key=key, **given)
+    if found.updated_at == before:
+        print(f"Nothing changed: the key {key!r} was used at {change.created_at:%Y-%m-%d %H:%M:%S} UTC already.")
+    else:
+        print(f"Conversation {found.id!r} went from {change.source} to {change.dest}.")
+
+
+def _find(name: str) -> CloseEngineConversation | None:
+    model = CloseEngineConversation
+    found: CloseEngineConversation | None = model.get_or_none(model.id == name) or model.get_or_none(model.lead == name)
+    return found
+
+
+def _json_object(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise InvalidValue("metadata", text, f"it must be a JSON object ({error})") from None

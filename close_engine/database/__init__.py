@@ -1,0 +1,1 @@
+"""Which database this is: the binding, and one file for each kind of database with what differs there."""

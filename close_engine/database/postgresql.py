@@ -1,0 +1,172 @@
+"""PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction.
+
+>>> POSTGRES.own_table("history")
+('close_engine', 'history')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import peewee
+
+from close_engine.database.catalog import Catalog, Column, ForeignKey, Trigger
+from close_engine.database.dialect import Dialect
+from close_engine.database.fields import dump_json
+
+__all__ = ["POSTGRES", "Postgres", "PostgresCatalog"]
+
+#: As in the first migration, which makes the schema where it is run without this library.
+_MADE_HERE = "Made by the migrations of close_engine, and dropped with them."
+
+#: Type in DDL to how PostgreSQL prints it, where that is not the same in lower case.
+_PRINTED = {"BIGSERIAL": "bigint", "SERIAL": "integer", "TIMESTAMP(3)": "timestamp(3) without time zone"}
+
+_ACTIONS = {"a": "NO ACTION", "c": "CASCADE", "d": "SET DEFAULT", "n": "SET NULL", "r": "RESTRICT"}
+
+
+class PostgresCatalog(Catalog):
+    """PostgreSQL's, read for any role: its information_schema shows a role only what that role owns."""
+
+    exact = True
+
+    def columns(self, table: str, schema: str | None = None) -> dict[str, Column]:
+        rows = self.database.execute_sql(
+            """
+            SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                coalesce(pg_get_expr(d.adbin, d.adrelid), nullif(a.attidentity::text, ''))
+            FROM pg_class c
+            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = coalesce(%s, current_schema())
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+            WHERE c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum
+            """,
+            (schema, table),
+        ).fetchall()
+        return {name: Column(type_, required, default) for name, type_, required, default in rows}
+
+    def foreign_keys(self, table: str) -> list[ForeignKey]:
+        rows = self.database.execute_sql(
+            """
+            SELECT k.conname, a.attname, t.relname, k.confdeltype::text, k.confupdtype::text
+            FROM pg_constraint k
+            JOIN pg_class c ON c.oid = k.conrelid
+            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+            JOIN pg_class t ON t.oid = k.confrelid
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
+            WHERE c.relname = %s AND k.contype = 'f'
+            """,
+            (table,),
+        ).fetchall()
+        return [
+            ForeignKey(name, column, target, _ACTIONS[on_delete], _ACTIONS[on_update])
+            for name, column, target, on_delete, on_update in rows
+        ]
+
+    def triggers(self, table: str) -> dict[str, Trigger]:
+        rows = self.database.execute_sql(
+            """
+            SELECT t.tgname, t.tgenabled IN ('O', 'A'),
+                t.tgtype & 1 > 0 AND t.tgtype & 2 > 0 AND t.tgtype & (4 | 16) > 0, -- each row, before, insert or update
+                p.prosecdef AND 'search_path=pg_catalog, pg_temp' = ANY (p.proconfig)
+            FROM pg_trigger t
+            JOIN pg_class c ON c.oid = t.tgrelid
+            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+            JOIN pg_proc p ON p.oid = t.tgfoid
+            WHERE c.relname = %s AND NOT t.tgisinternal ORDER BY t.tgname
+            """,
+            (table,),
+        ).fetchall()
+        return {name: Trigger(enabled, rewrites, bool(protected)) for name, enabled, rewrites, protected in rows}
+
+    def printed(self, ddl_type: str, required: bool, default: str | None) -> Column:
+        type_ = _PRINTED.get(ddl_type, ddl_type.lower().replace("varchar", "character varying"))
+        if default is not None and default.startswith("'"):
+            default = f"{default}::{type_}"
+        return Column(type_, required, default)
+
+
+class Postgres(Dialect):
+    """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
+
+    catalog = PostgresCatalog
+
+    # NO KEY: the CRM may go on adding messages and events that refer to a held lead.
+    hold_rows = "FOR NO KEY UPDATE"
+
+    def own_table(self, name: str) -> tuple[str | None, str]:
+        return "close_engine", name
+
+    def sql(self, text: str) -> str:
+        return text.replace("{", "close_engine.").replace("}", "")
+
+    def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
+        # A condition, so that the context travels in the same statement and the same round trip.
+        return self.sql(
+            f'UPDATE "{table}" SET {assignments} WHERE {conditions} '
+            "AND set_config('close_engine.context', %s, true) IS NOT NULL "
+            f"RETURNING {returning}, currval('close_engine.history_id_seq')"
+        )
+
+    def execute_guarded(
+        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = database.execute_sql(statement, (*values, dump_json(context))).fetchone()
+        if row is None and database.in_transaction():
+            # A write that lost its row while it waited for it has set the context all the same.
+            database.execute_sql("SELECT set_config('close_engine.context', '', true)")
+        return row
+
+    @contextmanager
+    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
+        database.execute_sql("SELECT set_config('close_engine.context', %s, true)", (dump_json(context),))
+        yield
+        database.execute_sql("SELECT set_config('close_engine.context', '', true)")
+
+    def hold(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        return query.for_update(self.hold_rows)  # type: ignore[arg-type]
+
+    def skip_locked(self, *aliases: str) -> str:
+        return f"{self.hold_rows} OF {', '.join(aliases)} SKIP LOCKED"
+
+    def ids_of(self, query: str) -> str:
+        return f"= ANY (ARRAY({query}))"
+
+    def sample(self, table: str, every: int) -> str:
+        return self.sql(f"SELECT * FROM {{{table}}} TABLESAMPLE BERNOULLI ({100 / every}) REPEATABLE (0)")
+
+    def merged_list(self, column: str) -> str:
+        return (
+            "(SELECT jsonb_agg(element ORDER BY place) FROM (SELECT element, min(place) AS place FROM "
+            f"jsonb_array_elements(CASE jsonb_typeof({column}) WHEN 'array' THEN {column} ELSE '[]' END || %s::jsonb) "
+            "WITH ORDINALITY AS elements (element, place) GROUP BY element) AS merged)"
+        )
+
+    def merged_mapping(self, column: str) -> str:
+        return f"CASE jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
+
+    def failed(self, database: peewee.Database) -> bool:
+        # The driver knows it, without a round trip; 3 is libpq's PQTRANS_INERROR.
+        return bool(database.connection().info.transaction_status == 3)
+
+    def exclusive(self, database: peewee.Database) -> None:
+        database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+
+    def create_schema(self, database: peewee.Database) -> None:
+        # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+        found = database.execute_sql("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'")
+        if not found.fetchall():
+            database.execute_sql("CREATE SCHEMA close_engine")
+            database.execute_sql(f"COMMENT ON SCHEMA close_engine IS '{_MADE_HERE}'")
+
+    def drop_schema(self, database: peewee.Database) -> None:
+        found = database.execute_sql(
+            "SELECT obj_description(oid, 'pg_namespace') FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"
+        )
+        if found.fetchall() == [(_MADE_HERE,)]:
+            database.execute_sql("DROP SCHEMA close_engine")
+
+
+POSTGRES = Postgres()

@@ -1,0 +1,137 @@
+"""SQLite: our tables carry a prefix, the context is a row that lives for the one write it belongs to.
+
+>>> SQLITE.own_table("history")
+(None, 'close_engine_history')
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import peewee
+
+from close_engine.database.catalog import Catalog, ForeignKey, Trigger
+from close_engine.database.dialect import Dialect
+from close_engine.database.fields import dump_json
+
+__all__ = ["SQLITE", "Sqlite", "SqliteCatalog", "WalConnection"]
+
+#: Seconds that a connection to SQLite waits for another's lock.
+_SQLITE_WAITS = 60
+
+
+class SqliteCatalog(Catalog):
+    """SQLite's: there the names and the nullability are enough."""
+
+    exact = False
+
+    def foreign_keys(self, table: str) -> list[ForeignKey]:
+        return [
+            ForeignKey(None, key.column, key.dest_table, key.on_delete, key.on_update)
+            for key in self.database.get_foreign_keys(table)
+        ]
+
+    def triggers(self, table: str) -> dict[str, Trigger]:
+        rows = self.database.execute_sql(
+            "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
+        ).fetchall()
+        return {name: Trigger() for (name,) in rows}
+
+
+class Sqlite(Dialect):
+    """SQLite: our tables carry a prefix, the context is a row that lives for the one write it belongs to."""
+
+    #: Take the write lock at once: a transaction that reads first may be refused it later.
+    begin = ("IMMEDIATE",)
+
+    catalog = SqliteCatalog
+
+    hold_rows = ""  # there is one writer at a time
+
+    def own_table(self, name: str) -> tuple[str | None, str]:
+        return None, f"close_engine_{name}"
+
+    def sql(self, text: str) -> str:
+        return text.replace("{", "close_engine_").replace("}", "").replace("%s", "?")
+
+    def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
+        return self.sql(f'UPDATE "{table}" SET {assignments} WHERE {conditions} RETURNING {returning}')
+
+    def execute_guarded(
+        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        with database.atomic(*self.begin), self.context(database, context):
+            rows = database.execute_sql(statement, values).fetchall()
+            if not rows:
+                return None
+            newest = "SELECT max(id) FROM close_engine_history WHERE conversation_id = ?"
+            (history_id,) = database.execute_sql(newest, (context["id"],)).fetchone()
+        return (*rows[0], history_id)
+
+    @contextmanager
+    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
+        database.execute_sql("INSERT OR REPLACE INTO close_engine_context VALUES (1, ?)", (dump_json(context),))
+        yield
+        database.execute_sql("DELETE FROM close_engine_context")
+
+    def hold(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        # Writing anything takes the write lock, of which SQLite has one for the whole file.
+        database.execute_sql("DELETE FROM close_engine_context")
+        return query
+
+    def skip_locked(self, *aliases: str) -> str:
+        return self.hold_rows
+
+    def ids_of(self, query: str) -> str:
+        return f"IN ({query})"
+
+    def sample(self, table: str, every: int) -> str:
+        return self.sql(f"SELECT * FROM {{{table}}} WHERE rowid % {every} = 0")
+
+    def merged_list(self, column: str) -> str:
+        return f"close_engine_merge({column}, ?)"
+
+    merged_mapping = merged_list
+
+    def prepare(self, database: peewee.Database) -> None:
+        database.register_function(_merge_json, "close_engine_merge", 2)  # type: ignore[attr-defined]
+
+    def exclusive(self, database: peewee.Database) -> None:
+        """BEGIN IMMEDIATE holds the file already."""
+
+
+def _merge_json(stored: str | None, merged: str) -> str:
+    """SQLite runs in this process, and has no JSON function that keeps a null and does not merge deeply."""
+    old, new = json.loads(stored or "null"), json.loads(merged)
+    if isinstance(new, dict):
+        return dump_json({**(old if isinstance(old, dict) else {}), **new})
+    elements = [*(old if isinstance(old, list) else []), *new]
+    return dump_json([element for place, element in enumerate(elements) if element not in elements[:place]])
+
+
+class WalConnection(sqlite3.Connection):
+    """A connection in WAL mode, which many processes may give a new file at once.
+
+    SQLite lets one of them make the change and turns the others away without waiting, whatever their timeout.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute(f"PRAGMA busy_timeout = {_SQLITE_WAITS * 1000}")
+        give_up = time.monotonic() + _SQLITE_WAITS
+        while True:
+            try:
+                self.execute("PRAGMA journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up:
+                    raise
+                time.sleep(0.001)
+
+
+SQLITE = Sqlite()

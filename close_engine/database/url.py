@@ -1,0 +1,139 @@
+"""From a URL to a Peewee database that every model is bound to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+from urllib.parse import unquote
+
+import peewee
+import psycopg2
+from playhouse import db_url
+from playhouse.pool import PooledDatabase
+from psycopg2.extensions import parse_dsn
+
+from close_engine.database.binding import bind, utc_now
+from close_engine.database.sqlite import WalConnection
+from close_engine.errors import ConfigurationError
+
+__all__ = ["DEFAULT_URL", "connect", "without_password"]
+
+DEFAULT_URL = "sqlite:///close_engine.db"
+
+#: Query parameters that Prisma puts into its URLs and libpq does not know.
+_PRISMA_ONLY = {
+    "connection_limit",
+    "pgbouncer",
+    "pool_timeout",
+    "socket_timeout",
+    "sslaccept",
+    "statement_cache_size",
+}
+
+_ENCODE = "percent-encode the special characters in its user and password"
+
+_POOL_OPTIONS = ("max_connections", "stale_timeout", "timeout")
+
+
+def connect(
+    url: str | None = None,
+    *,
+    leads: str | None = None,
+    users: str | None = None,
+    clients: str | None = None,
+    clock: Callable[[], datetime] = utc_now,
+) -> peewee.Database:
+    """Make a Peewee database from a URL and bind every model to it. It opens connections as they are needed.
+
+    Args:
+        url: `postgresql://user:password@host/name`, as in Prisma's DATABASE_URL, or `sqlite:///file.db`; the default
+            is the environment variable CLOSE_ENGINE_DATABASE, and that of it `sqlite:///close_engine.db`.
+            `postgresql+pool://…` keeps a pool of connections (see playhouse.db_url).
+        leads, users, clients, clock: as for `bind`.
+
+    Returns:
+        the database.
+
+    Raises:
+        ConfigurationError: the URL cannot be used. No error shows its password.
+    """
+    url = url or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
+    return bind(_database_from(url), leads=leads, users=users, clients=clients, clock=clock)
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown, whatever is wrong with it."""
+    url = re.sub(r"(password\w*\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
+    head, at, tail = url.rpartition("@")
+    if at:
+        return re.sub(r"(^(?:[^:]*://)?[^:]*:)(?!//).*", r"\1***", head, flags=re.DOTALL) + at + tail
+    # Without a host, what should be the password stands where the port does.
+    return re.sub(r"(://[^/?#:]+:)(?![0-9]+(?:[/?,]|$))[^/?#]+", r"\1***", url)
+
+
+_URL = re.compile(
+    r"(?P<scheme>(?P<kind>sqlite|postgres(?:ql)?)(?:\+pool)?)://(?P<place>(?:[^/@]*@)?[^?]+)(?:\?(?P<query>.*))?",
+    re.DOTALL,
+)
+
+
+def _database_from(url: str) -> peewee.Database:
+    try:
+        match = _URL.fullmatch(url)
+        if match is None:
+            raise ValueError("write postgresql://user:password@host/name or sqlite:///file.db")
+        query = dict(pair.partition("=")[::2] for pair in (match["query"] or "").split("&") if pair)
+        database = db_url.schemes[match["scheme"]]
+        options: dict[str, Any] = {}
+        if issubclass(database, PooledDatabase):
+            options = {name: _number(name, query.pop(name)) for name in _POOL_OPTIONS if name in query}
+        read = _sqlite_options if match["kind"] == "sqlite" else _postgres_options
+        made: peewee.Database = database(**options, **read(match["place"], query))
+    except ValueError as error:
+        raise ConfigurationError(f"The database URL {without_password(url)!r} cannot be used: {error}.") from None
+    return made
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a number")
+    return int(value)
+
+
+def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
+    if query:
+        raise ValueError(f"SQLite knows no parameter {', '.join(query)}")
+    if not place.startswith("/"):
+        raise ValueError(f"a file takes three slashes, sqlite:///{place}")
+    return {
+        "database": place[1:] or ":memory:",
+        "factory": WalConnection,
+        "pragmas": [("foreign_keys", 1)],
+    }
+
+
+def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
+    """What psycopg2 is to be given; libpq itself reads the URL."""
+    schema = unquote(query.pop("schema", "public"))
+    known = "&".join(f"{name}={value}" for name, value in query.items() if name not in _PRISMA_ONLY)
+    try:
+        options: dict[str, Any] = parse_dsn(f"postgresql://{place}?{known}")
+    except psycopg2.ProgrammingError as error:
+        # What else libpq says may quote the password.
+        unknown = re.search(r'URI query parameter: ("[^"]*")', str(error))
+        raise ValueError(f"there is no parameter {unknown[1]}" if unknown else _ENCODE) from None
+    if "@" in options.get("host", "") or "@" in place.partition("/")[2]:
+        raise ValueError(_ENCODE)
+    if not re.fullmatch("[0-9,]*", options.get("port", "")):
+        raise ValueError("its port is not a number; a host follows the password after @")
+    if "dbname" not in options:
+        raise ValueError("it names no database")
+    options["database"] = options.pop("dbname")
+    if schema != "public":
+        quoted = '"' + schema.replace('"', '""') + '"'
+        search_path = "-c search_path=" + re.sub(r"([\\ ])", r"\\\1", quoted)
+        options["options"] = f"{options.get('options', '')} {search_path}"
+    return options

@@ -1,0 +1,133 @@
+"""The last messages are left to two worker processes, one of which is killed in mid-send."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from close_engine.database.url import connect
+from close_engine.demo.provider import Provider
+from close_engine.demo.report import Handover
+from close_engine.errors import CloseEngineError
+from close_engine.outbox import OutboxMessage
+from close_engine.stages import MessageStatus
+from close_engine.worker import Worker
+
+__all__ = ["LEASE", "hand_over"]
+
+#: For how long the worker processes have a message.
+LEASE = timedelta(minutes=1)
+
+
+def hand_over(
+    url: str,
+    provider: Provider,
+    preview: OutboxMessage,
+    others: list[OutboxMessage],
+    moment: datetime,
+    set_clock: Callable[[datetime], None],
+) -> Handover:
+    """Leave the last messages to two worker processes, and kill the one that is sending the preview.
+
+    Args:
+        url: the database.
+        provider: delivers what the workers send.
+        preview: the message in whose sending a worker is killed.
+        others: the other messages.
+        moment: the simulated time.
+        set_clock: sets the simulated time of this process.
+    """
+    last = [message.id for message in (preview, *others)]
+    context = multiprocessing.get_context("spawn")
+    clock = context.RawValue("d", moment.timestamp())
+    workers: dict[Connection, Any] = {}
+    try:
+        for name in ("worker-5", "worker-6"):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(url, name, clock, theirs), name=name, daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = process
+        killed = _serve(provider, workers, lambda: _unsent(last) == 1, preview.send_key)
+        moment += LEASE + timedelta(seconds=1)
+        set_clock(moment)
+        clock.value = moment.timestamp()
+        _serve(provider, workers, lambda: not _unsent(last))
+        (survivor,) = workers.values()
+        survivor.terminate()
+        survivor.join()
+    finally:
+        for process in workers.values():
+            process.kill()
+            process.join()
+    handed = OutboxMessage.get_by_id(preview.id)
+    return Handover(
+        messages=len(last),
+        topic=handed.topic,
+        exit_code=survivor.exitcode,
+        killed=killed,
+        survivor=handed.leased_by,
+        attempts=handed.attempts,
+        asked=provider.asked[handed.send_key],
+        texts=sum(key == handed.send_key for key in provider.texts),
+    )
+
+
+def _unsent(messages: list[int]) -> int:
+    waiting = OutboxMessage.id.in_(messages) & (OutboxMessage.status == MessageStatus.PENDING)
+    return OutboxMessage.select().where(waiting).count()
+
+
+def _serve(
+    provider: Provider, workers: dict[Connection, Any], done: Callable[[], bool], deadly: str | None = None
+) -> str:
+    """Be the provider of these workers; kill the one that asks for the deadly text, while it waits for the answer.
+
+    Returns:
+        its name.
+    """
+    killed = ""
+    while not done():
+        ready: list[Any] = wait(list(workers), timeout=0.05)
+        for connection in ready:
+            try:
+                key = connection.recv()
+            except EOFError:
+                died = workers[connection]
+                raise CloseEngineError(f"The process {died.name} died unexpectedly.") from None
+            provider_id = provider.send(key)
+            if key == deadly:
+                process = workers.pop(connection)
+                process.kill()
+                process.join()
+                killed = process.name
+            else:
+                connection.send(provider_id)
+    return killed
+
+
+def _end_with_parent() -> None:  # pragma: no cover - in a process of its own
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
+
+
+def _work(url: str, name: str, clock: Any, provider: Connection) -> None:  # pragma: no cover - as above
+    """A worker in a process of its own, whose provider is at the other end of a pipe, as is who sets its clock."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    connect(url, clock=lambda: datetime.fromtimestamp(clock.value, timezone.utc))
+
+    def send(message: OutboxMessage) -> str:
+        provider.send(message.send_key)
+        return str(provider.recv())
+
+    worker = Worker(send, name=name, limit=1, lease=LEASE, idle=timedelta(seconds=0.02), sweep=None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this
+    signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
+    worker.run()
