@@ -36,7 +36,8 @@ from close_engine.database.fields import (
     dump_json,
     stored_time,
 )
-from close_engine.database.transaction import atomic, take_over
+from close_engine.database.provenance import Provenance, Write
+from close_engine.database.transaction import accept_row, atomic
 from close_engine.errors import (
     ActionNotFound,
     ConversationClosed,
@@ -44,7 +45,7 @@ from close_engine.errors import (
     InvalidValue,
     StageConflict,
 )
-from close_engine.firing import context_of, draft_of, write_fields
+from close_engine.firing import facts_of, write_fields
 from close_engine.machine import TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
 from close_engine.outbox import OutboxMessage, enqueue, moment_after
@@ -166,36 +167,37 @@ class PendingAction(BaseModel):
         if not clean_text("by", by).strip():
             raise InvalidValue("by", by, "it must name somebody")
         moment = now()
-        undecided = (PendingAction.id == self.id) & PendingAction.status.still(ActionStatus.PENDING) & _in_time(moment)
+        undecided = (
+            (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _in_time(moment)
+        )
         if dest is ActionStatus.APPROVED:
             values["approved_at"] = moment
             conversation = CloseEngineConversation.id == PendingAction.conversation_id
             undecided &= peewee.fn.EXISTS(CloseEngineConversation.not_in_stages(*CLOSED_STAGES).where(conversation))
-        context = {"id": self.id, "moment": stored_time(moment), "actor": by, "reason": reason}
-        binding = current()
+        write = Write(trigger, self.id, stored_time(moment))
         try:
-            with atomic(), binding.dialect.context(binding.database, context):
+            with atomic(), current().attributed(Provenance(by, reason), write):
                 written = PendingAction.update(status=dest, **values).where(undecided).execute()
         except peewee.IntegrityError:
             # The database's guard: the conversation closed at this very moment.
-            self._explain(trigger, dest)
+            self._refuse_unless_decided(trigger, dest)
             raise
         if written:
             self._reload()
         else:
-            self._explain(trigger, dest)
+            self._refuse_unless_decided(trigger, dest)
 
     def _reload(self) -> None:
         found = PendingAction.get_or_none(PendingAction.id == self.id)
         if found is None:
             raise ActionNotFound(self.id)
-        take_over(self, found)
+        accept_row(self, found)
 
-    def _explain(self, trigger: str, dest: ActionStatus) -> None:
-        """Why it could not be decided; nothing where it was decided so already."""
+    def _refuse_unless_decided(self, trigger: str, dest: ActionStatus) -> None:
+        """Take over the row as it is now, and raise why the decision came too late; return if it was made before."""
         with atomic():
-            # Whoever decides on it at this moment, in time where this came too late, is waited for.
-            current().hold(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
+            # Wait for a concurrent decision: it may have started before the action expired and still commit.
+            current().for_update(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
             self._reload()
         if self.status is dest:
             return
@@ -272,7 +274,7 @@ def submit(
     """
     type = PendingAction.type.clean(type)
     draft = clean_text("draft", draft)
-    context_of("submit", actor, None, None, key)
+    provenance = Provenance(actor, key=key)
     details = clean_json("metadata", dict(metadata or {}))
     with atomic():
         if first := _submitted(conversation, key):
@@ -286,7 +288,7 @@ def submit(
         action_id = _action_id(conversation, key)
         try:
             if asks_for_approval:
-                conversation.request_approval(actor=actor, metadata={"action_id": action_id})
+                conversation.request_approval(actor=provenance.actor, metadata={"action_id": action_id})
             else:
                 write_fields(conversation, {}, "submit()")
         except StageConflict:
@@ -305,7 +307,10 @@ def submit(
                 key=key,
                 trigger=trigger,
                 approved_by=approved_by,
+                submitted_by=provenance.actor,
             )
+        if provenance.actor is not None:
+            details["submittedBy"] = provenance.actor
         if send_after is not None:
             details["sendAfter"] = stored_time(moment_after(send_after))
         return PendingAction.create(
@@ -326,7 +331,7 @@ def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, det
     if type is ActionType.SEND_MESSAGE and conversation.stage is not Stage.INITIATED:
         return None
     given = {"payment_link_url": details.get("paymentUrl"), "approved_by": "whoever will"}
-    trigger, facts = _TRIGGER[type], draft_of(conversation, given)
+    trigger, facts = _TRIGGER[type], facts_of(conversation, given)
     if facts.stage is TRIGGERS[trigger].dest:
         # To be sent again, which needs what it needed the first time.
         facts = facts._replace(stage=TRIGGERS[trigger].sources[0])

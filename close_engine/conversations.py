@@ -42,7 +42,8 @@ from close_engine.database.fields import (
     dump_json,
     stored_time,
 )
-from close_engine.database.transaction import atomic, remember, take_over
+from close_engine.database.provenance import Provenance, ProvenanceArguments, Write
+from close_engine.database.transaction import accept, accept_row, atomic, remember
 from close_engine.errors import (
     ConversationCompleted,
     ConversationNotFound,
@@ -53,16 +54,14 @@ from close_engine.errors import (
     UserNotFound,
 )
 from close_engine.firing import (
-    Context,
     change_stage,
-    context_of,
-    draft_of,
-    entered,
+    facts_of,
     next_version,
     require_whole,
+    run_entry_hooks,
     write_fields,
 )
-from close_engine.machine import TRANSITIONS, decide
+from close_engine.machine import allowed_triggers, decide
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
 
@@ -137,57 +136,57 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
     # -- triggers ------------------------------------------------------------------------------------------------
 
-    def start_qualifying(self, **context: Unpack[Context]) -> StageChange:
+    def start_qualifying(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """INITIATED → QUALIFYING: the first message is out. Arguments, result and errors as for `fire`."""
-        return self.fire("start_qualifying", **context)
+        return self.fire("start_qualifying", **provenance)
 
-    def collect_info(self, **context: Unpack[Context]) -> StageChange:
+    def collect_info(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """QUALIFYING → COLLECTING_INFO: follow up on gaps. Arguments, result and errors as for `fire`."""
-        return self.fire("collect_info", **context)
+        return self.fire("collect_info", **provenance)
 
-    def start_building(self, **context: Unpack[Context]) -> StageChange:
+    def start_building(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """QUALIFYING or COLLECTING_INFO → BUILDING: generate the site. Arguments, result and errors as for `fire`."""
-        return self.fire("start_building", **context)
+        return self.fire("start_building", **provenance)
 
-    def send_preview(self, **context: Unpack[Context]) -> StageChange:
+    def send_preview(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """BUILDING or EDIT_LOOP → PREVIEW_SENT: the link is out. Arguments, result and errors as for `fire`."""
-        return self.fire("send_preview", **context)
+        return self.fire("send_preview", **provenance)
 
-    def request_edits(self, **context: Unpack[Context]) -> StageChange:
+    def request_edits(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """PREVIEW_SENT → EDIT_LOOP, one more of `edit_rounds`. Arguments, result and errors as for `fire`."""
-        return self.fire("request_edits", **context)
+        return self.fire("request_edits", **provenance)
 
-    def request_approval(self, **context: Unpack[Context]) -> StageChange:
+    def request_approval(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """PREVIEW_SENT or EDIT_LOOP → PENDING_APPROVAL. Arguments, result and errors as for `fire`."""
-        return self.fire("request_approval", **context)
+        return self.fire("request_approval", **provenance)
 
-    def withdraw_approval(self, **context: Unpack[Context]) -> StageChange:
+    def withdraw_approval(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """PENDING_APPROVAL → PREVIEW_SENT. Arguments, result and errors as for `fire`."""
-        return self.fire("withdraw_approval", **context)
+        return self.fire("withdraw_approval", **provenance)
 
     def send_payment_link(
-        self, payment_link_url: str, *, approved_by: str | None = None, **context: Unpack[Context]
+        self, payment_link_url: str, *, approved_by: str | None = None, **provenance: Unpack[ProvenanceArguments]
     ) -> StageChange:
         """PREVIEW_SENT, EDIT_LOOP or PENDING_APPROVAL → PAYMENT_SENT: the payment link is out.
 
         Args:
             payment_link_url: the link that was sent.
             approved_by: who approved it; needed unless the autonomy level is FULL_AUTO. Joins the metadata.
-            context: actor, reason, metadata and key as for `fire`, as are the result and the errors.
+            provenance: actor, reason, metadata and key as for `fire`, as are the result and the errors.
         """
-        return self.fire("send_payment_link", payment_link_url=payment_link_url, approved_by=approved_by, **context)
+        return self.fire("send_payment_link", payment_link_url=payment_link_url, approved_by=approved_by, **provenance)
 
-    def complete(self, **context: Unpack[Context]) -> StageChange:
+    def complete(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """Any stage → COMPLETED, once a payment link was sent: paid. Arguments, result and errors as for `fire`."""
-        return self.fire("complete", **context)
+        return self.fire("complete", **provenance)
 
-    def stall(self, **context: Unpack[Context]) -> StageChange:
+    def stall(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """Any active stage → STALLED: the lead is silent. Arguments, result and errors as for `fire`."""
-        return self.fire("stall", **context)
+        return self.fire("stall", **provenance)
 
-    def resume(self, **context: Unpack[Context]) -> StageChange:
+    def resume(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """STALLED → the stage it stalled in (QUALIFYING where unknown). Arguments, result and errors as for `fire`."""
-        return self.fire("resume", **context)
+        return self.fire("resume", **provenance)
 
     def close_lost(
         self,
@@ -205,9 +204,9 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         """
         return self.fire("close_lost", actor=actor, reason=reason, metadata=metadata, key=key)
 
-    def reopen(self, **context: Unpack[Context]) -> StageChange:
+    def reopen(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
         """CLOSED_LOST → INITIATED, with its history kept. Arguments, result and errors as for `fire`."""
-        return self.fire("reopen", **context)
+        return self.fire("reopen", **provenance)
 
     def fire(
         self,
@@ -246,7 +245,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
         if approved_by is not None:
             metadata = {**(metadata or {}), "approved_by": approved_by}
-        return change_stage(self, trigger, given, context_of(trigger, actor, reason, metadata, key))
+        return change_stage(self, trigger, given, Provenance(actor, reason, metadata, key))
 
     def record(self, *, questions: Sequence[str] = (), data: Mapping[str, Any] | None = None) -> None:
         """Add what was asked and answered, merged in the database: nobody's answers are overwritten.
@@ -280,7 +279,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             return
         with atomic():
             # The conversation first, and then its lead, as everybody does who holds both.
-            row = current().hold(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
+            row = current().for_update(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
             if row is None:
                 raise ConversationNotFound(self.id)
             values = {**merged, "updated_at": next_version(row)}
@@ -292,9 +291,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             if row.updated_at != self.updated_at:
                 # Somebody changed it since it was loaded: it stays a conflict for the next trigger.
                 del values["updated_at"]
-            remember(self, list(values))
-            self.__data__.update({name: written.__data__[name] for name in values})
-            self._dirty.difference_update(values)
+            accept(self, {name: getattr(written, name) for name in values})
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -320,20 +317,14 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         """
         given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
         try:
-            decide(trigger, draft_of(self, given))
+            decide(trigger, facts_of(self, given))
         except TransitionRefused as refusal:
             return Answer(False, str(refusal))
         return Answer(True)
 
     def allowed_triggers(self) -> list[str]:
         """The triggers that can be fired now, given the arguments they ask for; in the table's order."""
-        draft = draft_of(self, {})
-        return [
-            transition.trigger
-            for transition in TRANSITIONS
-            if self.stage in transition.sources
-            and all(guard.on_arguments or guard.holds(draft) for guard in transition.guards)
-        ]
+        return allowed_triggers(facts_of(self, {}))
 
     def history(self) -> list[StageChange]:
         """Its stage changes, oldest first."""
@@ -386,7 +377,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         fresh = type(self).get_or_none(type(self).id == self.id)
         if fresh is None:
             raise ConversationNotFound(self.id)
-        take_over(self, fresh)
+        accept_row(self, fresh)
 
     def save(self, force_insert: bool = False, only: Any = None) -> Any:
         """Write the unsaved changes of fields other than the stage.
@@ -399,7 +390,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         if force_insert:
             remember(self, self._meta.sorted_field_names)
             rows = super().save(force_insert=True, only=only)
-            self.__data__ = {**dict.fromkeys(self._meta.sorted_field_names), **self.__data__}
+            accept(self, dict.fromkeys(self._meta.fields.keys() - self.__data__.keys()))
             return rows
         if not is_row(self):
             raise ConversationNotFound(self.id)
@@ -412,7 +403,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         if not values:
             return 0
         write_fields(self, values, "save()")
-        self._dirty.discard("id")
+        accept(self, {"id": self.id})
         return 1
 
 
@@ -438,7 +429,7 @@ def locked(conversation_id: str) -> Iterator[CloseEngineConversation]:
     """
     with atomic():
         query = CloseEngineConversation.select().where(CloseEngineConversation.id == conversation_id)
-        conversation = current().hold(query).first()
+        conversation = current().for_update(query).first()
         if conversation is None:
             raise ConversationNotFound(conversation_id)
         yield conversation
@@ -482,17 +473,17 @@ def open_conversation(
     lead_id = lead.id if isinstance(lead, Lead) else lead
     rep_id = rep.id if isinstance(rep, User) else rep
     entry_point = CloseEngineConversation.entry_point.clean(entry_point)
-    context = context_of("open", actor, reason, metadata, key)
-    hold = current().hold
+    provenance = Provenance(actor, reason, metadata, key)
+    for_update = current().for_update
     with atomic():
         # The conversation first, and then its lead, as everybody does who holds both.
         mine = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
         conversation: CloseEngineConversation | None = mine.first()
         if conversation is not None and conversation.stage not in ACTIVE_STAGES:
-            conversation = hold(mine).first()  # so that nobody else resumes or reopens it meanwhile
+            conversation = for_update(mine).first()  # so that nobody else resumes or reopens it meanwhile
         if conversation is not None and conversation.stage in ACTIVE_STAGES:
             return conversation
-        row = hold(Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)).first()
+        row = for_update(Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)).first()
         if row is None:
             raise LeadNotFound(lead_id)
         if conversation is not None:
@@ -503,23 +494,21 @@ def open_conversation(
         if not (row.phone or "").strip():
             raise LeadHasNoPhone(lead_id)
         if conversation is not None and conversation.stage is Stage.STALLED:
-            change_stage(conversation, "resume", {}, {**context, "trigger": "resume"})
+            change_stage(conversation, "resume", {}, provenance)
             return conversation
         if rep_id is not None and User.get_or_none(User.id == rep_id) is None:
             raise UserNotFound(rep_id)
         if conversation is not None:
             taken = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
             taken["rep"] = conversation.rep_id if rep_id is None else rep_id
-            change_stage(conversation, "reopen", {}, {**context, "trigger": "reopen"}, taken)
+            change_stage(conversation, "reopen", {}, provenance, taken)
         else:
-            conversation = _insert(row, entry_point, rep_id, context)
+            conversation = _insert(row, entry_point, rep_id, provenance)
             if conversation is None:  # a writer who does not hold the lead was first
                 return open_conversation(lead, entry_point, rep, key, actor=actor, reason=reason, metadata=metadata)
         Lead.update(close_entry_point=entry_point).where(Lead.id == lead_id).execute()
         if isinstance(lead, Lead):
-            remember(lead, ["close_entry_point"])
-            lead.__data__["close_entry_point"] = entry_point
-            lead._dirty.discard("close_entry_point")
+            accept(lead, {"close_entry_point": entry_point})
     return conversation
 
 
@@ -531,7 +520,7 @@ def _opened_by(conversation: CloseEngineConversation, key: str | None) -> bool:
 
 
 def _insert(
-    lead: Lead, entry_point: EntryPoint, rep_id: str | None, context: dict[str, Any]
+    lead: Lead, entry_point: EntryPoint, rep_id: str | None, provenance: Provenance
 ) -> CloseEngineConversation | None:
     """A new conversation, or None where the lead has got one meanwhile."""
     moment = now()
@@ -546,13 +535,10 @@ def _insert(
     insert = CloseEngineConversation.insert(conversation.__data__).on_conflict(
         action="nothing", conflict_target=[CloseEngineConversation.lead]
     )
-    binding = current()
-    with binding.dialect.context(
-        binding.database, {**context, "id": conversation.id, "updated_at": stored_time(moment)}
-    ):
+    with current().attributed(provenance, Write("open", conversation.id, stored_time(moment))):
         if not insert.as_rowcount().execute():
             return None
     conversation = CloseEngineConversation.get_by_id(conversation.id)
-    if hooks.waiting_for(Stage.INITIATED):
-        entered(conversation, conversation.history()[-1])
+    if hooks.has_entry_hook(Stage.INITIATED):
+        run_entry_hooks(conversation, conversation.history()[-1])
     return conversation

@@ -1,11 +1,11 @@
-"""One stage change: ask the machine, write with the guard, name the failure; memory follows last.
+"""One stage change: read, ask the machine, write once, name the failure; memory follows last.
 
-`CloseEngineConversation.fire` ends here. The machine decides on a draft, never on the row; the row changes only if
-nobody changed it since it was loaded; the database adds the history row and refuses what is not in its table.
+`CloseEngineConversation.fire` ends here. The machine decides on facts, never on the row. The row changes only if
+nobody changed it since it was loaded. The database adds the history row and refuses what is not in its table.
 
 >>> from close_engine import CloseEngineConversation, connect
 >>> database = connect("sqlite:///:memory:")
->>> draft_of(CloseEngineConversation(id="c1", lead="l1", entry_point="SMS_REPLY"), {}).stage
+>>> facts_of(CloseEngineConversation(id="c1", lead="l1", entry_point="SMS_REPLY"), {}).stage
 <Stage.INITIATED: 'INITIATED'>
 """
 
@@ -17,23 +17,17 @@ from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import cache, partial
 from threading import local
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from close_engine import hooks
 from close_engine.columns import is_row
-from close_engine.database.binding import Binding, current, now
+from close_engine.database.binding import current, now
 from close_engine.database.dialect import Dialect
-from close_engine.database.fields import clean_json, clean_text, stored_time
-from close_engine.database.transaction import atomic, remember, run_after_commit
-from close_engine.errors import (
-    ConversationNotFound,
-    InvalidValue,
-    KeyReused,
-    PartlyLoaded,
-    StageConflict,
-    TransitionRefused,
-)
-from close_engine.machine import TRIGGERS, Draft, Stamp, Transition, decide
+from close_engine.database.fields import clean_text, stored_time
+from close_engine.database.provenance import Provenance, Write
+from close_engine.database.transaction import accept, atomic, run_after_commit
+from close_engine.errors import ConversationNotFound, KeyReused, PartlyLoaded, StageConflict, TransitionRefused
+from close_engine.machine import Facts, Stamp, Transition, decide
 from close_engine.models import StageChange
 from close_engine.stages import Stage
 
@@ -41,45 +35,108 @@ if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation
 
 __all__ = [
-    "Context",
+    "Assignment",
+    "assigned",
+    "assigned_by",
     "change_stage",
     "conflict",
-    "context_of",
-    "draft_of",
-    "entered",
+    "facts_of",
     "next_version",
     "require_whole",
+    "run_entry_hooks",
     "write_fields",
-    "written_by",
 ]
-
-#: What fits an index of PostgreSQL in any alphabet.
-LONGEST_KEY = 255
 
 _TICK = timedelta(milliseconds=1)
 
-#: What a decision, its write and its history row rest on.
+#: The fields on which a decision, its write and its history row rest.
 _NEEDED = {"id", "lead", "stage", "autonomy_level", "payment_link_sent_at", "updated_at"}
 
 
-class Context(TypedDict, total=False):
-    """What every trigger takes: who fires it, why, what else is known of it, and the key of the event behind it."""
+class Assignment(NamedTuple):
+    """What an UPDATE sets one column to.
 
-    actor: str | None
-    reason: str | None
-    metadata: Mapping[str, Any] | None
-    key: str | None
+    Attributes:
+        column: the column's name.
+        sql: an expression in which each %s is a parameter, and {history} our table.
+        parameters: a tuple of values as the database stores them.
+    """
+
+    column: str
+    sql: str
+    parameters: tuple[Any, ...] = ()
 
 
-def draft_of(conversation: CloseEngineConversation, given: Mapping[str, Any]) -> Draft:
-    """What the machine decides on."""
+_STAGE_IT_STALLED_IN = Assignment(
+    "stage",
+    "COALESCE((SELECT source FROM {history} WHERE conversation_id = close_engine_conversations.id "
+    "AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING')",
+)
+
+
+def change_stage(
+    conversation: CloseEngineConversation,
+    trigger: str,
+    given: Mapping[str, Any],
+    provenance: Provenance,
+    also: Mapping[str, Any] | None = None,
+) -> StageChange:
+    """Fire a trigger.
+
+    Args:
+        conversation: the conversation as the caller knows it.
+        trigger: a name of the transition table.
+        given: the arguments that the table's conditions and stamps are about, by name.
+        provenance: what the history row is to say; its key makes the trigger fire only once.
+        also: further fields to write with it, by name.
+
+    Returns:
+        the history row.
+
+    Raises:
+        UnknownTrigger, TransitionNotAllowed, GuardRefused, PartlyLoaded: as `decide` and `facts_of` say.
+        StageConflict, ConversationNotFound: as `conflict` says.
+        KeyReused: the key was used for another trigger.
+        InvalidValue: a value cannot be stored.
+    """
+    source = conversation.stage
+    try:
+        transition = decide(trigger, facts_of(conversation, given))
+        hooked = hooks.runs_in_transaction(source, transition.dests)
+        with atomic() if hooked else nullcontext():
+            if hooked:
+                hooks.run_on_exit(conversation, transition)
+            version = next_version(conversation)
+            assignments = assigned_by(transition, version, given)
+            if also:
+                assignments += assigned(type(conversation), also)
+            row = _write(conversation, source, trigger, version, assignments, provenance)
+            if row is None:
+                raise conflict(conversation, trigger, source)
+            change = _accept(conversation, source, trigger, assignments, row, provenance)
+            run_entry_hooks(conversation, change)
+    except (TransitionRefused, StageConflict, ConversationNotFound):
+        # Look for an earlier use of the key only now, so that its first use costs nothing.
+        earlier = _earlier(conversation.id, trigger, provenance.key)
+        if earlier is None:
+            raise
+        return earlier
+    return change
+
+
+def facts_of(conversation: CloseEngineConversation, given: Mapping[str, Any]) -> Facts:
+    """Gather what the machine decides on.
+
+    Raises:
+        PartlyLoaded: the object lacks a column that a decision rests on.
+    """
     require_whole(conversation)
     sent = conversation.payment_link_sent_at is not None
-    return Draft(conversation.stage, conversation.id, conversation.autonomy_level, sent, given)
+    return Facts(conversation.stage, conversation.id, conversation.autonomy_level, sent, given)
 
 
 def require_whole(conversation: CloseEngineConversation) -> None:
-    """Refuse an object whose query left out columns: what is not loaded is not the same as what is empty.
+    """Refuse an object whose query left out columns: a value that is not loaded is not an empty value.
 
     Raises:
         PartlyLoaded: it lacks a column that a decision rests on.
@@ -89,174 +146,125 @@ def require_whole(conversation: CloseEngineConversation) -> None:
 
 
 def next_version(conversation: CloseEngineConversation) -> datetime:
-    """The `updated_at` of the next write: later than the last, also where clocks differ."""
+    """Return the `updated_at` of the next write: later than the last, even if the clocks of two writers differ."""
     return max(now(), conversation.updated_at + _TICK)
 
 
-def context_of(
-    trigger: str, actor: str | None, reason: str | None, metadata: Mapping[str, Any] | None, key: str | None
-) -> dict[str, Any]:
-    """What the history row says besides the stages, checked."""
-    texts = {"actor": actor, "reason": reason, "key": key}
-    for name, text in texts.items():
-        if text is not None:
-            texts[name] = clean_text(name, text)
-    if key is not None and not key.strip():
-        raise InvalidValue("key", key, "an idempotency key must not be empty")
-    if key is not None and len(key) > LONGEST_KEY:
-        raise InvalidValue("key", key, f"an idempotency key has at most {LONGEST_KEY} characters")
-    if metadata is not None:
-        if not isinstance(metadata, Mapping):
-            raise InvalidValue("metadata", metadata, "it must be a mapping")
-        metadata = clean_json("metadata", metadata)
-    return {"trigger": trigger, **texts, "metadata": metadata}
-
-
-def change_stage(
-    conversation: CloseEngineConversation,
-    trigger: str,
-    given: Mapping[str, Any],
-    context: dict[str, Any],
-    also: Mapping[str, Any] | None = None,
-) -> StageChange:
-    """One stage change: ask the machine, write with the guard, name the failure; memory follows last.
-
-    `also` are further columns to write with it.
-    """
-    source = conversation.stage
-    try:
-        transition = decide(trigger, draft_of(conversation, given))
-        hooked = hooks.hooks_for(source, transition.dests)
-        with atomic() if hooked else nullcontext():
-            if hooked:
-                hooks.run_on_exit(conversation, transition)
-            values = {**written_by(transition, next_version(conversation), given), **(also or {})}
-            row = _write(current(), conversation, source, transition, values, context)
-            if row is None:
-                raise conflict(conversation, trigger, source)
-            change = _take_over(conversation, source, values, row, context)
-            entered(conversation, change)
-    except (TransitionRefused, StageConflict, ConversationNotFound):
-        # Only now, so that the first use of a key costs nothing: was it used before?
-        earlier = _earlier(conversation.id, trigger, context["key"])
-        if earlier is None:
-            raise
-        return earlier
-    return change
-
-
-def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any], what: str) -> None:
-    """A guarded write of fields other than the stage: whoever else decided on the same state is in conflict.
-
-    The version moves with them, and alone where there are none.
-
-    Raises:
-        StageConflict: somebody changed the conversation since it was loaded.
-        ConversationNotFound: it was deleted.
-    """
-    model = type(conversation)
-    values = {**values, "updated_at": next_version(conversation)}
-    same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
-    if not model.update(values).where(same & model.stage.still(conversation.stage)).execute():
-        raise conflict(conversation, what, conversation.stage)
-    remember(conversation, list(values))
-    conversation.__data__["updated_at"] = values["updated_at"]
-    conversation._dirty.difference_update(values)
-
-
-def written_by(transition: Transition, moment: datetime, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Column name to the value that the transition writes there."""
-    values: dict[str, Any] = {"stage": transition.dest, "updated_at": moment}
+def assigned_by(transition: Transition, moment: datetime, given: Mapping[str, Any]) -> list[Assignment]:
+    """List what a transition writes at this moment; `given` are its arguments by name."""
+    at = (stored_time(moment),)
+    assignments = [
+        _STAGE_IT_STALLED_IN if transition.dest is None else Assignment("stage", "%s", (transition.dest.value,)),
+        Assignment("updated_at", "%s", at),
+    ]
     for column, stamp in transition.stamps.items():
         if stamp is Stamp.NOW:
-            values[column] = moment
+            assignments.append(Assignment(column, "%s", at))
         elif stamp is Stamp.CLEARED:
-            values[column] = None
-        elif stamp is Stamp.GIVEN:
-            values[column] = given[column]
+            assignments.append(Assignment(column, "NULL"))
+        elif stamp is Stamp.INCREMENTED:
+            assignments.append(Assignment(column, f'"{column}" + 1'))
         else:
-            values[column] = 1
-    return values
+            assignments.append(Assignment(column, "%s", (clean_text(column, given[column]),)))
+    return assignments
+
+
+def assigned(model: type[CloseEngineConversation], values: Mapping[str, Any]) -> list[Assignment]:
+    """List what it takes to write these fields, given by name."""
+    fields = [(model._meta.fields[name], value) for name, value in values.items()]
+    return [Assignment(field.column_name, "%s", (field.db_value(value),)) for field, value in fields]
 
 
 def _write(
-    binding: Binding,
     conversation: CloseEngineConversation,
     source: Stage,
-    transition: Transition,
-    values: Mapping[str, Any],
-    context: dict[str, Any],
+    trigger: str,
+    version: datetime,
+    assignments: list[Assignment],
+    provenance: Provenance,
 ) -> tuple[Any, ...] | None:
-    key, meta = context["key"], conversation._meta
-    statement = _statement(meta, binding.dialect, transition.trigger, tuple(values), key is not None)
-    stored = {name: meta.fields[name].db_value(value) for name, value in values.items()}
-    context = {**context, "id": conversation.id, "updated_at": stored["updated_at"]}
-    if transition.dest is None:
-        stored["stage"] = conversation.id  # _STALLED_IN finds the stage
-    parameters = [*stored.values(), conversation.id, source.value, stored_time(conversation.updated_at)]
+    """Run the guarded write, and return the written columns and the id of the history row, or None."""
+    binding, key = current(), provenance.key
+    shape = tuple([(assignment.column, assignment.sql) for assignment in assignments])
+    statement = _statement(binding.dialect, conversation._meta.table_name, shape, key is not None)
+    parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
+    parameters += (conversation.id, source.value, stored_time(conversation.updated_at))
     if key is not None:
-        parameters += [conversation.id, key]
-    return binding.dialect.execute_guarded(binding.database, statement, parameters, context)
-
-
-_STALLED_IN = (
-    "COALESCE((SELECT source FROM {history} WHERE conversation_id = %s AND dest = 'STALLED' "
-    "ORDER BY id DESC LIMIT 1), 'QUALIFYING')"
-)
+        parameters += (conversation.id, key)
+    write = Write(trigger, conversation.id, stored_time(version))
+    return binding.dialect.execute_guarded(binding.database, statement, parameters, provenance, write)
 
 
 @cache
-def _statement(meta: Any, dialect: Dialect, trigger: str, written: tuple[str, ...], keyed: bool) -> str:
-    """The text of a transition's one write, made once for each shape it comes in."""
-    fields, transition = meta.fields, TRIGGERS[trigger]
-    assignments = []
-    for name in written:
-        column = f'"{fields[name].column_name}"'
-        value = "%s"
-        if name == "stage" and transition.dest is None:
-            value = _STALLED_IN
-        elif transition.stamps.get(name) is Stamp.INCREMENTED:
-            value = f"{column} + %s"
-        assignments.append(f"{column} = {value}")
-    # As `EnumField.still` writes it: the key alone is to find the row.
+def _statement(dialect: Dialect, table: str, shape: tuple[tuple[str, str], ...], is_keyed: bool) -> str:
+    """Put the guarded write together, once for each shape. On PostgreSQL, for collect_info, it comes out as
+
+    UPDATE "close_engine_conversations" SET "stage" = %s, "updated_at" = %s
+    WHERE "id" = %s AND "stage" || '' = %s AND "updated_at" = %s AND pg_catalog.set_config(…) IS NOT NULL
+    RETURNING "stage", "updated_at", pg_catalog.currval(…)
+    """
+    # As in `EnumField.is_still`: only the key may find the row.
     conditions = '"id" = %s AND "stage" || \'\' = %s AND "updated_at" = %s'
-    if keyed:
+    if is_keyed:
         conditions += " AND NOT EXISTS (SELECT 1 FROM {history} WHERE conversation_id = %s AND key = %s)"
-    return dialect.guarded_update(
-        meta.table_name,
-        ", ".join(assignments),
-        conditions,
-        ", ".join(f'"{fields[name].column_name}"' for name in written),
-    )
+    assignments = ", ".join(f'"{column}" = {sql}' for column, sql in shape)
+    returning = ", ".join(f'"{column}"' for column, _ in shape)
+    return dialect.guarded_update(table, assignments, conditions, returning)
 
 
-def _take_over(
+def _accept(
     conversation: CloseEngineConversation,
     source: Stage,
-    values: Mapping[str, Any],
+    trigger: str,
+    assignments: list[Assignment],
     row: tuple[Any, ...],
-    context: dict[str, Any],
+    provenance: Provenance,
 ) -> StageChange:
-    """Copy what was written into the object, and say what the history row holds."""
-    fields = conversation._meta.fields
-    remember(conversation, list(values))
-    for name, value in zip(values, row[:-1], strict=True):
-        conversation.__data__[name] = fields[name].python_value(value)
-    conversation._dirty.difference_update(values)
+    """Copy what was written into the object, and return the history row that belongs to it."""
+    columns = conversation._meta.columns
+    written = [(columns[assignment.column], value) for assignment, value in zip(assignments, row[:-1], strict=True)]
+    accept(conversation, {field.name: field.python_value(value) for field, value in written})
     return StageChange(
         __no_default__=True,
         id=row[-1],
         conversation_id=conversation.id,
         lead_id=conversation.lead_id,
+        trigger=trigger,
         source=source,
         dest=conversation.stage,
+        actor=provenance.actor,
+        reason=provenance.reason,
+        metadata=provenance.metadata,
+        key=provenance.key,
         created_at=conversation.updated_at,
-        **context,
     )
 
 
+def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any], operation: str) -> None:
+    """Write fields other than the stage; anyone else who decided on the same version gets a conflict.
+
+    Args:
+        conversation: the conversation as the caller knows it.
+        values: field name to value; the version moves with them, and alone if there are none.
+        operation: what is done, for the error.
+
+    Raises:
+        StageConflict, ConversationNotFound: as `conflict` says.
+    """
+    model = type(conversation)
+    values = {**values, "updated_at": next_version(conversation)}
+    same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
+    if not model.update(values).where(same & model.stage.is_still(conversation.stage)).execute():
+        raise conflict(conversation, operation, conversation.stage)
+    accept(conversation, values)
+
+
 def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:
-    """The history row that this key made already."""
+    """Find the history row that this key made before.
+
+    Raises:
+        KeyReused: it made one for another trigger.
+    """
     if key is None:
         return None
     change: StageChange | None = StageChange.get_or_none(
@@ -268,18 +276,18 @@ def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange
 
 
 def conflict(
-    conversation: CloseEngineConversation, trigger: str, expected: Stage
+    conversation: CloseEngineConversation, operation: str, expected: Stage
 ) -> StageConflict | ConversationNotFound:
-    """Why a guarded write found no row."""
+    """Find out why a guarded write found no row: somebody changed the conversation, or it was deleted."""
     model = type(conversation)
     found = model.select(model.stage).where(model.id == conversation.id).first()
     if found is None:
         return ConversationNotFound(conversation.id)
-    return StageConflict(conversation.id, trigger, expected, found.stage)
+    return StageConflict(conversation.id, operation, expected, found.stage)
 
 
-def entered(conversation: CloseEngineConversation, change: StageChange) -> None:
-    """Run what waits for the entering of a stage: some functions now, others after the commit."""
+def run_entry_hooks(conversation: CloseEngineConversation, change: StageChange) -> None:
+    """Run the functions registered for the stage that was entered: some now, others after the commit."""
     waiting = hooks.committed_hooks(change.dest)
     if current().database.in_transaction():
         _uncommitted.changes[change.id] = change

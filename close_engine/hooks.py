@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation
     from close_engine.models import StageChange
 
-__all__ = ["Hook", "after_commit", "hooks_for", "on_enter", "on_exit"]
+__all__ = ["Hook", "after_commit", "crosses_a_hook", "has_entry_hook", "on_enter", "on_exit", "runs_in_transaction"]
 
 
 class Hook:
@@ -76,19 +76,19 @@ def after_commit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation,
     return _registering(_after_commit, stages)
 
 
-def hooks_for(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
-    """Whether a function is to run in the transaction of such a change."""
+def runs_in_transaction(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
+    """Say whether a registered function runs in the transaction of such a change."""
     return bool(_on_exit or _on_enter) and (source in _on_exit or any(dest in _on_enter for dest in dests))
 
 
-def waiting_for(dest: Stage) -> bool:
-    """Whether a function is to run because this stage is entered."""
+def has_entry_hook(dest: Stage) -> bool:
+    """Say whether a registered function runs because this stage is entered."""
     return dest in _on_enter or dest in _after_commit
 
 
-def concern(transition: Transition) -> bool:
-    """Whether any function is registered at an edge that this transition crosses."""
-    return any(source in _on_exit for source in transition.sources) or any(map(waiting_for, transition.dests))
+def crosses_a_hook(transition: Transition) -> bool:
+    """Say whether a function is registered at an edge that this transition crosses."""
+    return any(source in _on_exit for source in transition.sources) or any(map(has_entry_hook, transition.dests))
 
 
 def run_on_exit(conversation: CloseEngineConversation, transition: Transition) -> None:

@@ -22,9 +22,10 @@ import peewee
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, now
 from close_engine.database.fields import TextField, UtcDateTimeField, clean_text, stored_time
+from close_engine.database.provenance import Provenance
 from close_engine.database.transaction import atomic
 from close_engine.errors import LeadNotFound, PaymentUnmatched
-from close_engine.firing import change_stage, context_of, write_fields
+from close_engine.firing import change_stage, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.stages import ACTIVE_STAGES, Stage
 
@@ -95,7 +96,7 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
         InvalidValue: the key or the text cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
-    context = context_of("resume", actor or f"lead:{lead_id}", "the lead wrote", None, key)
+    provenance = Provenance(actor or f"lead:{lead_id}", "the lead wrote", key=key)
     with atomic():
         conversation = _held(lead_id)
         if conversation is None and Lead.get_or_none(Lead.id == lead_id) is None:
@@ -105,14 +106,11 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
         if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
             return Received(conversation)
         if conversation.stage is Stage.STALLED:
-            resumed = change_stage(conversation, "resume", {}, {**context, "key": f"text:{key}"})
+            resumed = change_stage(conversation, "resume", {}, provenance.under("text"))
             return Received(conversation, resumed=resumed)
         write_fields(conversation, {}, "receive()")
-        binding = current()
-        binding.database.execute_sql(
-            binding.dialect.sql("UPDATE {silence} SET since = %s WHERE conversation_id = %s"),
-            (stored_time(now()), conversation.id),
-        )
+        moved_on = "UPDATE {silence} SET since = %s WHERE conversation_id = %s"
+        current().execute(moved_on, (stored_time(now()), conversation.id))
     return Received(conversation)
 
 
@@ -136,7 +134,7 @@ def record_payment(
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
-    context = context_of("complete", actor, None, metadata, key)
+    provenance = Provenance(actor, None, metadata, key)
     with atomic():
         conversation = _held(lead_id)
         if conversation is None:
@@ -152,13 +150,13 @@ def record_payment(
             return _completion(conversation)
         if conversation.payment_link_sent_at is None:
             raise PaymentUnmatched(lead_id, key, "no payment link was sent to the lead")
-        return change_stage(conversation, "complete", {}, {**context, "key": f"payment:{key}"})
+        return change_stage(conversation, "complete", {}, provenance.under("payment"))
 
 
 def _held(lead_id: str) -> CloseEngineConversation | None:
     """The lead's conversation, held against every other writer."""
     query = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
-    conversation: CloseEngineConversation | None = current().hold(query).first()
+    conversation: CloseEngineConversation | None = current().for_update(query).first()
     return conversation
 
 

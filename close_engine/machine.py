@@ -3,9 +3,9 @@
 One table serves Python, the database's guard (a test compares them), the diagram and the documentation.
 It is run by one `transitions.Machine` for the whole process, never on a row:
 
->>> decide("collect_info", Draft(Stage.QUALIFYING)).dest
+>>> decide("collect_info", Facts(Stage.QUALIFYING)).dest
 <Stage.COLLECTING_INFO: 'COLLECTING_INFO'>
->>> decide("close_lost", Draft(Stage.BUILDING))
+>>> decide("close_lost", Facts(Stage.BUILDING))
 Traceback (most recent call last):
 close_engine.errors.GuardRefused: The conversation is BUILDING, and close_lost is refused: a reason must be given.
 """
@@ -28,9 +28,11 @@ __all__ = [
     "ACTION_TRANSITIONS",
     "TRANSITIONS",
     "TRIGGERS",
-    "Draft",
+    "Condition",
+    "Facts",
     "Stamp",
     "Transition",
+    "allowed_triggers",
     "decide",
     "decide_action",
     "mermaid",
@@ -40,7 +42,7 @@ __all__ = [
 
 
 class Stamp(Enum):
-    """What a transition does to a column besides the stage."""
+    """What a transition does to a column other than the stage."""
 
     NOW = "set to now"
     CLEARED = "cleared"
@@ -48,8 +50,8 @@ class Stamp(Enum):
     GIVEN = "set to the argument of the same name"
 
 
-class Draft(NamedTuple):
-    """What is decided on: a conversation's facts, and what the caller gives with the trigger."""
+class Facts(NamedTuple):
+    """What a decision rests on: facts of a conversation, and what the caller gives with the trigger."""
 
     stage: Stage
     conversation_id: str | None = None
@@ -58,19 +60,23 @@ class Draft(NamedTuple):
     given: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Guard:
-    """A condition on top of the table.
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A condition of the table, on top of the stage.
 
     Attributes:
-        sentence: what is missing where it fails.
-        holds: whether it does; gets the draft.
-        on_arguments: True where the caller can satisfy it with what he gives.
+        sentence: what is missing if it is not met.
+        is_met: whether the facts meet it.
+        is_about_arguments: whether the caller can meet it with the arguments of the trigger.
     """
 
     sentence: str
-    holds: Callable[[Draft], bool]
-    on_arguments: bool
+    is_met: Callable[[Facts], bool]
+    is_about_arguments: bool
+
+    def is_among(self, met: tuple[Condition, ...]) -> bool:
+        """Answer the machine, which is given the conditions that are met."""
+        return self in met
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Transition:
         sources: the stages that it leads from.
         dest: where it leads; None is "the stage it stalled in", which the history knows.
         meaning: what the trigger says, for the documentation.
-        guards: conditions on top of the stage.
+        conditions: what must be met besides the stage, in the order in which it is asked for.
         stamps: column name to what happens to it.
     """
 
@@ -90,7 +96,7 @@ class Transition:
     sources: tuple[Stage, ...]
     dest: Stage | None
     meaning: str
-    guards: tuple[Guard, ...] = ()
+    conditions: tuple[Condition, ...] = ()
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @property
@@ -103,14 +109,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-LINK_GIVEN = Guard("a payment link URL must be given", lambda d: _is_text(d.given.get("payment_link_url")), True)
-MAY_SEND_LINK = Guard(
+LINK_GIVEN = Condition("a payment link URL must be given", lambda f: _is_text(f.given.get("payment_link_url")), True)
+MAY_SEND_LINK = Condition(
     "its autonomy level asks for an approval first (give approved_by)",
-    lambda d: d.autonomy_level is AutonomyLevel.FULL_AUTO or _is_text(d.given.get("approved_by")),
+    lambda f: f.autonomy_level is AutonomyLevel.FULL_AUTO or _is_text(f.given.get("approved_by")),
     True,
 )
-LINK_SENT = Guard("no payment link was sent", lambda d: d.payment_link_sent, False)
-REASON_GIVEN = Guard("a reason must be given", lambda d: _is_text(d.given.get("closed_lost_reason")), True)
+LINK_SENT = Condition("no payment link was sent", lambda f: f.payment_link_sent, False)
+REASON_GIVEN = Condition("a reason must be given", lambda f: _is_text(f.given.get("closed_lost_reason")), True)
 
 S = Stage
 
@@ -184,100 +190,90 @@ ACTION_TRANSITIONS: tuple[tuple[str, ActionStatus, ActionStatus], ...] = (
 
 @dataclass
 class _Position:
-    """What the machine moves: the stage of a draft, and whether the guards of the trigger hold for it."""
+    """What the machine moves, in place of a row."""
 
     stage: Stage
-    guards_hold: bool
-
-
-@dataclass
-class ActionDraft:
-    """What the machine of pending actions decides on."""
-
-    status: ActionStatus
 
 
 def _build_machine() -> Machine:
     machine = Machine(
-        model=None,
-        states=list(Stage),
-        initial=S.INITIATED,
-        auto_transitions=False,
-        model_attribute="stage",
+        model=None, states=list(Stage), initial=S.INITIATED, auto_transitions=False, model_attribute="stage"
     )
-    for transition in TRANSITIONS:
-        # One internal transition: where `resume` leads is the history's to say.
-        machine.add_transition(transition.trigger, list(transition.sources), transition.dest, conditions="guards_hold")
+    for row in TRANSITIONS:
+        # `resume` is an internal transition, because only the history knows where it leads.
+        conditions: list[str | Callable[..., bool | None]] = [condition.is_among for condition in row.conditions]
+        machine.add_transition(row.trigger, list(row.sources), row.dest, conditions=conditions)
     return machine
 
 
 _machine = _build_machine()
-_action_machine = Machine(
-    model=None,
-    states=list(ActionStatus),
-    initial=ActionStatus.PENDING,
-    transitions=[list(row) for row in ACTION_TRANSITIONS],
-    auto_transitions=False,
-    model_attribute="status",
-)
 
 
-def decide(trigger: str, draft: Draft) -> Transition:
-    """Where a trigger leads from a draft's stage.
+def decide(trigger: str, facts: Facts) -> Transition:
+    """Decide where a trigger leads from a stage.
 
     Args:
         trigger: its name.
-        draft: the facts.
+        facts: the stage, and what the conditions are about.
 
     Returns:
         the row of the table that applies.
 
     Raises:
         UnknownTrigger: the table has no such trigger.
-        TransitionNotAllowed: not from this stage.
-        GuardRefused: from this stage, but a guard fails.
+        TransitionNotAllowed: the table has no such trigger from this stage.
+        GuardRefused: the table has it, but a condition is not met.
     """
     transition = TRIGGERS.get(trigger)
     if transition is None:
         raise UnknownTrigger(trigger, list(TRIGGERS))
-    failing = next((guard for guard in transition.guards if not guard.holds(draft)), None)
-    stage = draft.stage
-    try:
-        fired = _fires(trigger, stage, failing is None)
-    except MachineError:
-        raise TransitionNotAllowed(draft.conversation_id, trigger, stage, triggers_from(stage)) from None
-    if not fired:
-        raise GuardRefused(draft.conversation_id, trigger, stage, failing.sentence if failing else "a guard fails")
+    met = tuple(condition for condition in transition.conditions if condition.is_met(facts))
+    fires = _fires(trigger, facts.stage, met)
+    if fires is None:
+        raise TransitionNotAllowed(facts.conversation_id, trigger, facts.stage, triggers_from(facts.stage))
+    if not fires:
+        unmet = next(condition for condition in transition.conditions if condition not in met)
+        raise GuardRefused(facts.conversation_id, trigger, facts.stage, unmet.sentence)
     return transition
 
 
-@cache
-def _fires(trigger: str, stage: Stage, guards_hold: bool) -> bool:
-    """The machine's answer, which never changes: it is asked once.
+def allowed_triggers(facts: Facts) -> list[str]:
+    """Decide which triggers can be fired, given the arguments that they ask for; in the table's order."""
+    return [trigger for trigger, row in TRIGGERS.items() if _fires(trigger, facts.stage, _could_be_met(row, facts))]
 
-    Raises:
-        MachineError: there is no such trigger from this stage.
+
+def _could_be_met(transition: Transition, facts: Facts) -> tuple[Condition, ...]:
+    return tuple(each for each in transition.conditions if each.is_about_arguments or each.is_met(facts))
+
+
+@cache
+def _fires(trigger: str, stage: Stage, met: tuple[Condition, ...]) -> bool | None:
+    """Ask the machine. Its answer depends on nothing else, so it is asked once for each question.
+
+    Returns:
+        whether the trigger fires when just these conditions are met; None if there is no such trigger from the stage.
     """
-    return _machine.events[trigger].trigger(_Position(stage, guards_hold))
+    try:
+        return bool(_machine.events[trigger].trigger(_Position(stage), met))
+    except MachineError:
+        return None
 
 
 def decide_action(trigger: str, action_id: str, status: ActionStatus) -> ActionStatus:
-    """The status that a decision leads to.
+    """Decide which status a decision on a pending action leads to.
 
     Args:
         trigger: `approve`, `reject` or `expire`.
         action_id: the action, for the error.
-        status: what it is now.
+        status: its status now.
 
     Raises:
         ActionDecided: it is decided already.
     """
-    draft = ActionDraft(status)
-    try:
-        _action_machine.events[trigger].trigger(draft)
-    except MachineError:
-        raise ActionDecided(action_id, trigger, status) from None
-    return draft.status
+    for name, source, dest in ACTION_TRANSITIONS:
+        if (name, source) == (trigger, status):
+            return dest
+    raise ActionDecided(action_id, trigger, status)
 
 
 def triggers_from(stage: Stage) -> list[str]:

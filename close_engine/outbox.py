@@ -25,7 +25,7 @@ import peewee
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, stored_time
-from close_engine.database.transaction import atomic, remember, take_over
+from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
     ConversationClosed,
     ConversationNotFound,
@@ -34,6 +34,7 @@ from close_engine.errors import (
     MessageNotDead,
     MessageNotFound,
     ProviderIdTaken,
+    TransitionRefused,
     UnknownTrigger,
 )
 from close_engine.hooks import Hook, on_enter
@@ -62,6 +63,7 @@ class OutboxMessage(BaseModel):
         payload: what else the sender needs, for example `paymentUrl`.
         trigger: the trigger that is fired when it is marked sent; None where there is none.
         approved_by: who approved it; None where nobody had to.
+        submitted_by: who drafted it, as given to `submit`.
         available_at: it cannot be claimed before: the delay, the pause after an error, or the end of its lease.
         attempts: how often it was claimed.
         leased_by: the worker that has it, or sent it.
@@ -78,6 +80,7 @@ class OutboxMessage(BaseModel):
     payload = JsonField(null=True)
     trigger = TextField["str | None"](null=True)
     approved_by = TextField["str | None"](null=True)
+    submitted_by = TextField["str | None"](null=True)
     key = TextField["str | None"](null=True)
     status = EnumField[MessageStatus](
         MessageStatus, default=MessageStatus.PENDING, constraints=[peewee.SQL("DEFAULT 'PENDING'")]
@@ -125,7 +128,7 @@ class OutboxMessage(BaseModel):
                 self._report(done)
         except peewee.IntegrityError:
             # Another message was given this provider's id at this very moment.
-            self._explain(provider_id)
+            self._refuse_unless_reported(provider_id)
             raise
         if failure is not None:
             raise failure
@@ -180,7 +183,7 @@ class OutboxMessage(BaseModel):
         # The number of attempts tells this lease from a later one of the same worker.
         held: peewee.Expression = (
             (OutboxMessage.id == self.id)
-            & OutboxMessage.status.still(MessageStatus.PENDING)
+            & OutboxMessage.status.is_still(MessageStatus.PENDING)
             & OutboxMessage.leased_by.is_null(False)
             & (OutboxMessage.leased_by == self.leased_by)
             & (OutboxMessage.attempts == self.attempts)
@@ -197,17 +200,16 @@ class OutboxMessage(BaseModel):
         if provider_id is not None:
             other = OutboxMessage.alias()
             condition &= ~peewee.fn.EXISTS(other.select(peewee.SQL("1")).where(other.provider_id == provider_id))
-        if not OutboxMessage.update(values).where(condition).execute():
-            self._explain(provider_id)
-            return self
-        remember(self, list(values))
-        for name, value in values.items():
-            setattr(self, name, value)
-        self._dirty.clear()
+        returned = [getattr(OutboxMessage, name) for name in values]
+        written = list(OutboxMessage.update(values).where(condition).returning(*returned).execute())
+        if written:
+            accept(self, {name: getattr(written[0], name) for name in values})
+        else:
+            self._refuse_unless_reported(provider_id)
         return self
 
-    def _explain(self, provider_id: str | None) -> None:
-        """Why it could not be reported on; nothing where it was reported already."""
+    def _refuse_unless_reported(self, provider_id: str | None) -> None:
+        """Raise why it cannot be reported on; if this very report was made before, take over the row."""
         found = OutboxMessage.get_or_none(OutboxMessage.id == self.id)
         if found is None:
             raise MessageNotFound(self.id)
@@ -216,7 +218,7 @@ class OutboxMessage(BaseModel):
             raise LeaseLost(self.id, self.leased_by, found.status, found.leased_by)
         if first.id != self.id:
             raise ProviderIdTaken(provider_id, self.id, first.id)
-        take_over(self, found)
+        accept_row(self, found)
 
     def _fire(self, trigger: str, provider_id: str | None) -> tuple[str | None, Exception | None]:
         """Fire the trigger behind it: the sentence that says why not, and the error of a hook that failed."""
@@ -226,15 +228,25 @@ class OutboxMessage(BaseModel):
                 if conversation.stage is TRIGGERS[trigger].dest:
                     return None, None
                 link = payload.get("paymentUrl")
-                given = {"payment_link_url": link, "approved_by": self.approved_by}
-                if answer := conversation.may(trigger, **given):
-                    told = {"message_id": self.id, "provider_id": provider_id}
-                    conversation.fire(trigger, actor=self.leased_by, metadata=told, key=self.send_key, **given)
-                elif trigger == "send_payment_link" and conversation.payment_link_sent_at is None:
-                    # The lead has the link, whatever the stage, and can pay.
-                    conversation.payment_link_url, conversation.payment_link_sent_at = link, now()
-                    conversation.save()
-                return answer.reason or None, None
+                metadata = {"message_id": self.id, "provider_id": provider_id}
+                if self.submitted_by is not None:
+                    metadata["submitted_by"] = self.submitted_by
+                try:
+                    conversation.fire(
+                        trigger,
+                        actor=self.leased_by,
+                        metadata=metadata,
+                        key=self.send_key,
+                        payment_link_url=link,
+                        approved_by=self.approved_by,
+                    )
+                except TransitionRefused as refusal:
+                    if trigger == "send_payment_link" and conversation.payment_link_sent_at is None:
+                        # The lead has the link, whatever the stage, and can pay.
+                        conversation.payment_link_url, conversation.payment_link_sent_at = link, now()
+                        conversation.save()
+                    return str(refusal), None
+                return None, None
         except ConversationNotFound as refusal:
             return str(refusal), None
         except Exception as error:
@@ -272,6 +284,7 @@ def enqueue(
     key: str | None = None,
     trigger: str | None = None,
     approved_by: str | None = None,
+    submitted_by: str | None = None,
     max_attempts: int = 10,
 ) -> OutboxMessage:
     """Put a message into the outbox, in the caller's transaction where one is open.
@@ -285,6 +298,7 @@ def enqueue(
         key: idempotency key, unique within the conversation: the same key again returns the first message.
         trigger: the trigger to fire when it is marked sent.
         approved_by: who approved it.
+        submitted_by: who drafted it.
         max_attempts: how often it may be tried.
 
     Returns:
@@ -309,6 +323,7 @@ def enqueue(
         payload=payload,
         trigger=trigger,
         approved_by=approved_by,
+        submitted_by=submitted_by,
         key=key,
         available_at=moment_after(send_after),
         max_attempts=max_attempts,
@@ -433,7 +448,7 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
     if found.status is not MessageStatus.DEAD:
         raise MessageNotDead(message_id, found.status)
     fresh = {"status": MessageStatus.PENDING, "attempts": 0, "available_at": now()}
-    dead = (OutboxMessage.id == message_id) & OutboxMessage.status.still(MessageStatus.DEAD)
+    dead = (OutboxMessage.id == message_id) & OutboxMessage.status.is_still(MessageStatus.DEAD)
     with locked(found.conversation_id) if found.topic in TEXTS else nullcontext() as conversation:
         if conversation is not None and conversation.stage in CLOSED_STAGES:
             raise ConversationClosed(conversation.id, conversation.stage)

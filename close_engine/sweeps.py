@@ -10,6 +10,7 @@ statement: any number of workers may sweep at once. The guard and the history ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,9 +19,10 @@ from close_engine import hooks
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, now
 from close_engine.database.fields import stored_time
+from close_engine.database.provenance import Provenance, Write
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue
-from close_engine.firing import change_stage, context_of, written_by
+from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
 
 __all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
@@ -122,13 +124,13 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
         InvalidValue: the batch is less than one.
     """
     moment = stored_time(now())
-    context = {"moment": moment, "actor": ACTOR, "reason": "it was not approved in time"}
+    provenance = Provenance(ACTOR, "it was not approved in time")
 
     def expire(held: list[str]) -> list[str]:
         _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", these=held)
         return held
 
-    return _in_batches(_EXPIRED, ("a",), [moment], batch, context, expire)
+    return _in_batches(_EXPIRED, ("a",), [moment], batch, expire, (provenance, Write("expire", None, moment)))
 
 
 def release_leases(*, batch: int = 1000) -> list[int]:
@@ -152,7 +154,7 @@ def release_leases(*, batch: int = 1000) -> list[int]:
         )
         return held
 
-    return _in_batches(_RUN_OUT, ("o",), [stored_time(now())], batch, {}, release)
+    return _in_batches(_RUN_OUT, ("o",), [stored_time(now())], batch, release)
 
 
 def _move(
@@ -170,23 +172,23 @@ def _move(
     """
     transition, moment = TRIGGERS[trigger], now()
     before, given = stored_time(moment - after), {"closed_lost_reason": reason}
-    context = context_of(trigger, ACTOR, reason, None, None)
-    fields, written = CloseEngineConversation._meta.fields, written_by(transition, moment, given)
-    columns = ", ".join(f"{fields[name].column_name} = %s" for name in written)
-    stored = [fields[name].db_value(value) for name, value in written.items()]
+    provenance = Provenance(ACTOR, reason)
+    assignments = assigned_by(transition, moment, given)
+    columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
+    parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
 
     def move(held: list[str]) -> list[str]:
         not_due = spared(held, before) if spared else set()
         ids = [conversation_id for conversation_id in held if conversation_id not in not_due]
-        if hooks.concern(transition):
+        if hooks.crosses_a_hook(transition):
             for conversation in CloseEngineConversation.select().where(CloseEngineConversation.id.in_(ids)):
-                change_stage(conversation, trigger, given, context)
+                change_stage(conversation, trigger, given, provenance)
         elif ids:
-            _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *stored, these=ids)
+            _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
         return ids
 
-    guarded = {**context, "updated_at": stored_time(moment)}
-    return _in_batches(due, lock, [before, stored_time(moment)], batch, guarded, move)
+    write = Write(trigger, None, stored_time(moment))
+    return _in_batches(due, lock, [before, stored_time(moment)], batch, move, (provenance, write))
 
 
 def _not_silent(held: list[str], before: str) -> set[str]:
@@ -209,8 +211,8 @@ def _in_batches(
     lock: tuple[str, ...],
     due_before: list[str],
     batch: int,
-    context: dict[str, Any],
     write: Callable[[list[Any]], list[Any]],
+    attributed_to: tuple[Provenance, Write] | None = None,
 ) -> list[Any]:
     """Hold what is due and write it, a batch in a transaction, until there is no full batch left.
 
@@ -219,8 +221,8 @@ def _in_batches(
         lock: the aliases in it whose rows are to be held.
         due_before: the values in it, but for the size of the batch.
         batch: how many rows at once.
-        context: what the guard records with them.
         write: gets the ids that are held, and returns those that it moved.
+        attributed_to: what the history says of them.
 
     Returns:
         the ids of all that was moved.
@@ -230,7 +232,7 @@ def _in_batches(
     binding, moved = current(), []
     find = binding.dialect.sql(due.replace("{lock}", binding.dialect.skip_locked(*lock)))
     while True:
-        with atomic(), binding.dialect.context(binding.database, context):
+        with atomic(), binding.attributed(*attributed_to) if attributed_to else nullcontext():
             held = [row[0] for row in binding.database.execute_sql(find, (*due_before, batch)).fetchall()]
             if held:
                 moved += write(held)
@@ -240,8 +242,7 @@ def _in_batches(
 
 def _execute(text: str, *values: Any, these: list[Any]) -> list[tuple[Any, ...]]:
     """Run a statement on these ids; the other values come before them."""
-    binding = current()
     marks = ", ".join(["%s"] * len(these))
-    cursor = binding.database.execute_sql(binding.dialect.sql(text.replace("{these}", f"({marks})")), (*values, *these))
+    cursor = current().execute(text.replace("{these}", f"({marks})"), (*values, *these))
     rows: list[tuple[Any, ...]] = cursor.fetchall() if cursor.description else []
     return rows

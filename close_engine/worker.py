@@ -273,7 +273,7 @@ class Worker:
         done = threading.Event()
         held = (
             OutboxMessage.id.in_([message.id for message in messages])
-            & OutboxMessage.status.still(MessageStatus.PENDING)
+            & OutboxMessage.status.is_still(MessageStatus.PENDING)
             & (OutboxMessage.leased_by == self.name)
         )
 

@@ -15,7 +15,7 @@ import peewee
 TAKE_UP = """
     context := nullif(current_setting('close_engine.context', true), '')::jsonb;
     IF coalesce(context ->> 'trigger', {fired}) <> {fired} OR coalesce(context ->> 'id', NEW.id) <> NEW.id
-        OR (context ->> 'updated_at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
+        OR (context ->> 'at')::timestamp(3) IS DISTINCT FROM NEW.updated_at THEN
         context := NULL;
     ELSE
         moment := NEW.updated_at;
@@ -172,7 +172,7 @@ MILLISECONDS = f"coalesce(strftime('%Y-%m-%d %H:%M:%f', {{0}}), {NOW})"
 CONTEXT = """(SELECT context FROM close_engine_context
     WHERE coalesce(json_extract(context, '$.trigger'), {fired}) = {fired}
       AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
-      AND json_extract(context, '$.updated_at') = NEW.updated_at{and_written})"""
+      AND json_extract(context, '$.at') = NEW.updated_at{and_written})"""
 FIRED = """(SELECT "trigger" FROM close_engine_transitions
     WHERE machine = 'conversation' AND source = OLD.stage AND dest = NEW.stage)"""
 RECORD = """

@@ -16,6 +16,7 @@ COLUMNS = {
         payload {json},
         "trigger" TEXT,
         approved_by TEXT,
+        submitted_by TEXT,
         "key" TEXT,
         status TEXT NOT NULL DEFAULT 'PENDING',
         created_at {time} NOT NULL,

@@ -23,12 +23,14 @@ INDEXES = {
 # What an approved action becomes in the outbox: {moment} is when it was approved.
 ENQUEUE = """
     INSERT INTO {prefix}outbox
-        (conversation_id, lead_id, topic, body, payload, "trigger", approved_by, "key", created_at, available_at)
+        (conversation_id, lead_id, topic, body, payload, "trigger", approved_by, submitted_by, "key",
+        created_at, available_at)
     SELECT NEW.conversation_id, NEW.lead_id, NEW.type, NEW.draft_message, NEW.metadata,
         CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
             WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
             WHEN c.stage = 'INITIATED' THEN 'start_qualifying' END,
-        NEW.approved_by, 'action:' || NEW.id, {moment}, {greatest}({moment}, coalesce({send_after}, {moment}))
+        NEW.approved_by, {submitted_by}, 'action:' || NEW.id, {moment},
+        {greatest}({moment}, coalesce({send_after}, {moment}))
     FROM {conversations} c WHERE c.id = NEW.conversation_id
 """
 
@@ -93,7 +95,7 @@ BEGIN
     IF coalesce(context ->> 'id', NEW.id) <> NEW.id THEN
         context := NULL;
     END IF;
-    SELECT greatest(coalesce((context ->> 'moment')::timestamp(3), clock_timestamp() AT TIME ZONE 'UTC'),
+    SELECT greatest(coalesce((context ->> 'at')::timestamp(3), clock_timestamp() AT TIME ZONE 'UTC'),
             updated_at + interval '1 millisecond')
         INTO version FROM {conversations} WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL'
         FOR NO KEY UPDATE;
@@ -102,7 +104,7 @@ BEGIN
         RETURN NULL;
     END IF;
     PERFORM set_config('close_engine.context', jsonb_build_object(
-        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'updated_at', version,
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'at', version,
         'actor', CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         'reason', context ->> 'reason',
         'metadata', jsonb_build_object('action_id', NEW.id, 'status', NEW.status))::text, true);
@@ -165,7 +167,7 @@ POSTGRES_WITHDRAWING = [
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 CONTEXT = """(SELECT context FROM close_engine_context
     WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id)"""
-VERSION = f"""max(coalesce(json_extract({CONTEXT}, '$.moment'), {NOW}), (SELECT
+VERSION = f"""max(coalesce(json_extract({CONTEXT}, '$.at'), {NOW}), (SELECT
     strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds') FROM close_engine_conversations
     WHERE id = NEW.conversation_id))"""
 ALLOWED = "SELECT 1 FROM close_engine_transitions WHERE machine = 'action' AND"
@@ -207,6 +209,7 @@ END""".format(
             conversations="close_engine_conversations",
             moment=f"coalesce(NEW.approved_at, {NOW})",
             greatest="max",
+            submitted_by="json_extract(NEW.metadata, '$.submittedBy')",
             send_after="strftime('%Y-%m-%d %H:%M:%f', json_extract(NEW.metadata, '$.sendAfter'))",
         ),
     ),
@@ -219,12 +222,12 @@ WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.ty
         WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL')
 BEGIN
     INSERT OR REPLACE INTO close_engine_context VALUES (2, json_object(
-        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'updated_at', {VERSION},
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'at', {VERSION},
         'actor', CASE WHEN {CONTEXT} IS NULL THEN 'database' ELSE json_extract({CONTEXT}, '$.actor') END,
         'reason', json_extract({CONTEXT}, '$.reason'),
         'metadata', json_object('action_id', NEW.id, 'status', NEW.status)));
     UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
-        updated_at = (SELECT json_extract(context, '$.updated_at') FROM close_engine_context WHERE id = 2)
+        updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
     WHERE id = NEW.conversation_id;
     DELETE FROM close_engine_context WHERE id = 2;
 END""",
@@ -259,6 +262,7 @@ def up(migrator, db):
             prefix="close_engine.",
             moment="NEW.approved_at",
             greatest="greatest",
+            submitted_by="NEW.metadata ->> 'submittedBy'",
             send_after=SEND_AFTER,
             **names,
         )

@@ -92,7 +92,7 @@ def test_a_draft_goes_to_the_outbox_or_waits_and_moves_the_stage_once_it_is_sent
         assert values(result) == values(copy_of(result))
         assert (result.status, result.type, result.draft_message) == (ActionStatus.PENDING, type, "the draft")
         assert (result.conversation_id, result.lead_id) == (conversation.id, conversation.lead_id)
-        assert result.metadata == NEEDS[type]
+        assert result.metadata == {**NEEDS[type], "submittedBy": "worker-7"}
         assert result.created_at == milliseconds(close_engine_clock.now)
         assert result.expires_at - result.created_at == timedelta(hours=24)
         assert messages() == []
@@ -105,11 +105,13 @@ def test_a_draft_goes_to_the_outbox_or_waits_and_moves_the_stage_once_it_is_sent
     assert values(conversation) == values(copy_of(conversation))
     (message,) = messages()
     assert values(message) == values(result)
-    assert (message.topic, message.body, message.payload) == (type, "the draft", NEEDS[type])
+    payload = {**NEEDS[type], "submittedBy": "worker-7"} if asks else NEEDS[type]
+    assert (message.topic, message.body, message.payload) == (type, "the draft", payload)
     assert (message.conversation_id, message.lead_id) == (conversation.id, conversation.lead_id)
-    assert message.approved_by == ("dana" if asks else None)
+    assert (message.approved_by, message.submitted_by) == ("dana" if asks else None, "worker-7")
     claimed().sent("p1")
     assert copy_of(conversation).stage is SENT[type]
+    assert conversation.history()[-1].metadata["submitted_by"] == "worker-7"
     assert_consistent()
 
 
@@ -487,7 +489,7 @@ def test_without_an_expiry_it_can_be_approved_for_ever(waiting, close_engine_clo
 
 @pytest.mark.parametrize("close", ["complete", "close_lost"])
 @pytest.mark.parametrize("type", list(NEEDS))
-def test_a_draft_of_a_conversation_that_has_closed_cannot_be_approved(waiting, type, close):
+def test_a_facts_of_a_conversation_that_has_closed_cannot_be_approved(waiting, type, close):
     action = waiting(type)
     stale = copy_of(action)
     conversation = conversation_of(action)
@@ -517,7 +519,7 @@ def test_a_draft_that_was_put_into_a_closed_conversation_cannot_be_approved(conv
     assert copy_of(conversation).stage is Stage.CLOSED_LOST
 
 
-def test_a_draft_of_a_deleted_conversation_expires(waiting):
+def test_a_facts_of_a_deleted_conversation_expires(waiting):
     action = waiting()
     sql("DELETE FROM close_engine_conversations WHERE id = %s", action.conversation_id)
     assert list(pending_actions()) == []
@@ -696,7 +698,7 @@ def test_what_the_crm_does_in_a_transaction_of_ours_is_not_taken_for_ours(waitin
     assert actors == [("dana", "ours"), (foreign_actor, None)]
 
 
-def test_a_draft_of_the_crm_is_in_the_queue_and_can_be_approved(conversation_in):
+def test_a_facts_of_the_crm_is_in_the_queue_and_can_be_approved(conversation_in):
     conversation = conversation_in(Stage.PREVIEW_SENT)
     action = foreign_action(conversation, "SEND_MESSAGE")
     assert list(pending_actions()) == [action]

@@ -11,7 +11,7 @@ from transitions import Machine
 
 import close_engine
 from close_engine import CloseEngineConversation, GuardRefused, Stage, TransitionNotAllowed, UnknownTrigger
-from close_engine.machine import TRANSITIONS, TRIGGERS, Draft, _machine, decide, mermaid, pairs, trigger_between
+from close_engine.machine import TRANSITIONS, TRIGGERS, Facts, _machine, decide, mermaid, pairs, trigger_between
 from close_engine.stages import AutonomyLevel
 from tests.design import ACTIVE, GIVEN, REASON, STAGES, TABLE, TRIGGER_BETWEEN, URL, triggers_from
 
@@ -45,7 +45,7 @@ def test_every_trigger_has_a_meaning_and_a_method_of_its_own() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
     for trigger, rule in TABLE.items():
-        draft = Draft(Stage(stage), payment_link_sent=True, given=ARGUMENTS)
+        draft = Facts(Stage(stage), payment_link_sent=True, given=ARGUMENTS)
         if stage in rule.sources:
             transition = decide(trigger, draft)
             dest = None if trigger == "resume" else rule.dests[0]
@@ -88,7 +88,7 @@ def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
 def test_a_guard_refuses_and_says_what_is_missing(
     trigger: str, source: Stage, facts: dict[str, Any], missing: str
 ) -> None:
-    draft = Draft(source, "c1", **facts)
+    draft = Facts(source, "c1", **facts)
     with pytest.raises(GuardRefused) as refused:
         decide(trigger, draft)
     assert str(refused.value) == f"Conversation 'c1' is {source}, and {trigger} is refused: {missing}."
@@ -99,11 +99,11 @@ def test_a_guard_refuses_and_says_what_is_missing(
 @pytest.mark.parametrize("level", list(AutonomyLevel))
 def test_an_approved_payment_link_may_be_sent_at_any_autonomy_level(level: AutonomyLevel) -> None:
     given = {"payment_link_url": URL, "approved_by": "Ann"}
-    assert decide("send_payment_link", Draft(Stage.EDIT_LOOP, None, level, given=given)).dest is Stage.PAYMENT_SENT
+    assert decide("send_payment_link", Facts(Stage.EDIT_LOOP, None, level, given=given)).dest is Stage.PAYMENT_SENT
 
 
 def test_a_trigger_that_the_table_does_not_have_is_an_error_of_its_own() -> None:
-    draft = Draft(Stage.QUALIFYING)
+    draft = Facts(Stage.QUALIFYING)
     for name in ("to_COMPLETED", "trigger", "", "may_stall"):  # also what `transitions` itself would make or know
         with pytest.raises(UnknownTrigger) as unknown:
             decide(name, draft)
@@ -158,6 +158,6 @@ def test_the_diagram_groups_the_active_stages_and_no_other() -> None:
     assert set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", group[1])) == {*ACTIVE, "WHERE_IT_STALLED"}
 
 
-def test_what_must_be_given_is_what_the_guards_ask_for() -> None:
-    asked = {t.trigger for t in TRANSITIONS if any(guard.on_arguments for guard in t.guards)}
+def test_what_must_be_given_is_what_the_conditions_ask_for() -> None:
+    asked = {t.trigger for t in TRANSITIONS if any(condition.is_about_arguments for condition in t.conditions)}
     assert asked == set(GIVEN)

@@ -11,7 +11,8 @@ Everything else asks `current()` for the binding and lets its `dialect` say how 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -21,6 +22,7 @@ import peewee
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import milliseconds
 from close_engine.database.postgresql import POSTGRES
+from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
 from close_engine.errors import ConfigurationError
 
@@ -65,9 +67,17 @@ class Binding:
     clock: Callable[[], datetime]
     dialect: Dialect
 
-    def hold(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        """Inside a transaction: the query, holding the rows it finds against every other writer."""
-        return self.dialect.hold(self.database, query)
+    def execute(self, text: str, parameters: Sequence[Any] = ()) -> Any:
+        """Run a statement of ours, written as `Dialect.sql` takes it, and return its cursor."""
+        return self.database.execute_sql(self.dialect.sql(text), parameters)
+
+    def for_update(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        """Inside a transaction: make the query lock the rows it finds against every other writer."""
+        return self.dialect.for_update(self.database, query)
+
+    def attributed(self, provenance: Provenance, write: Write) -> AbstractContextManager[None]:
+        """Inside a transaction: have the history carry this provenance for the write made within the block."""
+        return self.dialect.attributed(self.database, provenance, write)
 
 
 class _NotBound(ConfigurationError, AttributeError):

@@ -9,6 +9,7 @@ from typing import Any
 import peewee
 
 from close_engine.database.catalog import Catalog
+from close_engine.database.provenance import Provenance, Write
 
 __all__ = ["Dialect"]
 
@@ -35,27 +36,32 @@ class Dialect:
         raise NotImplementedError
 
     def execute_guarded(
-        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+        self,
+        database: peewee.Database,
+        statement: str,
+        parameters: Sequence[Any],
+        provenance: Provenance,
+        write: Write,
     ) -> tuple[Any, ...] | None:
-        """Run a guarded update, with the context that its history row is to carry.
+        """Run a guarded update, and have its history row carry the provenance.
 
         Returns:
-            the returned columns and, behind them, the id of the history row; None where no row matched.
+            the returned columns and, behind them, the id of the history row; None if no row matched.
         """
         raise NotImplementedError
 
     @contextmanager
-    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
-        """Inside a transaction: what the guard records with the writes made within this block."""
+    def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
+        """Inside a transaction: have the history carry this provenance for the write made within the block."""
         raise NotImplementedError
         yield
 
-    def hold(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        """Inside a transaction: the query, holding the rows it finds against every other writer."""
+    def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        """Inside a transaction: make the query lock the rows it finds against every other writer."""
         raise NotImplementedError
 
-    #: The end of a query within a statement: hold the rows it finds against every other writer.
-    hold_rows: str
+    #: The end of a query within a statement that locks the rows it finds against every other writer.
+    row_lock: str
 
     def skip_locked(self, *aliases: str) -> str:
         """The end of a query that takes the rows of these tables, but for those that another one holds."""

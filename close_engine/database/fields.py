@@ -122,11 +122,11 @@ class EnumField(CleanField[V], Generic[V]):
     def db_value(self, value: Any) -> Any:
         return value if value is None else str(self.clean(value).value)
 
-    def still(self, word: Enum) -> peewee.Expression:
-        """Whether a row that its key finds still has this word.
+    def is_still(self, word: Enum) -> peewee.Expression:
+        """Compare in a form that no index serves, for a row that is found by its key.
 
-        No index serves it: a planner that believes the word to be rare would prefer one to the key, and read all the
-        rows that have it by now.
+        A planner that believes the word to be rare prefers an index on it to the key, and then reads every row that
+        has come to have the word since the last ANALYZE.
         """
         unindexed = peewee.Expression(self, peewee.OP.CONCAT, peewee.SQL("''"))
         return peewee.Expression(unindexed, peewee.OP.EQ, self.db_value(word))

@@ -14,7 +14,7 @@ import peewee
 
 from close_engine.database.catalog import Catalog, Column, ForeignKey, Trigger
 from close_engine.database.dialect import Dialect
-from close_engine.database.fields import dump_json
+from close_engine.database.provenance import Provenance, Write
 
 __all__ = ["POSTGRES", "Postgres", "PostgresCatalog"]
 
@@ -88,13 +88,17 @@ class PostgresCatalog(Catalog):
         return Column(type_, required, default)
 
 
+#: Local to the transaction, so that no other client of a connection pool ever meets it.
+_SET_CONTEXT = "pg_catalog.set_config('close_engine.context'::text, %s::text, true)"
+
+
 class Postgres(Dialect):
     """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
 
     catalog = PostgresCatalog
 
     # NO KEY: the CRM may go on adding messages and events that refer to a held lead.
-    hold_rows = "FOR NO KEY UPDATE"
+    row_lock = "FOR NO KEY UPDATE"
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return "close_engine", name
@@ -103,33 +107,39 @@ class Postgres(Dialect):
         return text.replace("{", "close_engine.").replace("}", "")
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
-        # A condition, so that the context travels in the same statement and the same round trip.
+        # The provenance is a condition that always holds, so that it travels in the same round trip.
         return self.sql(
             f'UPDATE "{table}" SET {assignments} WHERE {conditions} '
-            "AND set_config('close_engine.context', %s, true) IS NOT NULL "
-            f"RETURNING {returning}, currval('close_engine.history_id_seq')"
+            f"AND {_SET_CONTEXT} IS NOT NULL RETURNING {returning}, "
+            "pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass)"
         )
 
     def execute_guarded(
-        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+        self,
+        database: peewee.Database,
+        statement: str,
+        parameters: Sequence[Any],
+        provenance: Provenance,
+        write: Write,
     ) -> tuple[Any, ...] | None:
-        row: tuple[Any, ...] | None = database.execute_sql(statement, (*values, dump_json(context))).fetchone()
+        cursor = database.execute_sql(statement, (*parameters, provenance.context(write)))
+        row: tuple[Any, ...] | None = cursor.fetchone()
         if row is None and database.in_transaction():
-            # A write that lost its row while it waited for it has set the context all the same.
-            database.execute_sql("SELECT set_config('close_engine.context', '', true)")
+            # If another writer won while this UPDATE waited, the setting is already made: clear it.
+            database.execute_sql(f"SELECT {_SET_CONTEXT}", ("",))
         return row
 
     @contextmanager
-    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
-        database.execute_sql("SELECT set_config('close_engine.context', %s, true)", (dump_json(context),))
+    def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
+        database.execute_sql(f"SELECT {_SET_CONTEXT}", (provenance.context(write),))
         yield
-        database.execute_sql("SELECT set_config('close_engine.context', '', true)")
+        database.execute_sql(f"SELECT {_SET_CONTEXT}", ("",))
 
-    def hold(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        return query.for_update(self.hold_rows)  # type: ignore[arg-type]
+    def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+        return query.for_update(self.row_lock)  # type: ignore[arg-type]
 
     def skip_locked(self, *aliases: str) -> str:
-        return f"{self.hold_rows} OF {', '.join(aliases)} SKIP LOCKED"
+        return f"{self.row_lock} OF {', '.join(aliases)} SKIP LOCKED"
 
     def ids_of(self, query: str) -> str:
         return f"= ANY (ARRAY({query}))"

@@ -18,6 +18,7 @@ import peewee
 from close_engine.database.catalog import Catalog, ForeignKey, Trigger
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import dump_json
+from close_engine.database.provenance import Provenance, Write
 
 __all__ = ["SQLITE", "Sqlite", "SqliteCatalog", "WalConnection"]
 
@@ -51,7 +52,7 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
-    hold_rows = ""  # there is one writer at a time
+    row_lock = ""  # there is one writer at a time
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return None, f"close_engine_{name}"
@@ -63,29 +64,35 @@ class Sqlite(Dialect):
         return self.sql(f'UPDATE "{table}" SET {assignments} WHERE {conditions} RETURNING {returning}')
 
     def execute_guarded(
-        self, database: peewee.Database, statement: str, values: Sequence[Any], context: dict[str, Any]
+        self,
+        database: peewee.Database,
+        statement: str,
+        parameters: Sequence[Any],
+        provenance: Provenance,
+        write: Write,
     ) -> tuple[Any, ...] | None:
-        with database.atomic(*self.begin), self.context(database, context):
-            rows = database.execute_sql(statement, values).fetchall()
+        with database.atomic(*self.begin), self.attributed(database, provenance, write):
+            rows = database.execute_sql(statement, parameters).fetchall()
             if not rows:
                 return None
             newest = "SELECT max(id) FROM close_engine_history WHERE conversation_id = ?"
-            (history_id,) = database.execute_sql(newest, (context["id"],)).fetchone()
+            (history_id,) = database.execute_sql(newest, (write.id,)).fetchone()
         return (*rows[0], history_id)
 
     @contextmanager
-    def context(self, database: peewee.Database, context: dict[str, Any]) -> Iterator[None]:
-        database.execute_sql("INSERT OR REPLACE INTO close_engine_context VALUES (1, ?)", (dump_json(context),))
+    def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
+        insert = "INSERT OR REPLACE INTO close_engine_context VALUES (1, ?)"
+        database.execute_sql(insert, (provenance.context(write),))
         yield
         database.execute_sql("DELETE FROM close_engine_context")
 
-    def hold(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
+    def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         # Writing anything takes the write lock, of which SQLite has one for the whole file.
         database.execute_sql("DELETE FROM close_engine_context")
         return query
 
     def skip_locked(self, *aliases: str) -> str:
-        return self.hold_rows
+        return self.row_lock
 
     def ids_of(self, query: str) -> str:
         return f"IN ({query})"

@@ -17,7 +17,7 @@ does not restore the objects in memory when it rolls back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from close_engine.database.binding import current
 from close_engine.errors import AfterCommitError, TransactionFailed
 
-__all__ = ["atomic", "remember", "run_after_commit", "take_over"]
+__all__ = ["accept", "accept_row", "atomic", "remember", "run_after_commit"]
 
 
 class _Scopes(threading.local):
@@ -114,7 +114,22 @@ def remember(instance: Any, names: list[str]) -> None:
         _scopes.open[-1]._before.append((instance, data, instance._dirty.intersection(names)))
 
 
-def take_over(instance: Any, fresh: Any) -> None:
+def accept(instance: Any, values: Mapping[str, Any]) -> None:
+    """Make an object hold what was just written, unless that is rolled back.
+
+    Args:
+        instance: the object of the row.
+        values: field name to the value that the row has now; these fields are no longer unsaved.
+    """
+    remember(instance, list(values))
+    for name in instance.__rel__.keys() & values.keys():
+        if instance.__data__.get(name) != values[name]:
+            del instance.__rel__[name]
+    instance.__data__.update(values)
+    instance._dirty.difference_update(values)
+
+
+def accept_row(instance: Any, fresh: Any) -> None:
     """Make an object what its row is now, unless that is rolled back; its unsaved changes are lost."""
     remember(instance, instance._meta.sorted_field_names)
     instance.__data__, instance.__rel__ = fresh.__data__, {}

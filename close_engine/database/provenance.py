@@ -1,0 +1,101 @@
+"""Provenance: who did something, why, what else is known of it, and under which key.
+
+It travels beside the statement that it belongs to, and the database writes it into the history:
+
+>>> Provenance(actor="worker-7", key="SM123")
+Provenance(actor='worker-7', reason=None, metadata=None, key='SM123')
+>>> Provenance(key=" ")
+Traceback (most recent call last):
+close_engine.InvalidValue: key cannot be ' ': an idempotency key must not be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+from close_engine.database.fields import clean_json, clean_text, dump_json
+from close_engine.errors import InvalidValue
+
+__all__ = ["LONGEST_KEY", "Provenance", "ProvenanceArguments", "Write"]
+
+#: An idempotency key of this many characters fits an index of PostgreSQL in any alphabet.
+LONGEST_KEY = 255
+
+
+class ProvenanceArguments(TypedDict, total=False):
+    """The arguments that every trigger takes; see `Provenance`."""
+
+    actor: str | None
+    reason: str | None
+    metadata: Mapping[str, Any] | None
+    key: str | None
+
+
+class Write(NamedTuple):
+    """The write that a provenance belongs to; the guard takes it up for no other.
+
+    Attributes:
+        trigger: the trigger that is fired.
+        id: id of the row; None for a write of many rows.
+        at: moment of the write as the database stores it, which is also the new `updated_at` of a conversation.
+    """
+
+    trigger: str
+    id: str | None
+    at: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a row of the history says besides the stages; it checks itself when it is made.
+
+    Attributes:
+        actor: who did it.
+        reason: why.
+        metadata: what else is known of it, as JSON has it.
+        key: idempotency key of the event behind it.
+
+    Raises:
+        InvalidValue: the history cannot store it.
+    """
+
+    actor: str | None = None
+    reason: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("actor", "reason", "key"):
+            text = getattr(self, name)
+            if text is not None:
+                object.__setattr__(self, name, clean_text(name, text))
+        if self.key is not None and not self.key.strip():
+            raise InvalidValue("key", self.key, "an idempotency key must not be empty")
+        if self.key is not None and len(self.key) > LONGEST_KEY:
+            raise InvalidValue("key", self.key, f"an idempotency key has at most {LONGEST_KEY} characters")
+        if self.metadata is not None:
+            if not isinstance(self.metadata, Mapping):
+                raise InvalidValue("metadata", self.metadata, "it must be a mapping")
+            object.__setattr__(self, "metadata", clean_json("metadata", self.metadata))
+
+    def under(self, prefix: str) -> Provenance:
+        """Return the same under a key of the library's own, which is the user's key behind a prefix."""
+        prefixed = copy(self)
+        object.__setattr__(prefixed, "key", f"{prefix}:{self.key}")  # its length was checked without the prefix
+        return prefixed
+
+    def context(self, write: Write) -> str:
+        """Say it as the guard takes it up: a JSON object of what is given."""
+        said = {
+            "trigger": write.trigger,
+            "id": write.id,
+            "at": write.at,
+            "actor": self.actor,
+            "reason": self.reason,
+            "metadata": self.metadata,
+            "key": self.key,
+        }
+        return dump_json({name: value for name, value in said.items() if value is not None})

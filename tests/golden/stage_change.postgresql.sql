@@ -1,0 +1,126 @@
+-- start_qualifying
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- collect_info
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- start_building
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- send_preview
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- request_edits
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s, "edit_rounds" = "edit_rounds" + 1
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "edit_rounds", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- request_approval
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- withdraw_approval
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- send_payment_link
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s, "payment_link_url" = %s, "payment_link_sent_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "payment_link_url", "payment_link_sent_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- complete
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s, "completed_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "completed_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- stall
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s, "stalled_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "stalled_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- resume
+UPDATE "close_engine_conversations"
+SET "stage" = COALESCE((SELECT source FROM close_engine.history WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING'), "updated_at" = %s, "stalled_at" = NULL
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "stalled_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- close_lost
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s, "closed_lost_at" = %s, "closed_lost_reason" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "closed_lost_at", "closed_lost_reason", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- reopen
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s, "closed_lost_at" = NULL, "closed_lost_reason" = NULL
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", "closed_lost_at", "closed_lost_reason", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+
+-- collect_info with a key
+UPDATE "close_engine_conversations"
+SET "stage" = %s, "updated_at" = %s
+WHERE "id" = %s
+AND "stage" || '' = %s
+AND "updated_at" = %s
+AND NOT EXISTS (SELECT 1 FROM close_engine.history WHERE conversation_id = %s AND key = %s)
+AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
