@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from close_engine import CloseEngineConversation, StageChange
+from close_engine.models import BaseModel
+
+Row = TypeVar("Row", bound=BaseModel)
 
 
-def copy_of(row: Any) -> Any:
+def copy_of(row: Row) -> Row:
     """The same row as another worker loads it."""
-    return type(row).get_by_id(row.id)
+    found: Row = type(row).get_by_id(row.id)
+    return found
 
 
-def in_memory(conversation: CloseEngineConversation) -> tuple[dict[str, Any], set[str]]:
+def in_memory(row: BaseModel) -> tuple[dict[str, Any], set[str]]:
     """Everything an object holds: its values, and which of them are unsaved."""
-    return dict(conversation.__data__), set(conversation._dirty)
+    return dict(row.__data__), set(row._dirty)
 
 
 def stored(conversation: CloseEngineConversation) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from datetime import timedelta, timezone
+from typing import Any
 
 import peewee
 import psycopg2
@@ -34,10 +36,14 @@ from close_engine import (
     pending_actions,
     submit,
 )
+from close_engine.database.binding import now
 from close_engine.database.fields import milliseconds
-from close_engine.testing import bring_to, new_lead
+from close_engine.testing import FakeSender, MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
+
+ConversationIn = Callable[..., CloseEngineConversation]
+Waiting = Callable[..., PendingAction]
 
 # The table of the design, written down a second time.
 SEND, APPROVE = False, True
@@ -59,17 +65,21 @@ SENT = {"SEND_MESSAGE": Stage.QUALIFYING, "SEND_PREVIEW": Stage.PREVIEW_SENT, "S
 
 
 @pytest.fixture
-def waiting(conversation_in):
+def waiting(conversation_in: ConversationIn) -> Waiting:
     """A factory: an action that waits for approval."""
 
-    def make(type="SEND_PAYMENT_LINK", level=AutonomyLevel.MANUAL, **options):
+    def make(
+        type: str = "SEND_PAYMENT_LINK", level: AutonomyLevel = AutonomyLevel.MANUAL, **options: Any
+    ) -> PendingAction:
         conversation = conversation_in(FROM[type], autonomy_level=level)
-        return submit(conversation, ActionType(type), "the draft", metadata=NEEDS[type], **options)
+        action = submit(conversation, ActionType(type), "the draft", metadata=NEEDS[type], **options)
+        assert isinstance(action, PendingAction)
+        return action
 
     return make
 
 
-def conversation_of(action):
+def conversation_of(action: PendingAction) -> CloseEngineConversation:
     return CloseEngineConversation.get_by_id(action.conversation_id)
 
 
@@ -77,14 +87,14 @@ def conversation_of(action):
 
 
 @pytest.mark.parametrize(("level", "type", "asks"), CELLS)
-def test_the_table_says_what_a_human_sees_first(level, type, asks):
+def test_the_table_says_what_a_human_sees_first(level: str, type: str, asks: bool) -> None:
     assert needs_approval(AutonomyLevel(level), ActionType(type)) is asks
 
 
 @pytest.mark.parametrize(("level", "type", "asks"), CELLS)
 def test_a_draft_goes_to_the_outbox_or_waits_and_moves_the_stage_once_it_is_sent(
-    conversation_in, close_engine_clock, level, type, asks
-):
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, level: str, type: str, asks: bool
+) -> None:
     conversation = conversation_in(FROM[type], autonomy_level=level)
     result = submit(conversation, ActionType(type), "the draft", metadata=NEEDS[type], actor="worker-7")
     if asks:
@@ -94,6 +104,7 @@ def test_a_draft_goes_to_the_outbox_or_waits_and_moves_the_stage_once_it_is_sent
         assert (result.conversation_id, result.lead_id) == (conversation.id, conversation.lead_id)
         assert result.metadata == {**NEEDS[type], "submittedBy": "worker-7"}
         assert result.created_at == milliseconds(close_engine_clock.now)
+        assert result.expires_at is not None
         assert result.expires_at - result.created_at == timedelta(hours=24)
         assert messages() == []
         links = type == "SEND_PAYMENT_LINK"
@@ -115,8 +126,8 @@ def test_a_draft_goes_to_the_outbox_or_waits_and_moves_the_stage_once_it_is_sent
     assert_consistent()
 
 
-def test_a_stricter_policy_has_every_payment_link_approved(conversation_in):
-    def strict(level, type):
+def test_a_stricter_policy_has_every_payment_link_approved(conversation_in: ConversationIn) -> None:
+    def strict(level: AutonomyLevel, type: ActionType) -> bool:
         return type is ActionType.SEND_PAYMENT_LINK or needs_approval(level, type)
 
     conversation = conversation_in(Stage.PREVIEW_SENT)
@@ -126,7 +137,9 @@ def test_a_stricter_policy_has_every_payment_link_approved(conversation_in):
     assert conversation.stage is Stage.PENDING_APPROVAL
 
 
-def test_a_looser_policy_lets_a_payment_link_through_and_says_so(conversation_in, fake_sender):
+def test_a_looser_policy_lets_a_payment_link_through_and_says_so(
+    conversation_in: ConversationIn, fake_sender: FakeSender
+) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.SEMI_AUTO)
     message = submit(
         conversation,
@@ -145,7 +158,7 @@ def test_a_looser_policy_lets_a_payment_link_through_and_says_so(conversation_in
 # -- submit ------------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_first_message_of_a_conversation_starts_qualifying(conversation_in):
+def test_only_the_first_message_of_a_conversation_starts_qualifying(conversation_in: ConversationIn) -> None:
     behind = {
         stage: submit(conversation_in(stage), ActionType.SEND_MESSAGE, "hello").trigger
         for stage in Stage
@@ -156,7 +169,7 @@ def test_only_the_first_message_of_a_conversation_starts_qualifying(conversation
 
 
 @pytest.mark.parametrize("stage", [Stage.COMPLETED, Stage.CLOSED_LOST])
-def test_nothing_is_submitted_for_a_closed_conversation(conversation_in, stage):
+def test_nothing_is_submitted_for_a_closed_conversation(conversation_in: ConversationIn, stage: Stage) -> None:
     for type, level in itertools.product(ActionType, AutonomyLevel):
         conversation = conversation_in(stage, autonomy_level=level)
         with pytest.raises(ConversationClosed) as closed:
@@ -175,7 +188,9 @@ SENDABLE = {
 
 @pytest.mark.parametrize("level", [AutonomyLevel.FULL_AUTO, AutonomyLevel.MANUAL])
 @pytest.mark.parametrize("type", list(SENDABLE))
-def test_a_link_is_submitted_only_where_it_can_be_sent_from(conversation_in, type, level):
+def test_a_link_is_submitted_only_where_it_can_be_sent_from(
+    conversation_in: ConversationIn, type: str, level: AutonomyLevel
+) -> None:
     for stage in Stage:
         if stage in ("COMPLETED", "CLOSED_LOST"):
             continue
@@ -191,7 +206,7 @@ def test_a_link_is_submitted_only_where_it_can_be_sent_from(conversation_in, typ
     assert len(results) == len(SENDABLE[type])
 
 
-def test_a_payment_link_without_a_link_is_refused_at_once(conversation_in):
+def test_a_payment_link_without_a_link_is_refused_at_once(conversation_in: ConversationIn) -> None:
     for level in AutonomyLevel:
         for stage in SENDABLE["SEND_PAYMENT_LINK"]:
             conversation = conversation_in(Stage(stage), autonomy_level=level)
@@ -202,7 +217,9 @@ def test_a_payment_link_without_a_link_is_refused_at_once(conversation_in):
     assert (messages(), PendingAction.select().count()) == ([], 0)
 
 
-def test_a_second_payment_link_waits_beside_the_first_and_leaves_the_stage(waiting, close_engine_clock):
+def test_a_second_payment_link_waits_beside_the_first_and_leaves_the_stage(
+    waiting: Waiting, close_engine_clock: MovableClock
+) -> None:
     first = waiting()
     conversation = conversation_of(first)
     close_engine_clock.move(timedelta(minutes=1))
@@ -212,7 +229,9 @@ def test_a_second_payment_link_waits_beside_the_first_and_leaves_the_stage(waiti
 
 
 @pytest.mark.parametrize("level", [AutonomyLevel.FULL_AUTO, AutonomyLevel.MANUAL])
-def test_what_cannot_be_stored_is_refused_and_nothing_is_written(conversation_in, level):
+def test_what_cannot_be_stored_is_refused_and_nothing_is_written(
+    conversation_in: ConversationIn, level: AutonomyLevel
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING, autonomy_level=level)
     for given in (
         {"draft": None},
@@ -224,13 +243,16 @@ def test_what_cannot_be_stored_is_refused_and_nothing_is_written(conversation_in
         {"actor": "a\x00"},
         {"send_after": "tomorrow"},
     ):
+        options: dict[str, Any] = {"type": ActionType.SEND_MESSAGE, "draft": "hello", **given}
         with pytest.raises(InvalidValue):
-            submit(conversation, **{"type": ActionType.SEND_MESSAGE, "draft": "hello", **given})
+            submit(conversation, **options)
     assert (messages(), PendingAction.select().count()) == ([], 0)
     assert values(copy_of(conversation)) == values(conversation)
 
 
-def test_a_delay_counts_from_the_submission_also_through_an_approval(waiting, close_engine_clock):
+def test_a_delay_counts_from_the_submission_also_through_an_approval(
+    waiting: Waiting, close_engine_clock: MovableClock
+) -> None:
     for approved_after in (timedelta(0), timedelta(hours=3)):
         for as_moment in (True, False):
             moment = close_engine_clock.now + timedelta(hours=2)
@@ -241,7 +263,7 @@ def test_a_delay_counts_from_the_submission_also_through_an_approval(waiting, cl
             assert action.approve(by="dana").available_at == expected
 
 
-def test_a_delay_that_is_no_moment_does_not_keep_a_foreign_draft_from_being_approved(waiting):
+def test_a_delay_that_is_no_moment_does_not_keep_a_foreign_draft_from_being_approved(waiting: Waiting) -> None:
     for given in ("tomorrow", 7, None, ["a"]):
         action = waiting("SEND_MESSAGE")
         PendingAction.update(metadata={"sendAfter": given}).where(PendingAction.id == action.id).execute()
@@ -249,11 +271,11 @@ def test_a_delay_that_is_no_moment_does_not_keep_a_foreign_draft_from_being_appr
 
 
 @pytest.mark.parametrize("level", [AutonomyLevel.FULL_AUTO, AutonomyLevel.SEMI_AUTO])
-def test_the_same_key_again_returns_the_first_result(conversation_in, level):
+def test_the_same_key_again_returns_the_first_result(conversation_in: ConversationIn, level: AutonomyLevel) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=level)
     stale = copy_of(conversation)
 
-    def again(conversation):
+    def again(conversation: CloseEngineConversation) -> OutboxMessage | PendingAction:
         return submit(
             conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}, key="reply to SM1"
         )
@@ -268,7 +290,7 @@ def test_the_same_key_again_returns_the_first_result(conversation_in, level):
     assert len(messages()) == 1
 
 
-def test_a_key_belongs_to_its_conversation(conversation_in):
+def test_a_key_belongs_to_its_conversation(conversation_in: ConversationIn) -> None:
     for level in AutonomyLevel:
         results = [
             submit(conversation_in(Stage.QUALIFYING, autonomy_level=level), ActionType.SEND_MESSAGE, "hi", key="k")
@@ -277,7 +299,9 @@ def test_a_key_belongs_to_its_conversation(conversation_in):
         assert results[0] != results[1]
 
 
-def test_of_two_drafts_from_one_state_one_is_submitted_and_the_other_is_a_conflict(conversation_in):
+def test_of_two_drafts_from_one_state_one_is_submitted_and_the_other_is_a_conflict(
+    conversation_in: ConversationIn,
+) -> None:
     for type, level in itertools.product(NEEDS, AutonomyLevel):
         conversation = conversation_in(FROM[type], autonomy_level=level)
         stale = copy_of(conversation)
@@ -291,7 +315,7 @@ def test_of_two_drafts_from_one_state_one_is_submitted_and_the_other_is_a_confli
         assert drafts + [action.draft_message for action in pending_actions(conversation)] == ["the first"]
 
 
-def test_rolled_back_nothing_was_submitted_and_the_object_can_be_used_again(conversation_in):
+def test_rolled_back_nothing_was_submitted_and_the_object_can_be_used_again(conversation_in: ConversationIn) -> None:
     for level in AutonomyLevel:
         conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=level)
         before = values(conversation)
@@ -302,7 +326,7 @@ def test_rolled_back_nothing_was_submitted_and_the_object_can_be_used_again(conv
         assert (messages(), PendingAction.select().count()) == ([], 0)
 
 
-def test_a_deleted_conversation_cannot_be_submitted_for(conversation_in):
+def test_a_deleted_conversation_cannot_be_submitted_for(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     sql("DELETE FROM close_engine_conversations WHERE id = %s", conversation.id)
     with pytest.raises(ConversationNotFound):
@@ -312,7 +336,9 @@ def test_a_deleted_conversation_cannot_be_submitted_for(conversation_in):
 # -- deciding ----------------------------------------------------------------------------------------------------------
 
 
-def test_approving_records_who_and_when_and_returns_the_message(waiting, close_engine_clock):
+def test_approving_records_who_and_when_and_returns_the_message(
+    waiting: Waiting, close_engine_clock: MovableClock
+) -> None:
     action = waiting()
     close_engine_clock.move(timedelta(minutes=3))
     message = action.approve(by="dana")
@@ -325,8 +351,8 @@ def test_approving_records_who_and_when_and_returns_the_message(waiting, close_e
 
 
 def test_approving_twice_returns_the_first_result_whoever_approves_and_however_old_the_object_is(
-    waiting, close_engine_clock
-):
+    waiting: Waiting, close_engine_clock: MovableClock
+) -> None:
     action = waiting()
     stale, late = copy_of(action), copy_of(action)
     first = action.approve(by="dana")
@@ -339,13 +365,13 @@ def test_approving_twice_returns_the_first_result_whoever_approves_and_however_o
     assert len(messages()) == 1
 
 
-def test_an_edited_message_is_sent_instead_of_the_draft(waiting):
+def test_an_edited_message_is_sent_instead_of_the_draft(waiting: Waiting) -> None:
     action = waiting()
     message = action.approve(by="dana", message="Kinder words")
     assert message.body == copy_of(action).draft_message == action.draft_message == "Kinder words"
 
 
-def test_a_rejected_message_is_not_sent_and_says_why(waiting):
+def test_a_rejected_message_is_not_sent_and_says_why(waiting: Waiting) -> None:
     action = waiting("SEND_MESSAGE")
     action.reject(by="dana", reason="too pushy")
     assert (action.status, action.approved_by, action.approved_at) == (ActionStatus.REJECTED, "dana", None)
@@ -355,7 +381,9 @@ def test_a_rejected_message_is_not_sent_and_says_why(waiting):
     assert conversation_of(action).stage is Stage.INITIATED
 
 
-def test_rejecting_a_payment_link_takes_the_conversation_back_with_history(waiting, close_engine_clock):
+def test_rejecting_a_payment_link_takes_the_conversation_back_with_history(
+    waiting: Waiting, close_engine_clock: MovableClock
+) -> None:
     action = waiting()
     before = conversation_of(action)
     close_engine_clock.move(timedelta(minutes=3))
@@ -385,7 +413,9 @@ def test_rejecting_a_payment_link_takes_the_conversation_back_with_history(waiti
     ],
     ids=["by the trigger", "by the CRM"],
 )
-def test_a_link_whose_approval_is_no_longer_asked_for_cannot_be_approved(waiting, withdraw):
+def test_a_link_whose_approval_is_no_longer_asked_for_cannot_be_approved(
+    waiting: Waiting, withdraw: Callable[[CloseEngineConversation], object]
+) -> None:
     link = waiting()
     conversation = conversation_of(link)
     text = PendingAction.create(
@@ -401,7 +431,7 @@ def test_a_link_whose_approval_is_no_longer_asked_for_cannot_be_approved(waiting
     assert triggers(conversation)[-1] == "withdraw_approval"
 
 
-def test_rejecting_twice_changes_nothing(waiting):
+def test_rejecting_twice_changes_nothing(waiting: Waiting) -> None:
     action = waiting()
     stale = copy_of(action)
     action.reject(by="dana", reason="first")
@@ -412,14 +442,14 @@ def test_rejecting_twice_changes_nothing(waiting):
     assert triggers(conversation_of(action))[-2:] == ["request_approval", "withdraw_approval"]
 
 
-def test_a_rejection_keeps_what_others_wrote_into_the_metadata(waiting):
+def test_a_rejection_keeps_what_others_wrote_into_the_metadata(waiting: Waiting) -> None:
     action = waiting()
     sql("UPDATE pending_actions SET metadata = %s WHERE id = %s", '{"seenBy": "eve"}', action.id)
     action.reject(by="dana", reason="no")
     assert copy_of(action).metadata == {"seenBy": "eve", "rejectionReason": "no"}
 
 
-def test_metadata_of_another_shape_does_not_keep_a_draft_from_being_decided(waiting):
+def test_metadata_of_another_shape_does_not_keep_a_draft_from_being_decided(waiting: Waiting) -> None:
     for metadata in ("[1]", '"text"', "null", None):
         approved, rejected = waiting(), waiting()
         sql("UPDATE pending_actions SET metadata = %s", metadata)
@@ -435,7 +465,7 @@ DECIDE = {
 
 
 @pytest.mark.parametrize(("first", "second"), [("approve", "reject"), ("reject", "approve")])
-def test_a_decision_stands_against_the_other_one(waiting, first, second):
+def test_a_decision_stands_against_the_other_one(waiting: Waiting, first: str, second: str) -> None:
     action = waiting()
     stale = copy_of(action)
     DECIDE[first](action)
@@ -451,7 +481,9 @@ def test_a_decision_stands_against_the_other_one(waiting, first, second):
 
 
 @pytest.mark.parametrize("decide", list(DECIDE))
-def test_an_expired_action_cannot_be_decided_whether_or_not_a_sweep_has_been_by(waiting, close_engine_clock, decide):
+def test_an_expired_action_cannot_be_decided_whether_or_not_a_sweep_has_been_by(
+    waiting: Waiting, close_engine_clock: MovableClock, decide: str
+) -> None:
     action = waiting(expires_after=timedelta(hours=1))
     close_engine_clock.move(timedelta(hours=1) - timedelta(milliseconds=1))
     assert action.status is copy_of(action).status is ActionStatus.PENDING
@@ -472,13 +504,13 @@ def test_an_expired_action_cannot_be_decided_whether_or_not_a_sweep_has_been_by(
     assert conversation_of(action).stage is Stage.PREVIEW_SENT
 
 
-def test_an_action_can_be_approved_up_to_its_last_moment(waiting, close_engine_clock):
+def test_an_action_can_be_approved_up_to_its_last_moment(waiting: Waiting, close_engine_clock: MovableClock) -> None:
     action = waiting()
     close_engine_clock.move(timedelta(hours=24) - timedelta(milliseconds=1))
     action.approve(by="dana")
 
 
-def test_without_an_expiry_it_can_be_approved_for_ever(waiting, close_engine_clock):
+def test_without_an_expiry_it_can_be_approved_for_ever(waiting: Waiting, close_engine_clock: MovableClock) -> None:
     action = waiting(expires_after=None)
     close_engine_clock.move(timedelta(days=3650))
     assert close_engine.expire_actions() == []
@@ -489,7 +521,7 @@ def test_without_an_expiry_it_can_be_approved_for_ever(waiting, close_engine_clo
 
 @pytest.mark.parametrize("close", ["complete", "close_lost"])
 @pytest.mark.parametrize("type", list(NEEDS))
-def test_a_facts_of_a_conversation_that_has_closed_cannot_be_approved(waiting, type, close):
+def test_a_draft_of_a_conversation_that_has_closed_cannot_be_approved(waiting: Waiting, type: str, close: str) -> None:
     action = waiting(type)
     stale = copy_of(action)
     conversation = conversation_of(action)
@@ -506,7 +538,7 @@ def test_a_facts_of_a_conversation_that_has_closed_cannot_be_approved(waiting, t
     assert_consistent()
 
 
-def test_a_draft_that_was_put_into_a_closed_conversation_cannot_be_approved(conversation_in):
+def test_a_draft_that_was_put_into_a_closed_conversation_cannot_be_approved(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.CLOSED_LOST)
     action = foreign_action(conversation)
     with pytest.raises(ConversationClosed) as closed:
@@ -519,7 +551,7 @@ def test_a_draft_that_was_put_into_a_closed_conversation_cannot_be_approved(conv
     assert copy_of(conversation).stage is Stage.CLOSED_LOST
 
 
-def test_a_facts_of_a_deleted_conversation_expires(waiting):
+def test_a_draft_of_a_deleted_conversation_expires(waiting: Waiting) -> None:
     action = waiting()
     sql("DELETE FROM close_engine_conversations WHERE id = %s", action.conversation_id)
     assert list(pending_actions()) == []
@@ -529,7 +561,9 @@ def test_a_facts_of_a_deleted_conversation_expires(waiting):
     assert messages() == []
 
 
-def test_a_draft_for_a_conversation_that_is_not_there_can_be_rejected_but_not_approved(conversation_in):
+def test_a_draft_for_a_conversation_that_is_not_there_can_be_rejected_but_not_approved(
+    conversation_in: ConversationIn,
+) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT)
     action = foreign_action(conversation, conversation_id="nobody")
     with pytest.raises(ConversationNotFound, match="nobody"):
@@ -540,7 +574,7 @@ def test_a_draft_for_a_conversation_that_is_not_there_can_be_rejected_but_not_ap
 
 
 @pytest.mark.parametrize("decide", list(DECIDE))
-def test_a_deleted_action_is_named_in_the_error(waiting, decide):
+def test_a_deleted_action_is_named_in_the_error(waiting: Waiting, decide: str) -> None:
     action = waiting()
     sql("DELETE FROM pending_actions WHERE id = %s", action.id)
     with pytest.raises(ActionNotFound) as missing:
@@ -549,7 +583,7 @@ def test_a_deleted_action_is_named_in_the_error(waiting, decide):
 
 
 @pytest.mark.parametrize("decide", [PendingAction.approve, PendingAction.reject])
-def test_whoever_decides_must_have_a_name(waiting, decide):
+def test_whoever_decides_must_have_a_name(waiting: Waiting, decide: Callable[..., object]) -> None:
     action = waiting()
     for by in ("", "  ", None, 7, "a\x00"):
         with pytest.raises(InvalidValue):
@@ -557,8 +591,9 @@ def test_whoever_decides_must_have_a_name(waiting, decide):
     assert values(copy_of(action)) == values(action)
 
 
-def test_words_that_cannot_be_stored_are_refused_and_the_action_still_waits(waiting):
+def test_words_that_cannot_be_stored_are_refused_and_the_action_still_waits(waiting: Waiting) -> None:
     action = waiting()
+    words: Any
     for words in ("a\x00", "\ud800", 7):
         with pytest.raises(InvalidValue):
             action.approve(by="dana", message=words)
@@ -568,7 +603,7 @@ def test_words_that_cannot_be_stored_are_refused_and_the_action_still_waits(wait
 
 
 @pytest.mark.parametrize("decide", list(DECIDE))
-def test_a_decision_that_is_rolled_back_was_never_made(waiting, decide):
+def test_a_decision_that_is_rolled_back_was_never_made(waiting: Waiting, decide: str) -> None:
     action = waiting()
     before, conversation = values(action), conversation_of(action)
     with close_engine.atomic() as transaction:
@@ -579,7 +614,7 @@ def test_a_decision_that_is_rolled_back_was_never_made(waiting, decide):
     assert messages() == []
 
 
-def test_of_two_payment_links_the_last_to_be_rejected_takes_the_conversation_back(waiting):
+def test_of_two_payment_links_the_last_to_be_rejected_takes_the_conversation_back(waiting: Waiting) -> None:
     first = waiting()
     conversation = conversation_of(first)
     second = submit(conversation, ActionType.SEND_PAYMENT_LINK, "cheaper", metadata={"paymentUrl": LINK})
@@ -590,14 +625,14 @@ def test_of_two_payment_links_the_last_to_be_rejected_takes_the_conversation_bac
     assert triggers(conversation).count("withdraw_approval") == 1
 
 
-def test_rejecting_a_text_leaves_a_payment_link_waiting(waiting):
+def test_rejecting_a_text_leaves_a_payment_link_waiting(waiting: Waiting) -> None:
     link = waiting()
     text = submit(conversation_of(link), ActionType.SEND_MESSAGE, "still there?")
     text.reject(by="dana")
     assert conversation_of(link).stage is Stage.PENDING_APPROVAL
 
 
-def test_an_approved_message_keeps_its_place_behind_those_before_it(waiting):
+def test_an_approved_message_keeps_its_place_behind_those_before_it(waiting: Waiting) -> None:
     action = waiting("SEND_MESSAGE")
     earlier = outbox.enqueue(action.conversation_id, "SEND_MESSAGE", "earlier", send_after=timedelta(hours=1))
     later = action.approve(by="dana")
@@ -608,7 +643,9 @@ def test_an_approved_message_keeps_its_place_behind_those_before_it(waiting):
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_queue_is_oldest_first_and_can_be_narrowed_down(conversation_in, close_engine_clock):
+def test_the_queue_is_oldest_first_and_can_be_narrowed_down(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     actions = []
     conversations = [conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL) for _ in range(2)]
     for number in range(4):
@@ -630,7 +667,9 @@ def test_the_queue_is_oldest_first_and_can_be_narrowed_down(conversation_in, clo
 # -- other writers -----------------------------------------------------------------------------------------------------
 
 
-def foreign_action(conversation, type="SEND_PAYMENT_LINK", **columns):
+def foreign_action(
+    conversation: CloseEngineConversation, type: str = "SEND_PAYMENT_LINK", **columns: Any
+) -> PendingAction:
     """An action as the CRM writes one."""
     columns = {
         "id": f"crm {PendingAction.select().count()}",
@@ -647,12 +686,14 @@ def foreign_action(conversation, type="SEND_PAYMENT_LINK", **columns):
 
 
 @pytest.fixture
-def foreign_actor(kind):
+def foreign_actor(kind: str) -> str:
     """Whom the history names for what somebody writes past this library."""
     return f"database:{sql('SELECT session_user')[0][0]}" if kind == "postgresql" else "database"
 
 
-def test_an_approval_by_the_crm_itself_puts_the_message_into_the_outbox_once(waiting, fake_sender, close_engine_clock):
+def test_an_approval_by_the_crm_itself_puts_the_message_into_the_outbox_once(
+    waiting: Waiting, fake_sender: FakeSender, close_engine_clock: MovableClock
+) -> None:
     action = waiting()
     for _ in range(2):
         sql("UPDATE pending_actions SET status = 'APPROVED', approved_by = 'crm user' WHERE id = %s", action.id)
@@ -666,7 +707,7 @@ def test_an_approval_by_the_crm_itself_puts_the_message_into_the_outbox_once(wai
     assert_consistent()
 
 
-def test_an_approval_by_the_crm_with_another_text_sends_that_text(waiting):
+def test_an_approval_by_the_crm_with_another_text_sends_that_text(waiting: Waiting) -> None:
     action = waiting()
     sql(
         "UPDATE pending_actions SET draft_message = 'kinder', status = 'APPROVED', approved_by = 'x' WHERE id = %s",
@@ -676,7 +717,9 @@ def test_an_approval_by_the_crm_with_another_text_sends_that_text(waiting):
 
 
 @pytest.mark.parametrize("status", ["REJECTED", "EXPIRED"])
-def test_what_the_crm_rejects_or_expires_takes_the_conversation_back_with_history(waiting, foreign_actor, status):
+def test_what_the_crm_rejects_or_expires_takes_the_conversation_back_with_history(
+    waiting: Waiting, foreign_actor: str, status: str
+) -> None:
     action = waiting()
     version = conversation_of(action).updated_at
     sql("UPDATE pending_actions SET status = %s WHERE id = %s", status, action.id)
@@ -689,7 +732,7 @@ def test_what_the_crm_rejects_or_expires_takes_the_conversation_back_with_histor
     assert_consistent()
 
 
-def test_what_the_crm_does_in_a_transaction_of_ours_is_not_taken_for_ours(waiting, foreign_actor):
+def test_what_the_crm_does_in_a_transaction_of_ours_is_not_taken_for_ours(waiting: Waiting, foreign_actor: str) -> None:
     ours, theirs = waiting(), waiting()
     with close_engine.atomic():
         ours.reject(by="dana", reason="ours")
@@ -698,14 +741,14 @@ def test_what_the_crm_does_in_a_transaction_of_ours_is_not_taken_for_ours(waitin
     assert actors == [("dana", "ours"), (foreign_actor, None)]
 
 
-def test_a_facts_of_the_crm_is_in_the_queue_and_can_be_approved(conversation_in):
+def test_a_draft_of_the_crm_is_in_the_queue_and_can_be_approved(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT)
     action = foreign_action(conversation, "SEND_MESSAGE")
     assert list(pending_actions()) == [action]
     assert action.approve(by="dana").body == "from the CRM"
 
 
-def test_an_expired_action_is_not_approved_by_the_crm_either(conversation_in):
+def test_an_expired_action_is_not_approved_by_the_crm_either(conversation_in: ConversationIn) -> None:
     action = foreign_action(conversation_in(Stage.PREVIEW_SENT), expires_at="2020-01-01 00:00:00.000")
     with pytest.raises(peewee.IntegrityError, match="has expired"):
         sql("UPDATE pending_actions SET status = 'APPROVED' WHERE id = %s", action.id)
@@ -715,7 +758,7 @@ def test_an_expired_action_is_not_approved_by_the_crm_either(conversation_in):
 ALLOWED = {("PENDING", "APPROVED"), ("PENDING", "REJECTED"), ("PENDING", "EXPIRED")}
 
 
-def test_the_database_refuses_every_other_change_of_status(conversation_in):
+def test_the_database_refuses_every_other_change_of_status(conversation_in: ConversationIn) -> None:
     statuses = [str(status) for status in ActionStatus]
     for source in statuses:
         for dest in [*statuses, "approved", "", None, "UNKNOWN"]:
@@ -732,7 +775,7 @@ def test_the_database_refuses_every_other_change_of_status(conversation_in):
     assert_consistent()
 
 
-def test_the_database_refuses_an_unknown_status_from_the_start(conversation_in):
+def test_the_database_refuses_an_unknown_status_from_the_start(conversation_in: ConversationIn) -> None:
     for status in ("pending", "", "UNKNOWN"):
         with pytest.raises(peewee.IntegrityError, match="status"):
             foreign_action(conversation_in(Stage.PREVIEW_SENT), status=status)
@@ -741,16 +784,18 @@ def test_the_database_refuses_an_unknown_status_from_the_start(conversation_in):
 # -- races -------------------------------------------------------------------------------------------------------------
 
 
-def waiting_link(level=AutonomyLevel.MANUAL, **options):
+def waiting_link(level: AutonomyLevel = AutonomyLevel.MANUAL, **options: Any) -> PendingAction:
     conversation = close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
     bring_to(conversation, Stage.PREVIEW_SENT)
-    return submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}, **options)
+    link = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}, **options)
+    assert isinstance(link, PendingAction)
+    return link
 
 
-def test_two_hundred_concurrent_approvals_of_one_action_produce_one_outbox_row(postgres):
+def test_two_hundred_concurrent_approvals_of_one_action_produce_one_outbox_row(postgres: peewee.Database) -> None:
     action = waiting_link()
 
-    def approve_ten_copies():
+    def approve_ten_copies() -> set[int]:
         return {copy_of(action).approve(by=f"somebody {number}").id for number in range(10)}
 
     (message,) = set.union(*race([approve_ten_copies] * 20))
@@ -758,13 +803,13 @@ def test_two_hundred_concurrent_approvals_of_one_action_produce_one_outbox_row(p
     assert_consistent()
 
 
-def test_a_message_that_is_approved_is_withdrawn_when_the_conversation_closes(postgres):
+def test_a_message_that_is_approved_is_withdrawn_when_the_conversation_closes(postgres: peewee.Database) -> None:
     message = waiting_link().approve(by="dana")
     CloseEngineConversation.get_by_id(message.conversation_id).close_lost("they said no")
     assert copy_of(message).status is MessageStatus.WITHDRAWN
 
 
-def test_an_action_that_is_approved_and_rejected_at_once_is_one_of_both(postgres):
+def test_an_action_that_is_approved_and_rejected_at_once_is_one_of_both(postgres: peewee.Database) -> None:
     for _ in range(10):
         action = waiting_link()
         copies = [copy_of(action) for _ in range(4)]
@@ -781,15 +826,18 @@ def test_an_action_that_is_approved_and_rejected_at_once_is_one_of_both(postgres
     assert_consistent()
 
 
-def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_two_states(postgres):
+def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_two_states(
+    postgres: peewee.Database,
+) -> None:
     # Approved from long before to shortly after they expire, while two sweeps go on all the time.
     ahead = [timedelta(milliseconds=before) for before in (400, 30, 20, 15, 12, *range(10, -5, -1))]
     actions = [waiting_link(expires_after=timedelta(milliseconds=1500 + 10 * number)) for number in range(len(ahead))]
 
-    def approve_each():
-        results = []
+    def approve_each() -> list[OutboxMessage | ActionStatus]:
+        results: list[OutboxMessage | ActionStatus] = []
         for action, before in zip(actions, ahead, strict=True):
-            while close_engine.database.binding.now() < action.expires_at - before:
+            assert action.expires_at is not None
+            while now() < action.expires_at - before:
                 pass
             try:
                 results.append(copy_of(action).approve(by="dana"))
@@ -797,7 +845,7 @@ def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_
                 results.append(refused.status)
         return results
 
-    def sweep_until_all_are_decided():
+    def sweep_until_all_are_decided() -> None:
         while list(PendingAction.select(PendingAction.id).where(PendingAction.status == "PENDING").tuples()):
             close_engine.expire_actions()
 
@@ -816,7 +864,7 @@ def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_
     assert_consistent()
 
 
-def test_two_payment_links_rejected_at_once_take_the_conversation_back_once(postgres):
+def test_two_payment_links_rejected_at_once_take_the_conversation_back_once(postgres: peewee.Database) -> None:
     for _ in range(10):
         first = waiting_link()
         conversation = conversation_of(first)
@@ -826,7 +874,7 @@ def test_two_payment_links_rejected_at_once_take_the_conversation_back_once(post
     assert_consistent()
 
 
-def test_of_many_drafts_from_one_state_one_is_submitted(postgres):
+def test_of_many_drafts_from_one_state_one_is_submitted(postgres: peewee.Database) -> None:
     for level in AutonomyLevel:
         conversation = close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
         bring_to(conversation, Stage.PREVIEW_SENT)
@@ -837,7 +885,7 @@ def test_of_many_drafts_from_one_state_one_is_submitted(postgres):
         assert sorted(type(result) is StageConflict for result in results) == [False] + [True] * 7
 
 
-def test_of_many_submissions_under_one_key_all_return_the_one_result(postgres):
+def test_of_many_submissions_under_one_key_all_return_the_one_result(postgres: peewee.Database) -> None:
     for level in AutonomyLevel:
         conversation = close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
         copies = [copy_of(conversation) for _ in range(8)]
@@ -845,14 +893,16 @@ def test_of_many_submissions_under_one_key_all_return_the_one_result(postgres):
         assert len({result.id for result in results}) == 1
 
 
-def test_a_conversation_that_closes_while_its_draft_is_approved_sends_nothing(postgres, postgres_url):
+def test_a_conversation_that_closes_while_its_draft_is_approved_sends_nothing(
+    postgres: peewee.Database, postgres_url: str
+) -> None:
     action = waiting_link()
     closing = psycopg2.connect(postgres_url)
     closing.cursor().execute(
         "UPDATE close_engine_conversations SET stage = 'CLOSED_LOST' WHERE id = %s", (action.conversation_id,)
     )
 
-    def commit_once_somebody_waits():
+    def commit_once_somebody_waits() -> None:
         until_somebody_waits()
         closing.commit()
 
@@ -864,7 +914,9 @@ def test_a_conversation_that_closes_while_its_draft_is_approved_sends_nothing(po
     assert conversation_of(action).stage is Stage.CLOSED_LOST
 
 
-def test_a_draft_that_is_being_approved_while_its_conversation_closes_is_refused(postgres, postgres_url):
+def test_a_draft_that_is_being_approved_while_its_conversation_closes_is_refused(
+    postgres: peewee.Database, postgres_url: str
+) -> None:
     """The approver holds the action, and the closing one passes over it."""
     action = waiting_link()
     closing, holding = psycopg2.connect(postgres_url), psycopg2.connect(postgres_url)
@@ -874,7 +926,7 @@ def test_a_draft_that_is_being_approved_while_its_conversation_closes_is_refused
     )
     holding.commit()
 
-    def commit_once_somebody_waits():
+    def commit_once_somebody_waits() -> None:
         until_somebody_waits()
         closing.commit()
 

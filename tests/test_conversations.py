@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import peewee
 import pytest
 
 import close_engine
@@ -24,23 +28,27 @@ from close_engine import (
     UserNotFound,
     open_conversation,
 )
+from close_engine.models import BaseModel
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, in_memory, stored, triggers
 
+ConversationIn = Callable[..., CloseEngineConversation]
 
-def everything():
+
+def everything() -> list[list[Any]]:
     """Every row that an opening can touch."""
-    return [
-        list(model.select().order_by(model.id).dicts()) for model in (Lead, CloseEngineConversation, StageChange, User)
-    ]
+    models: tuple[type[BaseModel], ...] = (Lead, CloseEngineConversation, StageChange, User)
+    return [list(model.select().order_by(model.id).dicts()) for model in models]
 
 
 @pytest.fixture
-def rep(database):
+def rep(database: peewee.Database) -> User:
     return User.create()
 
 
-def test_an_opening_takes_the_leads_autonomy_level_and_notes_its_entry_point(database, rep):
+def test_an_opening_takes_the_leads_autonomy_level_and_notes_its_entry_point(
+    database: peewee.Database, rep: User
+) -> None:
     lead = new_lead(autonomy_level=AutonomyLevel.SEMI_AUTO)
     conversation = open_conversation(
         lead, EntryPoint.SMS_REPLY, rep, "SM1", actor="webhook", reason="replied", metadata={"from": "+15550100"}
@@ -60,14 +68,14 @@ def test_an_opening_takes_the_leads_autonomy_level_and_notes_its_entry_point(dat
     assert change.created_at == conversation.created_at == conversation.updated_at
 
 
-def test_a_lead_a_rep_and_an_entry_point_can_be_named(database, rep):
+def test_a_lead_a_rep_and_an_entry_point_can_be_named(database: peewee.Database, rep: User) -> None:
     lead = new_lead()
-    conversation = open_conversation(lead.id, "PREVIEW_CTA", rep=rep.id)
+    conversation = open_conversation(lead.id, "PREVIEW_CTA", rep=rep.id)  # type: ignore[arg-type]
     assert (conversation.lead_id, conversation.rep_id) == (lead.id, rep.id)
     assert conversation.entry_point is Lead.get_by_id(lead.id).close_entry_point is EntryPoint.PREVIEW_CTA
 
 
-def test_unsaved_changes_of_the_lead_are_neither_written_nor_lost(database):
+def test_unsaved_changes_of_the_lead_are_neither_written_nor_lost(database: peewee.Database) -> None:
     lead = new_lead()
     lead.qualification_data = {"unsaved": True}
     lead.autonomy_level = AutonomyLevel.MANUAL
@@ -77,16 +85,20 @@ def test_unsaved_changes_of_the_lead_are_neither_written_nor_lost(database):
     assert conversation.autonomy_level is AutonomyLevel.FULL_AUTO, "the level that is stored counts"
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[..., object], type[Exception], str]] = {
     "unknown lead": (
         lambda: open_conversation("nobody", EntryPoint.SMS_REPLY),
         LeadNotFound,
         "There is no lead 'nobody'.",
     ),
     "unsaved lead": (lambda: open_conversation(Lead(id="new"), EntryPoint.SMS_REPLY), LeadNotFound, "no lead 'new'"),
-    "lead of None": (lambda: open_conversation(None, EntryPoint.SMS_REPLY), LeadNotFound, "There is no lead None."),
+    "lead of None": (
+        lambda: open_conversation(None, EntryPoint.SMS_REPLY),  # type: ignore[arg-type]
+        LeadNotFound,
+        "There is no lead None.",
+    ),
     "unknown entry point": (
-        lambda: open_conversation(new_lead("1", id="l"), "FAX"),
+        lambda: open_conversation(new_lead("1", id="l"), "FAX"),  # type: ignore[arg-type]
         InvalidValue,
         "be one of INSTANTLY_REPLY",
     ),
@@ -117,7 +129,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_an_opening_that_is_refused_says_why_and_writes_nothing(database, why):
+def test_an_opening_that_is_refused_says_why_and_writes_nothing(database: peewee.Database, why: str) -> None:
     opening, error, sentence = REFUSED[why]
     with pytest.raises(error) as caught:
         opening()
@@ -127,7 +139,7 @@ def test_an_opening_that_is_refused_says_why_and_writes_nothing(database, why):
     assert all(lead["close_entry_point"] is None for lead in leads)
 
 
-def test_refusals_carry_what_they_are_about(database):
+def test_refusals_carry_what_they_are_about(database: peewee.Database) -> None:
     lead = new_lead(None)
     with pytest.raises(LeadHasNoPhone) as no_phone:
         open_conversation(lead, EntryPoint.SMS_REPLY)
@@ -142,7 +154,7 @@ def test_refusals_carry_what_they_are_about(database):
 
 
 @pytest.mark.parametrize("stage", close_engine.ACTIVE_STAGES)
-def test_an_active_conversation_is_returned_as_it_is(conversation_in, rep, stage):
+def test_an_active_conversation_is_returned_as_it_is(conversation_in: ConversationIn, rep: User, stage: Stage) -> None:
     conversation = conversation_in(stage)
     before = everything()
     again = open_conversation(conversation.lead_id, EntryPoint.REP_CLOSE, rep, "SM1", actor="somebody")
@@ -150,13 +162,13 @@ def test_an_active_conversation_is_returned_as_it_is(conversation_in, rep, stage
     assert everything() == before
 
 
-def test_an_active_conversation_is_returned_also_when_the_phone_is_gone(conversation_in):
+def test_an_active_conversation_is_returned_also_when_the_phone_is_gone(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.BUILDING)
     Lead.update(phone=None).execute()
     assert open_conversation(conversation.lead_id, EntryPoint.SMS_REPLY) == conversation
 
 
-def test_a_stalled_conversation_is_resumed(conversation_in, rep):
+def test_a_stalled_conversation_is_resumed(conversation_in: ConversationIn, rep: User) -> None:
     conversation = bring_to(conversation_in(Stage.INITIATED), Stage.BUILDING)
     conversation.stall()
     again = open_conversation(conversation.lead_id, EntryPoint.SMS_REPLY, rep, "SM1", actor="webhook")
@@ -167,7 +179,7 @@ def test_a_stalled_conversation_is_resumed(conversation_in, rep):
     assert (change.trigger, change.actor, change.key) == ("resume", "webhook", "SM1")
 
 
-def test_a_lost_conversation_is_reopened_with_its_history_kept(conversation_in, rep):
+def test_a_lost_conversation_is_reopened_with_its_history_kept(conversation_in: ConversationIn, rep: User) -> None:
     conversation = conversation_in(Stage.CLOSED_LOST)
     before = conversation.history()
     Lead.update(autonomy_level=AutonomyLevel.MANUAL).execute()
@@ -183,7 +195,7 @@ def test_a_lost_conversation_is_reopened_with_its_history_kept(conversation_in, 
     assert (change.trigger, change.actor, change.reason, change.key) == ("reopen", "webhook", "is back", "SM1")
 
 
-def test_reopening_keeps_the_rep_unless_another_is_named(database, rep):
+def test_reopening_keeps_the_rep_unless_another_is_named(database: peewee.Database, rep: User) -> None:
     lead = new_lead()
     conversation = open_conversation(lead, EntryPoint.SMS_REPLY, rep)
     conversation.close_lost("no answer")
@@ -194,7 +206,7 @@ def test_reopening_keeps_the_rep_unless_another_is_named(database, rep):
     assert open_conversation(lead, EntryPoint.SMS_REPLY, other).rep == other
 
 
-def test_a_completed_conversation_is_refused(conversation_in):
+def test_a_completed_conversation_is_refused(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.COMPLETED)
     before = everything()
     with pytest.raises(ConversationCompleted) as caught:
@@ -205,7 +217,9 @@ def test_a_completed_conversation_is_refused(conversation_in):
 
 
 @pytest.mark.parametrize("stage", [Stage.STALLED, Stage.CLOSED_LOST])
-def test_nothing_is_taken_up_again_with_a_lead_that_cannot_be_texted(conversation_in, stage):
+def test_nothing_is_taken_up_again_with_a_lead_that_cannot_be_texted(
+    conversation_in: ConversationIn, stage: Stage
+) -> None:
     conversation = conversation_in(stage)
     Lead.update(phone=" ").execute()
     before = everything()
@@ -218,7 +232,9 @@ def test_nothing_is_taken_up_again_with_a_lead_that_cannot_be_texted(conversatio
 
 
 @pytest.mark.parametrize("now_in", [Stage.INITIATED, Stage.STALLED, Stage.CLOSED_LOST, Stage.COMPLETED])
-def test_the_key_of_an_opening_returns_the_conversation_and_changes_nothing(database, now_in):
+def test_the_key_of_an_opening_returns_the_conversation_and_changes_nothing(
+    database: peewee.Database, now_in: Stage
+) -> None:
     lead = new_lead()
     conversation = bring_to(open_conversation(lead, EntryPoint.SMS_REPLY, key="SM1"), now_in)
     before = everything()
@@ -228,7 +244,9 @@ def test_the_key_of_an_opening_returns_the_conversation_and_changes_nothing(data
 
 
 @pytest.mark.parametrize("stage", [Stage.STALLED, Stage.CLOSED_LOST])
-def test_the_key_of_a_return_returns_the_conversation_and_changes_nothing(conversation_in, stage):
+def test_the_key_of_a_return_returns_the_conversation_and_changes_nothing(
+    conversation_in: ConversationIn, stage: Stage
+) -> None:
     conversation = conversation_in(stage)
     open_conversation(conversation.lead_id, EntryPoint.SMS_REPLY, key="SM1").close_lost("no answer")
     before = everything()
@@ -237,7 +255,7 @@ def test_the_key_of_a_return_returns_the_conversation_and_changes_nothing(conver
 
 
 @pytest.mark.parametrize("stage", [Stage.STALLED, Stage.CLOSED_LOST])
-def test_the_key_of_another_trigger_does_not_open(conversation_in, stage):
+def test_the_key_of_another_trigger_does_not_open(conversation_in: ConversationIn, stage: Stage) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.collect_info(key="SM1")
     conversation.stall() if stage is Stage.STALLED else conversation.close_lost("no answer")
@@ -251,18 +269,18 @@ def test_the_key_of_another_trigger_does_not_open(conversation_in, stage):
 # -- others at once ----------------------------------------------------------------------------------------------------
 
 
-def wait_until_blocked(database, thread):
+def wait_until_blocked(database: peewee.Database, thread: threading.Thread) -> None:
     """Return as soon as the thread's session waits for this one's transaction."""
     blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
     while not database.execute_sql(blocked).fetchone()[0]:
         assert thread.is_alive(), "it did not wait"
 
 
-def in_a_thread(database, function):
+def in_a_thread(database: peewee.Database, function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     """Start a function in a thread of its own; its outcome is what `join()` leaves in the returned list."""
     outcome = []
 
-    def run():
+    def run() -> None:
         try:
             outcome.append(function())
         except Exception as error:
@@ -275,7 +293,9 @@ def in_a_thread(database, function):
     return thread, outcome
 
 
-def test_an_opening_waits_for_a_foreign_writer_who_inserts_and_returns_his_conversation(postgres, postgres_url):
+def test_an_opening_waits_for_a_foreign_writer_who_inserts_and_returns_his_conversation(
+    postgres: peewee.Database, postgres_url: str
+) -> None:
     lead = new_lead()
     with postgres.atomic():
         postgres.execute_sql(
@@ -292,7 +312,9 @@ def test_an_opening_waits_for_a_foreign_writer_who_inserts_and_returns_his_conve
 
 
 @pytest.mark.parametrize("stage", [Stage.STALLED, Stage.CLOSED_LOST])
-def test_an_opening_waits_for_a_worker_who_takes_the_conversation_up_himself(postgres, stage):
+def test_an_opening_waits_for_a_worker_who_takes_the_conversation_up_himself(
+    postgres: peewee.Database, stage: Stage
+) -> None:
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), stage)
     with close_engine.atomic():
         conversation.resume() if stage is Stage.STALLED else conversation.reopen()
@@ -302,7 +324,7 @@ def test_an_opening_waits_for_a_worker_who_takes_the_conversation_up_himself(pos
     assert [in_memory(again) for again in outcome] == [in_memory(conversation)]
 
 
-def test_an_opening_does_not_wait_for_a_worker_who_holds_an_active_conversation(postgres):
+def test_an_opening_does_not_wait_for_a_worker_who_holds_an_active_conversation(postgres: peewee.Database) -> None:
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.BUILDING)
     with close_engine.locked(conversation.id):
         thread, outcome = in_a_thread(postgres, lambda: open_conversation(conversation.lead_id, EntryPoint.REP_CLOSE))
@@ -310,10 +332,10 @@ def test_an_opening_does_not_wait_for_a_worker_who_holds_an_active_conversation(
     assert outcome == [conversation]
 
 
-def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postgres):
+def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postgres: peewee.Database) -> None:
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.QUALIFYING)
 
-    def wait_and_fire():
+    def wait_and_fire() -> Stage | None:
         with close_engine.locked(conversation.id) as held:
             return held.start_building().source
 
@@ -330,7 +352,7 @@ def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postg
 @pytest.mark.parametrize(
     "write", ["UPDATE close_engine_conversations SET stage = 'BUILDING'", "DELETE FROM close_engine_conversations"]
 )
-def test_writers_past_the_library_wait_for_a_held_conversation_too(postgres, write):
+def test_writers_past_the_library_wait_for_a_held_conversation_too(postgres: peewee.Database, write: str) -> None:
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.QUALIFYING)
     with close_engine.locked(conversation.id) as held:
         thread, outcome = in_a_thread(postgres, lambda: postgres.execute_sql(write).rowcount)
@@ -341,7 +363,7 @@ def test_writers_past_the_library_wait_for_a_held_conversation_too(postgres, wri
     assert triggers(conversation)[:3] == ["open", "start_qualifying", "collect_info"]
 
 
-def test_a_held_lead_may_get_rows_that_refer_to_it(postgres):
+def test_a_held_lead_may_get_rows_that_refer_to_it(postgres: peewee.Database) -> None:
     """The CRM goes on adding messages to a lead while its conversation is opened."""
     postgres.execute_sql("CREATE TABLE messages (lead_id text REFERENCES leads)")
     lead = new_lead()
@@ -353,14 +375,14 @@ def test_a_held_lead_may_get_rows_that_refer_to_it(postgres):
     assert outcome == [1]
 
 
-def test_on_sqlite_others_wait_for_a_held_conversation_too(tmp_path, sqlite_template):
+def test_on_sqlite_others_wait_for_a_held_conversation_too(tmp_path: Path, sqlite_template: Path) -> None:
     path = tmp_path / "held.db"
     path.write_bytes(sqlite_template.read_bytes())
     database = close_engine.connect(f"sqlite:///{path}")
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.QUALIFYING)
     begun = threading.Event()
 
-    def wait_and_fire():
+    def wait_and_fire() -> StageChange:
         conversation = CloseEngineConversation.get()
         begun.set()
         return conversation.start_building()
@@ -379,7 +401,7 @@ def test_on_sqlite_others_wait_for_a_held_conversation_too(tmp_path, sqlite_temp
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_refused_question_has_the_sentence_that_firing_raises(conversation_in):
+def test_a_refused_question_has_the_sentence_that_firing_raises(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.BUILDING)
     answer = conversation.may("collect_info")
     with pytest.raises(TransitionNotAllowed) as caught:

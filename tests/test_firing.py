@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import peewee
 import psycopg2.extensions
@@ -28,16 +29,21 @@ from close_engine import (
     TransitionNotAllowed,
     UnknownTrigger,
 )
-from close_engine.testing import new_lead
+from close_engine.database.fields import milliseconds
+from close_engine.testing import MovableClock, new_lead
 from tests.rows import copy_of, in_memory, replayed, stored, triggers
 
+ConversationIn = Callable[..., CloseEngineConversation]
 
-def run(database, sql):
+
+def run(database: peewee.Database, sql: str) -> None:
     """Run a statement as somebody who does not use this library."""
     database.execute_sql(sql)
 
 
-def test_a_trigger_changes_the_row_the_object_and_the_history_alike(conversation_in, close_engine_clock):
+def test_a_trigger_changes_the_row_the_object_and_the_history_alike(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     moment = close_engine_clock.move(timedelta(minutes=5))
     change = conversation.collect_info(
@@ -53,13 +59,13 @@ def test_a_trigger_changes_the_row_the_object_and_the_history_alike(conversation
         {"gaps": ["hours", "prices"]},
         "SM1",
     )
-    assert change.created_at == conversation.updated_at == close_engine.database.fields.milliseconds(moment)
+    assert change.created_at == conversation.updated_at == milliseconds(moment)
     assert repr(change) == f"<StageChange {change.id}: QUALIFYING → COLLECTING_INFO by collect_info>"
 
 
 def test_every_write_moves_the_version_also_where_the_clock_stands_still_or_goes_back(
-    conversation_in, close_engine_clock
-):
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.INITIATED)
     versions = [conversation.updated_at]
     for trigger in ("start_qualifying", "stall", "resume", "collect_info"):
@@ -72,10 +78,16 @@ def test_every_write_moves_the_version_also_where_the_clock_stands_still_or_goes
 
 # -- conflicts ---------------------------------------------------------------------------------------------------------
 
-CHANGED_BY = {
+
+def save_another_field(conversation: CloseEngineConversation) -> None:
+    conversation.collected_data = {"a": 1}
+    conversation.save()
+
+
+CHANGED_BY: dict[str, Callable[[peewee.Database, CloseEngineConversation], object]] = {
     "a stage change of this library": lambda database, other: other.collect_info(),
     "a stage change there and back": lambda database, other: (other.stall(), other.resume()),
-    "a save of another field": lambda database, other: (setattr(other, "collected_data", {"a": 1}), other.save()),
+    "a save of another field": lambda database, other: save_another_field(other),
     "an update query": lambda database, other: CloseEngineConversation.update(edit_rounds=3).execute(),
     "SQL that changes the stage": lambda database, other: run(
         database, "UPDATE close_engine_conversations SET stage = 'COLLECTING_INFO'"
@@ -97,7 +109,9 @@ CHANGED_BY = {
 
 @pytest.mark.parametrize("changed_by", CHANGED_BY)
 @pytest.mark.parametrize("write", ["close_lost", "save()"])
-def test_whoever_changed_the_row_since_it_was_loaded_makes_a_conflict(database, conversation_in, changed_by, write):
+def test_whoever_changed_the_row_since_it_was_loaded_makes_a_conflict(
+    database: peewee.Database, conversation_in: ConversationIn, changed_by: str, write: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.payment_link_url = "https://unsaved.example.com"
     before = in_memory(conversation)
@@ -115,7 +129,7 @@ def test_whoever_changed_the_row_since_it_was_loaded_makes_a_conflict(database, 
     assert (stored(conversation), triggers(conversation)) == (row, history)
 
 
-def test_after_a_conflict_a_reload_makes_the_object_current(conversation_in):
+def test_after_a_conflict_a_reload_makes_the_object_current(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     copy_of(conversation).collect_info()
     with pytest.raises(StageConflict):
@@ -126,12 +140,14 @@ def test_after_a_conflict_a_reload_makes_the_object_current(conversation_in):
 
 
 @pytest.mark.parametrize("use", ["fire", "save", "reload", "locked"])
-def test_a_deleted_conversation_is_not_found_and_keeps_its_history(database, conversation_in, use):
+def test_a_deleted_conversation_is_not_found_and_keeps_its_history(
+    database: peewee.Database, conversation_in: ConversationIn, use: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.edit_rounds = 9
     before = in_memory(conversation)
     run(database, "DELETE FROM leads")  # cascades
-    uses = {
+    uses: dict[str, Callable[[], object]] = {
         "fire": conversation.collect_info,
         "save": conversation.save,
         "reload": conversation.reload,
@@ -181,7 +197,13 @@ def test_a_deleted_conversation_is_not_found_and_keeps_its_history(database, con
         (Stage.PREVIEW_SENT, lambda c: c.send_payment_link("a\x00b"), InvalidValue, "cannot hold a NUL character"),
     ],
 )
-def test_a_refusal_is_a_sentence_and_leaves_everything_as_it_was(conversation_in, stage, fire, error, sentence):
+def test_a_refusal_is_a_sentence_and_leaves_everything_as_it_was(
+    conversation_in: ConversationIn,
+    stage: Stage,
+    fire: Callable[[CloseEngineConversation], object],
+    error: type[Exception],
+    sentence: str,
+) -> None:
     conversation = conversation_in(stage)
     conversation.collected_data = {"unsaved": True}
     before, row, history = in_memory(conversation), stored(conversation), triggers(conversation)
@@ -192,7 +214,7 @@ def test_a_refusal_is_a_sentence_and_leaves_everything_as_it_was(conversation_in
     assert (stored(conversation), triggers(conversation)) == (row, history)
 
 
-def test_who_approved_the_payment_link_stands_in_the_history(conversation_in):
+def test_who_approved_the_payment_link_stands_in_the_history(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
     with pytest.raises(GuardRefused, match="asks for an approval first"):
         conversation.send_payment_link("https://pay.example.com/1")
@@ -204,7 +226,7 @@ def test_who_approved_the_payment_link_stands_in_the_history(conversation_in):
 # -- fields beside the stage -------------------------------------------------------------------------------------------
 
 
-def test_unsaved_changes_of_other_fields_are_neither_written_nor_lost(conversation_in):
+def test_unsaved_changes_of_other_fields_are_neither_written_nor_lost(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.collected_data = {"hours": "9-5"}
     conversation.payment_link_url = "https://pay.example.com/1"
@@ -218,7 +240,7 @@ def test_unsaved_changes_of_other_fields_are_neither_written_nor_lost(conversati
     assert triggers(conversation) == ["open", "start_qualifying", "collect_info"]
 
 
-def test_save_writes_what_it_is_told_and_leaves_the_rest_unsaved(conversation_in):
+def test_save_writes_what_it_is_told_and_leaves_the_rest_unsaved(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     assert conversation.save() == 0
     conversation.collected_data = {"hours": "9-5"}
@@ -231,7 +253,7 @@ def test_save_writes_what_it_is_told_and_leaves_the_rest_unsaved(conversation_in
     assert in_memory(conversation) == (stored(conversation), set())
 
 
-def test_a_conversation_created_without_open_conversation_begins_a_history_and_fires(database):
+def test_a_conversation_created_without_open_conversation_begins_a_history_and_fires(database: peewee.Database) -> None:
     conversation = CloseEngineConversation.create(lead=new_lead(), entry_point=EntryPoint.REP_CLOSE)
     assert in_memory(conversation) == (stored(conversation), set())
     conversation.start_qualifying()
@@ -239,7 +261,7 @@ def test_a_conversation_created_without_open_conversation_begins_a_history_and_f
     assert conversation.history()[0].actor.startswith("database")
 
 
-def test_a_conversation_that_is_no_row_yet_cannot_fire_or_be_updated(database):
+def test_a_conversation_that_is_no_row_yet_cannot_fire_or_be_updated(database: peewee.Database) -> None:
     conversation = CloseEngineConversation(lead=new_lead(), entry_point=EntryPoint.REP_CLOSE)
     for write in (conversation.start_qualifying, conversation.save):
         with pytest.raises(ConversationNotFound, match=r"or never opened with open_conversation\(\)\.$"):
@@ -247,7 +269,7 @@ def test_a_conversation_that_is_no_row_yet_cannot_fire_or_be_updated(database):
     assert CloseEngineConversation.select().count() == 0
 
 
-def test_an_object_that_was_loaded_in_part_is_not_decided_on(conversation_in):
+def test_an_object_that_was_loaded_in_part_is_not_decided_on(conversation_in: ConversationIn) -> None:
     conversation_in(Stage.PAYMENT_SENT)
     conversation = CloseEngineConversation.select(CloseEngineConversation.id, CloseEngineConversation.stage).get()
     for use in (lambda: conversation.complete(), lambda: conversation.may("complete"), lambda: conversation.save()):
@@ -266,11 +288,11 @@ def test_an_object_that_was_loaded_in_part_is_not_decided_on(conversation_in):
 Conversation = CloseEngineConversation
 
 
-def a_row(**values):
+def a_row(**values: Any) -> dict[Any, Any]:
     return {"lead": new_lead().id, "entry_point": EntryPoint.SMS_REPLY, **values}
 
 
-PAST_THE_MACHINE = {
+PAST_THE_MACHINE: dict[str, Callable[[CloseEngineConversation], object]] = {
     "assignment": lambda c: setattr(c, "stage", Stage.BUILDING),
     "update_model_from_dict": lambda c: update_model_from_dict(c, {"stage": "BUILDING"}),
     "constructor": lambda c: Conversation(stage="BUILDING"),
@@ -306,7 +328,7 @@ PAST_THE_MACHINE = {
 
 
 @pytest.mark.parametrize("way", PAST_THE_MACHINE)
-def test_writing_the_stage_past_the_machine_is_refused(conversation_in, way):
+def test_writing_the_stage_past_the_machine_is_refused(conversation_in: ConversationIn, way: str) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before, row = in_memory(conversation), stored(conversation)
     with pytest.raises(StageAssignmentRefused) as caught:
@@ -330,17 +352,19 @@ def test_writing_the_stage_past_the_machine_is_refused(conversation_in, way):
         (Stage.COMPLETED, "INITIATED", "only triggers change it: allowed from COMPLETED: none."),
     ],
 )
-def test_assigning_the_stage_names_the_trigger_to_use(conversation_in, stage, wanted, sentence):
+def test_assigning_the_stage_names_the_trigger_to_use(
+    conversation_in: ConversationIn, stage: Stage, wanted: str, sentence: str
+) -> None:
     conversation = conversation_in(stage)
     with pytest.raises(StageAssignmentRefused) as caught:
-        conversation.stage = wanted
+        conversation.stage = wanted  # type: ignore[assignment]
     assert str(caught.value).startswith(f"The stage of conversation '{conversation.id}' ")
     assert str(caught.value).endswith(sentence)
     assert caught.value.stage is Stage(wanted)
     assert isinstance(caught.value, AttributeError)
 
 
-def test_update_names_every_trigger_and_the_stage_it_was_given(conversation_in):
+def test_update_names_every_trigger_and_the_stage_it_was_given(conversation_in: ConversationIn) -> None:
     with pytest.raises(StageAssignmentRefused) as caught:
         CloseEngineConversation.update({"stage": "BUILDING"})
     assert str(caught.value) == (
@@ -351,14 +375,14 @@ def test_update_names_every_trigger_and_the_stage_it_was_given(conversation_in):
     assert caught.value.stage == "BUILDING"
 
 
-def test_an_unknown_stage_is_refused_as_a_value(conversation_in):
+def test_an_unknown_stage_is_refused_as_a_value(conversation_in: ConversationIn) -> None:
     with pytest.raises(
         InvalidValue, match=r"CloseEngineConversation\.stage cannot be 'WON': it must be one of INITIATED"
     ):
-        conversation_in(Stage.QUALIFYING).stage = "WON"
+        conversation_in(Stage.QUALIFYING).stage = "WON"  # type: ignore[assignment]
 
 
-def test_assigning_the_stage_and_version_that_it_has_changes_nothing(conversation_in):
+def test_assigning_the_stage_and_version_that_it_has_changes_nothing(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     row = stored(conversation)
     update_model_from_dict(conversation, {**model_to_dict(conversation, recurse=False), "edit_rounds": 4})
@@ -367,7 +391,7 @@ def test_assigning_the_stage_and_version_that_it_has_changes_nothing(conversatio
     assert stored(conversation) == {**row, "edit_rounds": 4, "updated_at": conversation.updated_at}
 
 
-def test_assigning_the_version_is_refused_as_it_tells_whether_somebody_wrote(conversation_in):
+def test_assigning_the_version_is_refused_as_it_tells_whether_somebody_wrote(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before = in_memory(conversation)
     with pytest.raises(InvalidValue, match="every write moves it by itself; leave it out") as caught:
@@ -376,7 +400,7 @@ def test_assigning_the_version_is_refused_as_it_tells_whether_somebody_wrote(con
     assert in_memory(conversation) == before
 
 
-def test_inserting_conversations_in_bulk_begins_each_of_them(database):
+def test_inserting_conversations_in_bulk_begins_each_of_them(database: peewee.Database) -> None:
     leads = [new_lead() for _ in range(4)]
     rows = ({"lead": lead, "entry_point": EntryPoint.SMS_REPLY} for lead in leads[:2])
     CloseEngineConversation.insert_many(rows).execute()
@@ -384,12 +408,14 @@ def test_inserting_conversations_in_bulk_begins_each_of_them(database):
         [CloseEngineConversation(lead=lead, entry_point=EntryPoint.SMS_REPLY) for lead in leads[2:]]
     )
     for lead in leads:
-        assert lead.close_conversation.stage is Stage.INITIATED
-        assert triggers(lead.close_conversation) == ["open"]
+        conversation = lead.close_conversation
+        assert conversation is not None
+        assert conversation.stage is Stage.INITIATED
+        assert triggers(conversation) == ["open"]
     leads[3].close_conversation.start_qualifying()
 
 
-def test_update_queries_of_other_columns_work_and_move_the_version(conversation_in):
+def test_update_queries_of_other_columns_work_and_move_the_version(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     assert CloseEngineConversation.update({"edit_rounds": 4}, entry_point=EntryPoint.REP_CLOSE).execute() == 1
     assert (
@@ -402,7 +428,7 @@ def test_update_queries_of_other_columns_work_and_move_the_version(conversation_
     assert row["updated_at"] > conversation.updated_at
 
 
-def test_a_conversation_can_be_deleted_by_hand(conversation_in):
+def test_a_conversation_can_be_deleted_by_hand(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     assert conversation.delete_instance() == 1
     assert triggers(conversation) == ["open", "start_qualifying"]
@@ -412,7 +438,9 @@ def test_a_conversation_can_be_deleted_by_hand(conversation_in):
 
 
 @pytest.mark.parametrize("key", ["SM1", "wh_😀 ' \" % %s ? {} \\ \n", " padded ", "k" * 255, "€" * 255])
-def test_the_same_key_again_returns_the_first_change_and_changes_nothing(conversation_in, key):
+def test_the_same_key_again_returns_the_first_change_and_changes_nothing(
+    conversation_in: ConversationIn, key: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     first = conversation.collect_info(actor="worker-1", metadata={"n": 1}, key=key)
     row = stored(conversation)
@@ -423,7 +451,7 @@ def test_the_same_key_again_returns_the_first_change_and_changes_nothing(convers
     assert triggers(conversation) == ["open", "start_qualifying", "collect_info"]
 
 
-def test_a_key_is_remembered_over_further_changes_and_by_stale_objects(conversation_in):
+def test_a_key_is_remembered_over_further_changes_and_by_stale_objects(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.INITIATED)
     stale = copy_of(conversation)
     first = conversation.start_qualifying(key="SM1")
@@ -438,7 +466,7 @@ def test_a_key_is_remembered_over_further_changes_and_by_stale_objects(conversat
     assert triggers(conversation) == ["open", "start_qualifying", "close_lost", "reopen", "stall"]
 
 
-def test_a_key_outlives_its_conversation(conversation_in):
+def test_a_key_outlives_its_conversation(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.INITIATED)
     stale = copy_of(conversation)
     first = conversation.start_qualifying(key="SM1")
@@ -446,14 +474,14 @@ def test_a_key_outlives_its_conversation(conversation_in):
     assert stale.start_qualifying(key="SM1") == first
 
 
-def test_a_key_belongs_to_one_conversation(conversation_in):
+def test_a_key_belongs_to_one_conversation(conversation_in: ConversationIn) -> None:
     one, other = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
     assert one.stall(key="SM1") != other.stall(key="SM1")
     assert (one.stage, other.stage) == (Stage.STALLED, Stage.STALLED)
 
 
 @pytest.mark.parametrize("trigger", ["start_building", "start_qualifying"], ids=["allowed now", "refused now"])
-def test_a_key_of_another_trigger_is_refused(conversation_in, trigger):
+def test_a_key_of_another_trigger_is_refused(conversation_in: ConversationIn, trigger: str) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.collect_info(key="SM1")
     before = in_memory(conversation)
@@ -470,7 +498,7 @@ def test_a_key_of_another_trigger_is_refused(conversation_in, trigger):
     assert in_memory(conversation) == before
 
 
-def test_a_rolled_back_change_leaves_its_key_free(conversation_in):
+def test_a_rolled_back_change_leaves_its_key_free(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     with close_engine.atomic() as transaction:
         conversation.collect_info(key="SM1")
@@ -482,25 +510,25 @@ def test_a_rolled_back_change_leaves_its_key_free(conversation_in):
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
 
 
-class Counting(psycopg2.extensions.cursor):
+class Counting(psycopg2.extensions.cursor):  # type: ignore[misc]
     """A cursor that notes every statement it sends."""
 
     sent: ClassVar[list[str]] = []
 
-    def execute(self, query, vars=None):
+    def execute(self, query: Any, vars: Any = None) -> Any:
         self.sent.append(query)
         return super().execute(query, vars)
 
 
 @pytest.fixture
-def sent(postgres, monkeypatch):
+def sent(postgres: peewee.Database, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every statement that goes to PostgreSQL, BEGIN and COMMIT among them."""
     monkeypatch.setattr(Counting, "sent", [])
     postgres.connection().cursor_factory = Counting
     return Counting.sent
 
 
-def test_on_postgresql_a_stage_change_is_one_statement(postgres, sent):
+def test_on_postgresql_a_stage_change_is_one_statement(postgres: peewee.Database, sent: list[str]) -> None:
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     sent.clear()
     conversation.start_qualifying(actor="worker-7", key="SM1", metadata={"a": 1})
@@ -511,7 +539,9 @@ def test_on_postgresql_a_stage_change_is_one_statement(postgres, sent):
     assert conversation.history()[1].actor == "worker-7"
 
 
-def test_on_postgresql_a_refusal_sends_nothing_and_an_open_transaction_adds_nothing(postgres, sent):
+def test_on_postgresql_a_refusal_sends_nothing_and_an_open_transaction_adds_nothing(
+    postgres: peewee.Database, sent: list[str]
+) -> None:
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     sent.clear()
     with pytest.raises(TransitionNotAllowed):
@@ -522,7 +552,7 @@ def test_on_postgresql_a_refusal_sends_nothing_and_an_open_transaction_adds_noth
     assert [statement.split()[0] for statement in sent] == ["BEGIN", "UPDATE", "COMMIT"]
 
 
-def test_a_pooled_connection_carries_nothing_over_to_its_next_user(postgres_url):
+def test_a_pooled_connection_carries_nothing_over_to_its_next_user(postgres_url: str) -> None:
     database = close_engine.connect(postgres_url.replace("postgresql://", "postgresql+pool://") + "&max_connections=1")
     setting = "SELECT coalesce(current_setting('close_engine.context', true), '')"
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
@@ -539,7 +569,7 @@ def test_a_pooled_connection_carries_nothing_over_to_its_next_user(postgres_url)
 
     seen = []
 
-    def next_user():
+    def next_user() -> None:
         seen.append(database.execute_sql("SELECT pg_backend_pid()").fetchone())
         database.execute_sql("UPDATE close_engine_conversations SET stage = 'STALLED'")
         database.close()
@@ -551,10 +581,10 @@ def test_a_pooled_connection_carries_nothing_over_to_its_next_user(postgres_url)
     assert [change.actor for change in conversation.history()][:2] == [None, "first"]
     assert conversation.history()[-1].actor.startswith("database:")
     database.close()
-    database.close_all()
+    database.close_all()  # type: ignore[attr-defined]
 
 
-def test_a_history_never_has_a_gap(conversation_in):
+def test_a_history_never_has_a_gap(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.COMPLETED)
     assert replayed(conversation.id) is Stage.COMPLETED
     assert StageChange.select().count() == 6

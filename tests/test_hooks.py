@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
+import peewee
 import pytest
 
 import close_engine
 from close_engine import (
     AfterCommitError,
+    CloseEngineConversation,
     EntryPoint,
     Lead,
     Stage,
@@ -20,17 +25,25 @@ from close_engine import (
     on_exit,
     open_conversation,
 )
+from close_engine.hooks import Hook
+from close_engine.machine import Transition
 from close_engine.testing import new_lead
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
 
+ConversationIn = Callable[..., CloseEngineConversation]
+#: What registers a function: `hook(on_enter, Stage.BUILDING)`.
+Register = Callable[..., Callable[[Callable[..., Any]], Hook]]
+
 
 @pytest.fixture
-def hook():
+def hook() -> Iterator[Register]:
     """Registers like the decorators, for the length of the test: `@hook(on_enter, Stage.BUILDING)`."""
     registered = []
 
-    def register(decorator, *stages):
-        def decorate(function):
+    def register(
+        decorator: Callable[..., Callable[[Callable[..., Any]], Hook]], *stages: Any
+    ) -> Callable[[Callable[..., Any]], Hook]:
+        def decorate(function: Callable[..., Any]) -> Hook:
             registered.append(decorator(*stages)(function))
             return registered[-1]
 
@@ -42,28 +55,30 @@ def hook():
 
 
 @pytest.fixture
-def told(hook):
+def told(hook: Register) -> list[StageChange]:
     """What the after-commit hooks of every stage were told: the changes, in order."""
     changes = []
     hook(after_commit, *Stage)(lambda conversation, change: changes.append(change))
     return changes
 
 
-def fired(changes):
+def fired(changes: list[StageChange]) -> list[str]:
     return [change.trigger for change in changes]
 
 
-def fail(*arguments):
+def fail(*arguments: object) -> None:
     raise Stop("no printer")
 
 
 # -- in the transaction ------------------------------------------------------------------------------------------------
 
 
-def test_hooks_run_around_the_change_in_its_transaction(database, conversation_in, hook):
+def test_hooks_run_around_the_change_in_its_transaction(
+    database: peewee.Database, conversation_in: ConversationIn, hook: Register
+) -> None:
     seen = []
 
-    def note(name, conversation, event):
+    def note(name: str, conversation: CloseEngineConversation, event: StageChange | Transition) -> None:
         seen.append((name, event.trigger, conversation.stage, stored(conversation)["stage"], database.in_transaction()))
 
     hook(on_exit, Stage.QUALIFYING)(lambda conversation, transition: note("exit", conversation, transition))
@@ -78,7 +93,9 @@ def test_hooks_run_around_the_change_in_its_transaction(database, conversation_i
     ]
 
 
-def test_hooks_get_the_change_that_the_history_holds(conversation_in, hook, told):
+def test_hooks_get_the_change_that_the_history_holds(
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange]
+) -> None:
     entered = []
     hook(on_enter, Stage.STALLED)(lambda conversation, change: entered.append(change))
     conversation = conversation_in(Stage.QUALIFYING)
@@ -89,7 +106,9 @@ def test_hooks_get_the_change_that_the_history_holds(conversation_in, hook, told
 
 
 @pytest.mark.parametrize("where", ["exit", "enter"])
-def test_a_hook_that_raises_undoes_everything(conversation_in, hook, told, where):
+def test_a_hook_that_raises_undoes_everything(
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange], where: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.collected_data = {"unsaved": True}
     told.clear()
@@ -105,7 +124,9 @@ def test_a_hook_that_raises_undoes_everything(conversation_in, hook, told, where
     assert told == []
 
 
-def test_a_hook_that_raises_leaves_the_transaction_around_it_usable(conversation_in, hook):
+def test_a_hook_that_raises_leaves_the_transaction_around_it_usable(
+    conversation_in: ConversationIn, hook: Register
+) -> None:
     hook(on_enter, Stage.BUILDING)(fail)
     conversation = conversation_in(Stage.QUALIFYING)
     with atomic():
@@ -117,7 +138,7 @@ def test_a_hook_that_raises_leaves_the_transaction_around_it_usable(conversation
     assert in_memory(conversation) == (stored(conversation), set())
 
 
-def test_hooks_run_wherever_resume_leads(conversation_in, hook):
+def test_hooks_run_wherever_resume_leads(conversation_in: ConversationIn, hook: Register) -> None:
     entered = []
     hook(on_enter, *Stage)(lambda conversation, change: entered.append(change.dest))
     conversation = conversation_in(Stage.STALLED)
@@ -126,7 +147,9 @@ def test_hooks_run_wherever_resume_leads(conversation_in, hook):
     assert entered == [Stage.QUALIFYING]
 
 
-def test_opening_and_reopening_enter_a_stage_too(database, hook, told):
+def test_opening_and_reopening_enter_a_stage_too(
+    database: peewee.Database, hook: Register, told: list[StageChange]
+) -> None:
     entered = []
     hook(on_enter, Stage.INITIATED)(lambda conversation, change: entered.append(change))
     lead = new_lead()
@@ -138,7 +161,9 @@ def test_opening_and_reopening_enter_a_stage_too(database, hook, told):
     assert (entered[0].actor, entered[0].source, entered[0].dest) == ("webhook", None, Stage.INITIATED)
 
 
-def test_an_opening_whose_hook_raises_did_not_happen(database, hook, told):
+def test_an_opening_whose_hook_raises_did_not_happen(
+    database: peewee.Database, hook: Register, told: list[StageChange]
+) -> None:
     hook(on_enter, Stage.INITIATED)(fail)
     lead = new_lead()
     with pytest.raises(Stop):
@@ -149,7 +174,9 @@ def test_an_opening_whose_hook_raises_did_not_happen(database, hook, told):
     assert told == []
 
 
-def test_a_hook_may_fire_the_next_trigger(conversation_in, hook, told):
+def test_a_hook_may_fire_the_next_trigger(
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange]
+) -> None:
     hook(on_enter, Stage.COLLECTING_INFO)(lambda conversation, change: conversation.start_building(actor="hook"))
     conversation = conversation_in(Stage.QUALIFYING)
     told.clear()
@@ -160,8 +187,10 @@ def test_a_hook_may_fire_the_next_trigger(conversation_in, hook, told):
     assert fired(told) == ["collect_info", "start_building"], "in the order in which they were made"
 
 
-def test_a_hook_that_moves_the_stage_away_before_it_is_left_makes_a_conflict(conversation_in, hook):
-    def stall(conversation, transition):
+def test_a_hook_that_moves_the_stage_away_before_it_is_left_makes_a_conflict(
+    conversation_in: ConversationIn, hook: Register
+) -> None:
+    def stall(conversation: CloseEngineConversation, transition: Transition) -> None:
         if transition.trigger != "stall":
             conversation.stall()
 
@@ -175,9 +204,9 @@ def test_a_hook_that_moves_the_stage_away_before_it_is_left_makes_a_conflict(con
     assert triggers(conversation) == ["open", "start_qualifying"]
 
 
-def test_a_hook_may_save_other_fields_before_the_stage_is_left(conversation_in, hook):
+def test_a_hook_may_save_other_fields_before_the_stage_is_left(conversation_in: ConversationIn, hook: Register) -> None:
     @hook(on_exit, Stage.QUALIFYING)
-    def close_questions(conversation, transition):
+    def close_questions(conversation: CloseEngineConversation, transition: Transition) -> None:
         conversation.questions_asked = ["hours"]
         conversation.save()
 
@@ -187,7 +216,7 @@ def test_a_hook_may_save_other_fields_before_the_stage_is_left(conversation_in, 
     assert stored(conversation)["questions_asked"] == ["hours"]
 
 
-def test_a_conflict_undoes_what_the_hooks_did(conversation_in, hook):
+def test_a_conflict_undoes_what_the_hooks_did(conversation_in: ConversationIn, hook: Register) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     copy_of(conversation).stall()
     hook(on_exit, Stage.QUALIFYING)(lambda conversation, transition: new_lead())
@@ -196,7 +225,9 @@ def test_a_conflict_undoes_what_the_hooks_did(conversation_in, hook):
     assert Lead.select().count() == 1
 
 
-def test_a_key_that_was_used_before_leaves_nothing_of_the_hooks(conversation_in, hook, told):
+def test_a_key_that_was_used_before_leaves_nothing_of_the_hooks(
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange]
+) -> None:
     conversation = conversation_in(Stage.INITIATED)
     first = conversation.start_qualifying(key="SM1")
     conversation.close_lost("no answer")
@@ -213,12 +244,18 @@ def test_a_key_that_was_used_before_leaves_nothing_of_the_hooks(conversation_in,
 # -- after the commit --------------------------------------------------------------------------------------------------
 
 
-def test_after_commit_hooks_see_what_other_connections_see(postgres, postgres_url, hook):
+def test_after_commit_hooks_see_what_other_connections_see(
+    postgres: peewee.Database, postgres_url: str, hook: Register
+) -> None:
     seen = []
 
+    def look_again(conversation: CloseEngineConversation) -> None:
+        seen.append(copy_of(conversation).stage)
+        postgres.close()
+
     @hook(after_commit, Stage.INITIATED)
-    def look(conversation, change):
-        thread = threading.Thread(target=lambda: (seen.append(copy_of(conversation).stage), postgres.close()))
+    def look(conversation: CloseEngineConversation, change: StageChange) -> None:
+        thread = threading.Thread(target=look_again, args=(conversation,))
         thread.start()
         thread.join()
 
@@ -226,7 +263,9 @@ def test_after_commit_hooks_see_what_other_connections_see(postgres, postgres_ur
     assert seen == [Stage.INITIATED]
 
 
-def test_after_commit_hooks_run_once_each_in_order_after_the_outermost_commit(database, conversation_in, told):
+def test_after_commit_hooks_run_once_each_in_order_after_the_outermost_commit(
+    database: peewee.Database, conversation_in: ConversationIn, told: list[StageChange]
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     told.clear()
     with database.atomic():
@@ -242,8 +281,15 @@ def test_after_commit_hooks_run_once_each_in_order_after_the_outermost_commit(da
 @pytest.mark.parametrize("undo", ["error", "rollback()"])
 @pytest.mark.parametrize("outer", ["ours", "Peewee's"])
 @pytest.mark.parametrize("inner", ["ours", "Peewee's"])
-def test_after_commit_hooks_of_an_undone_savepoint_never_run(database, conversation_in, told, undo, outer, inner):
-    blocks = {"ours": atomic, "Peewee's": database.atomic}
+def test_after_commit_hooks_of_an_undone_savepoint_never_run(
+    database: peewee.Database,
+    conversation_in: ConversationIn,
+    told: list[StageChange],
+    undo: str,
+    outer: str,
+    inner: str,
+) -> None:
+    blocks: dict[str, Callable[[], AbstractContextManager[Any]]] = {"ours": atomic, "Peewee's": database.atomic}
     conversation = conversation_in(Stage.INITIATED)
     told.clear()
     with blocks[outer]():
@@ -259,7 +305,9 @@ def test_after_commit_hooks_of_an_undone_savepoint_never_run(database, conversat
     assert fired(told) == ["stall"]
 
 
-def test_a_change_that_is_made_again_after_it_was_undone_is_told_once(conversation_in, told):
+def test_a_change_that_is_made_again_after_it_was_undone_is_told_once(
+    conversation_in: ConversationIn, told: list[StageChange]
+) -> None:
     """With the clock standing still the second change is the first's twin, and SQLite gives it the same id."""
     conversation = conversation_in(Stage.INITIATED)
     told.clear()
@@ -272,7 +320,9 @@ def test_a_change_that_is_made_again_after_it_was_undone_is_told_once(conversati
     assert told[0] is second
 
 
-def test_an_undone_change_is_not_mistaken_for_one_without_hooks_that_got_its_id(conversation_in, hook):
+def test_an_undone_change_is_not_mistaken_for_one_without_hooks_that_got_its_id(
+    conversation_in: ConversationIn, hook: Register
+) -> None:
     told = []
     hook(after_commit, Stage.QUALIFYING)(lambda conversation, change: told.append(change))
     conversation, other = conversation_in(Stage.INITIATED), conversation_in(Stage.INITIATED)
@@ -283,7 +333,9 @@ def test_an_undone_change_is_not_mistaken_for_one_without_hooks_that_got_its_id(
     assert told == []
 
 
-def test_after_commit_hooks_of_an_undone_transaction_never_run(database, conversation_in, told):
+def test_after_commit_hooks_of_an_undone_transaction_never_run(
+    database: peewee.Database, conversation_in: ConversationIn, told: list[StageChange]
+) -> None:
     conversation = conversation_in(Stage.INITIATED)
     told.clear()
     with left_by_an_error(atomic()):
@@ -296,7 +348,9 @@ def test_after_commit_hooks_of_an_undone_transaction_never_run(database, convers
     assert told == []
 
 
-def test_an_after_commit_hook_may_fire_the_next_trigger(conversation_in, hook, told):
+def test_an_after_commit_hook_may_fire_the_next_trigger(
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange]
+) -> None:
     hook(after_commit, Stage.COLLECTING_INFO)(lambda conversation, change: conversation.start_building())
     conversation = conversation_in(Stage.QUALIFYING)
     told.clear()
@@ -309,8 +363,8 @@ def test_an_after_commit_hook_may_fire_the_next_trigger(conversation_in, hook, t
 
 @pytest.mark.parametrize("inside", [False, True], ids=["no transaction", "in atomic()"])
 def test_an_after_commit_hook_that_fails_is_told_and_the_change_and_the_other_hooks_stand(
-    conversation_in, hook, told, inside
-):
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange], inside: bool
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     told.clear()
     others = []
@@ -329,7 +383,9 @@ def test_an_after_commit_hook_that_fails_is_told_and_the_change_and_the_other_ho
 # -- registering -------------------------------------------------------------------------------------------------------
 
 
-def test_a_removed_hook_runs_no_more_and_removing_it_again_is_harmless(conversation_in, hook, told):
+def test_a_removed_hook_runs_no_more_and_removing_it_again_is_harmless(
+    conversation_in: ConversationIn, hook: Register, told: list[StageChange]
+) -> None:
     seen = []
     first = hook(on_enter, Stage.STALLED, Stage.CLOSED_LOST)(lambda conversation, change: seen.append("first"))
     hook(on_enter, Stage.STALLED)(lambda conversation, change: seen.append("second"))
@@ -343,28 +399,28 @@ def test_a_removed_hook_runs_no_more_and_removing_it_again_is_harmless(conversat
     assert seen == ["first", "second", "second"]
 
 
-def test_a_registered_function_stays_itself(hook):
-    def order_site(conversation, change):
+def test_a_registered_function_stays_itself(hook: Register) -> None:
+    def order_site(conversation: Any, change: Any) -> tuple[Any, Any]:
         """Order it."""
         return conversation, change
 
     registered = hook(on_enter, "BUILDING", Stage.BUILDING)(order_site)
     assert registered(1, 2) == (1, 2)
-    assert (registered.__name__, registered.__doc__) == ("order_site", "Order it.")
+    assert (registered.__name__, registered.__doc__) == ("order_site", "Order it.")  # type: ignore[attr-defined]
     assert registered.function is order_site
 
 
-def test_a_stage_named_twice_runs_the_hook_once(conversation_in, hook):
+def test_a_stage_named_twice_runs_the_hook_once(conversation_in: ConversationIn, hook: Register) -> None:
     seen = []
     hook(on_enter, "STALLED", Stage.STALLED)(lambda conversation, change: seen.append(change))
     conversation_in(Stage.STALLED)
     assert len(seen) == 1
 
 
-def test_a_hook_needs_a_stage_that_exists():
+def test_a_hook_needs_a_stage_that_exists() -> None:
     with pytest.raises(TypeError, match=r"name at least one stage, as in @on_enter\(Stage\.BUILDING\)"):
         close_engine.on_enter()
     with pytest.raises(ValueError, match="'WON' is not a valid Stage"):
-        close_engine.on_exit("WON")
+        close_engine.on_exit("WON")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"<function fail at .* is not a valid Stage"):
-        close_engine.after_commit(fail)  # the parentheses were forgotten
+        close_engine.after_commit(fail)  # type: ignore[arg-type]  # the parentheses were forgotten

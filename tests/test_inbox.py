@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
+import peewee
 import pytest
 
 import close_engine
@@ -20,6 +23,7 @@ from close_engine import (
     LeadNotFound,
     PaymentUnmatched,
     Stage,
+    StageChange,
     StageConflict,
     TransitionNotAllowed,
     on_enter,
@@ -28,26 +32,30 @@ from close_engine import (
     submit,
 )
 from close_engine.database.fields import milliseconds
-from close_engine.testing import bring_to, new_lead
+from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, race, sql, values
+
+ConversationIn = Callable[..., CloseEngineConversation]
 
 HOUR = timedelta(hours=1)
 
 
-def entries():
+def entries() -> list[tuple[Any, ...]]:
     """What the inbox holds, oldest first."""
     return [(e.kind, e.key, e.lead_id, e.conversation_id, e.body) for e in InboxEntry.select().order_by(InboxEntry.id)]
 
 
-def silent_since(conversation):
+def silent_since(conversation: CloseEngineConversation) -> list[tuple[Any, ...]]:
     return sql("SELECT since FROM {silence} WHERE conversation_id = %s", conversation.id)
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_is_kept_and_is_to_be_answered_in_every_active_stage(conversation_in, close_engine_clock):
+def test_a_text_is_kept_and_is_to_be_answered_in_every_active_stage(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     for stage in ACTIVE_STAGES:
         conversation = conversation_in(stage)
         received = receive(conversation.lead, f"SM {stage}", "Yes, let's go! é🍞")
@@ -59,7 +67,7 @@ def test_a_text_is_kept_and_is_to_be_answered_in_every_active_stage(conversation
     assert InboxEntry.get().received_at == milliseconds(close_engine_clock.now)
 
 
-def test_the_lead_is_no_longer_silent(conversation_in, close_engine_clock):
+def test_the_lead_is_no_longer_silent(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before = silent_since(conversation)
     close_engine_clock.move(HOUR)
@@ -68,14 +76,16 @@ def test_the_lead_is_no_longer_silent(conversation_in, close_engine_clock):
     assert close_engine.stall_silent(after=HOUR) == []
 
 
-def test_a_reply_that_was_drafted_before_the_text_came_is_a_conflict(conversation_in):
+def test_a_reply_that_was_drafted_before_the_text_came_is_a_conflict(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     receive(conversation.lead_id, "SM1", "wait!")
     with pytest.raises(StageConflict):
         submit(conversation, ActionType.SEND_MESSAGE, "as I was saying")
 
 
-def test_a_text_resumes_a_stalled_conversation_where_it_stalled(conversation_in, close_engine_clock):
+def test_a_text_resumes_a_stalled_conversation_where_it_stalled(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.BUILDING)
     conversation.stall()
     close_engine_clock.move(HOUR)
@@ -89,13 +99,13 @@ def test_a_text_resumes_a_stalled_conversation_where_it_stalled(conversation_in,
     assert close_engine.stall_silent(after=HOUR) == []
 
 
-def test_whoever_received_it_can_be_named(conversation_in):
+def test_whoever_received_it_can_be_named(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.STALLED)
     assert receive(conversation.lead_id, "SM1", "hi", actor="webhook").resumed.actor == "webhook"
 
 
 @pytest.mark.parametrize("stage", [Stage.COMPLETED, Stage.CLOSED_LOST])
-def test_there_is_nothing_to_answer_in_a_closed_conversation(conversation_in, stage):
+def test_there_is_nothing_to_answer_in_a_closed_conversation(conversation_in: ConversationIn, stage: Stage) -> None:
     conversation = conversation_in(stage)
     received = receive(conversation.lead_id, "SM1", "hello?")
     assert (received.answer, received.duplicate, received.resumed) == (False, False, None)
@@ -103,7 +113,7 @@ def test_there_is_nothing_to_answer_in_a_closed_conversation(conversation_in, st
     assert entries() == [("text", "SM1", conversation.lead_id, conversation.id, "hello?")]
 
 
-def test_there_is_nothing_to_answer_where_there_is_no_conversation(database):
+def test_there_is_nothing_to_answer_where_there_is_no_conversation(database: peewee.Database) -> None:
     lead = new_lead()
     received = receive(lead, "SM1", "hello?")
     assert (received.answer, received.conversation, received.duplicate) == (False, None, False)
@@ -111,7 +121,7 @@ def test_there_is_nothing_to_answer_where_there_is_no_conversation(database):
     assert entries() == [("text", "SM1", lead.id, None, "hello?")]
 
 
-def test_the_same_text_again_changes_nothing(conversation_in, close_engine_clock):
+def test_the_same_text_again_changes_nothing(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     for stage in (Stage.QUALIFYING, Stage.STALLED):
         conversation = conversation_in(stage)
         receive(conversation.lead_id, f"SM {stage}", "hello")
@@ -124,14 +134,14 @@ def test_the_same_text_again_changes_nothing(conversation_in, close_engine_clock
         assert (values(copy_of(conversation)), triggers(conversation), entries()) == before
 
 
-def test_a_text_and_a_payment_may_have_the_same_key(conversation_in):
+def test_a_text_and_a_payment_may_have_the_same_key(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     conversation.stall()
     assert receive(conversation.lead_id, "1", "paid!").resumed
     assert record_payment(conversation.lead_id, "1").dest is Stage.COMPLETED
 
 
-def test_an_unknown_lead_is_an_error(database):
+def test_an_unknown_lead_is_an_error(database: peewee.Database) -> None:
     with pytest.raises(LeadNotFound) as missing:
         receive("nobody", "SM1", "hello")
     assert missing.value.lead_id == "nobody"
@@ -139,20 +149,21 @@ def test_an_unknown_lead_is_an_error(database):
 
 
 @pytest.mark.parametrize("stage", [Stage.QUALIFYING, Stage.STALLED, Stage.COMPLETED])
-def test_a_text_that_cannot_be_kept_is_refused(conversation_in, stage):
+def test_a_text_that_cannot_be_kept_is_refused(conversation_in: ConversationIn, stage: Stage) -> None:
     conversation = conversation_in(stage)
     for given in ({"key": ""}, {"key": "a\x00"}, {"key": 7}, {"text": "a\x00"}, {"text": b"x"}, {"text": None}):
+        options: dict[str, Any] = {"key": "SM1", "text": "hello", **given}
         with pytest.raises(InvalidValue):
-            receive(conversation.lead_id, **{"key": "SM1", "text": "hello", **given})
+            receive(conversation.lead_id, **options)
     assert entries() == []
     assert values(copy_of(conversation)) == values(conversation)
 
 
-def test_a_text_whose_processing_fails_can_come_again(conversation_in):
+def test_a_text_whose_processing_fails_can_come_again(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.STALLED)
 
     @on_enter(Stage.QUALIFYING)
-    def fail(conversation, change):
+    def fail(conversation: CloseEngineConversation, change: StageChange) -> None:
         raise RuntimeError("no disk")
 
     try:
@@ -166,7 +177,7 @@ def test_a_text_whose_processing_fails_can_come_again(conversation_in):
 # -- payments ----------------------------------------------------------------------------------------------------------
 
 
-def paid_link(conversation):
+def paid_link(conversation: CloseEngineConversation) -> CloseEngineConversation:
     """The same conversation, with a payment link that reached the lead at some time."""
     sql(
         "UPDATE close_engine_conversations SET payment_link_sent_at = %s WHERE id = %s",
@@ -176,7 +187,9 @@ def paid_link(conversation):
     return copy_of(conversation)
 
 
-def test_a_payment_completes_from_every_stage_after_a_link_was_sent(conversation_in, close_engine_clock):
+def test_a_payment_completes_from_every_stage_after_a_link_was_sent(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     for stage in Stage:
         if stage is Stage.COMPLETED:
             continue
@@ -190,7 +203,9 @@ def test_a_payment_completes_from_every_stage_after_a_link_was_sent(conversation
     assert_consistent()
 
 
-def test_the_same_payment_again_returns_the_first_result_and_changes_nothing(conversation_in, close_engine_clock):
+def test_the_same_payment_again_returns_the_first_result_and_changes_nothing(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     first = record_payment(conversation.lead_id, "evt_1")
     before = values(copy_of(conversation)), entries()
@@ -199,7 +214,7 @@ def test_the_same_payment_again_returns_the_first_result_and_changes_nothing(con
     assert (values(copy_of(conversation)), entries()) == before
 
 
-def test_the_payment_behind_a_conversation_that_was_completed_by_hand_is_taken(conversation_in):
+def test_the_payment_behind_a_conversation_that_was_completed_by_hand_is_taken(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.COMPLETED)
     first = conversation.history()[-1]
     for _ in range(2):
@@ -208,7 +223,7 @@ def test_the_payment_behind_a_conversation_that_was_completed_by_hand_is_taken(c
         record_payment(conversation.lead_id, "evt_2")
 
 
-def unmatched(lead_id, key, why):
+def unmatched(lead_id: str, key: str, why: str) -> None:
     before = entries()
     for _ in range(2):  # it is not taken for processed
         with pytest.raises(PaymentUnmatched) as error:
@@ -218,7 +233,7 @@ def unmatched(lead_id, key, why):
     assert entries() == before
 
 
-def test_a_payment_that_matches_nothing_is_a_clear_error(conversation_in):
+def test_a_payment_that_matches_nothing_is_a_clear_error(conversation_in: ConversationIn) -> None:
     unmatched("nobody", "evt_1", "the lead has no close conversation")
     unmatched(new_lead().id, "evt_1", "the lead has no close conversation")
     conversation = conversation_in(Stage.PREVIEW_SENT)
@@ -226,37 +241,38 @@ def test_a_payment_that_matches_nothing_is_a_clear_error(conversation_in):
     assert values(copy_of(conversation)) == values(conversation)
 
 
-def test_a_second_payment_under_another_key_is_a_clear_error(conversation_in):
+def test_a_second_payment_under_another_key_is_a_clear_error(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     record_payment(conversation.lead_id, "evt_1")
     unmatched(conversation.lead_id, "evt_2", "its conversation is COMPLETED by payment 'evt_1' already")
 
 
 @pytest.mark.parametrize("stage", [Stage.PAYMENT_SENT, Stage.COMPLETED, Stage.PREVIEW_SENT])
-def test_the_key_of_another_leads_payment_is_a_clear_error(conversation_in, stage):
+def test_the_key_of_another_leads_payment_is_a_clear_error(conversation_in: ConversationIn, stage: Stage) -> None:
     record_payment(conversation_in(Stage.PAYMENT_SENT).lead_id, "evt_1")
     other = conversation_in(stage)
     unmatched(other.lead_id, "evt_1", "that key came with the payment for another conversation")
     assert copy_of(other).stage is stage
 
 
-def test_a_payment_that_was_unmatched_can_be_recorded_once_it_matches(conversation_in):
+def test_a_payment_that_was_unmatched_can_be_recorded_once_it_matches(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT)
     unmatched(conversation.lead_id, "evt_1", "no payment link was sent to the lead")
     conversation.send_payment_link(LINK)
     assert record_payment(conversation.lead_id, "evt_1").dest is Stage.COMPLETED
 
 
-def test_a_payment_that_cannot_be_stored_is_refused(conversation_in):
+def test_a_payment_that_cannot_be_stored_is_refused(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     for given in ({"key": " "}, {"key": "a\x00"}, {"actor": "a\x00"}, {"metadata": {"a": object()}}):
+        options: dict[str, Any] = {"key": "evt_1", **given}
         with pytest.raises(InvalidValue):
-            record_payment(conversation.lead_id, **{"key": "evt_1", **given})
+            record_payment(conversation.lead_id, **options)
     assert entries() == []
     assert values(copy_of(conversation)) == values(conversation)
 
 
-def test_payments_and_texts_that_are_rolled_back_can_come_again(conversation_in):
+def test_payments_and_texts_that_are_rolled_back_can_come_again(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     with close_engine.atomic() as transaction:
         receive(conversation.lead_id, "SM1", "paid")
@@ -270,11 +286,11 @@ def test_payments_and_texts_that_are_rolled_back_can_come_again(conversation_in)
 # -- races -------------------------------------------------------------------------------------------------------------
 
 
-def opened(stage):
+def opened(stage: Stage) -> CloseEngineConversation:
     return bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), stage)
 
 
-def test_of_many_deliveries_of_one_text_one_is_processed(postgres):
+def test_of_many_deliveries_of_one_text_one_is_processed(postgres: peewee.Database) -> None:
     leads = [opened(Stage.STALLED).lead_id, opened(Stage.QUALIFYING).lead_id, new_lead().id]
     for lead_id in leads:
         results = race([lambda lead_id=lead_id: receive(lead_id, f"SM {lead_id}", "hello")] * 8)
@@ -283,34 +299,34 @@ def test_of_many_deliveries_of_one_text_one_is_processed(postgres):
     assert_consistent()
 
 
-def test_of_many_deliveries_of_one_payment_one_is_processed_and_all_return_it(postgres):
+def test_of_many_deliveries_of_one_payment_one_is_processed_and_all_return_it(postgres: peewee.Database) -> None:
     conversation = opened(Stage.PAYMENT_SENT)
     results = race([lambda: record_payment(conversation.lead_id, "evt_1")] * 8)
     assert len({result.id for result in results}) == 1
     assert triggers(conversation).count("complete") == 1
 
 
-def test_of_two_payments_of_one_lead_at_once_one_is_unmatched(postgres):
+def test_of_two_payments_of_one_lead_at_once_one_is_unmatched(postgres: peewee.Database) -> None:
     for _ in range(5):
         lead_id = opened(Stage.PAYMENT_SENT).lead_id
         results = race([lambda k=key, i=lead_id: record_payment(i, f"{i} {k}") for key in range(4)])
         assert sorted(type(result) is PaymentUnmatched for result in results) == [False] + [True] * 3
 
 
-def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversation(postgres):
+def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversation(postgres: peewee.Database) -> None:
     conversation = opened(Stage.PAYMENT_SENT)
 
-    def write(number):
+    def write(number: int) -> None:
         for text in range(15):
             receive(conversation.lead_id, f"SM {number}.{text}", "hello")
 
-    def fire():
+    def fire() -> None:
         for _ in range(60):
             copy = copy_of(conversation)
             with suppress(StageConflict, TransitionNotAllowed):  # another one was first
                 copy.fire("resume" if copy.stage is Stage.STALLED else "stall")
 
-    def pay():
+    def pay() -> StageChange:
         for _ in range(10):
             copy_of(conversation).record(data={"n": 1})
         return record_payment(conversation.lead_id, "evt_1")
@@ -323,7 +339,7 @@ def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversatio
     assert_consistent()
 
 
-def test_a_text_that_comes_while_the_conversation_is_opened_is_not_lost(postgres):
+def test_a_text_that_comes_while_the_conversation_is_opened_is_not_lost(postgres: peewee.Database) -> None:
     for _ in range(5):
         lead_id = new_lead().id
         opening, received = race(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import peewee
 import pytest
@@ -26,6 +28,8 @@ from close_engine import (
     Lead,
     LeadHasNoPhone,
     MessageStatus,
+    OutboxMessage,
+    PendingAction,
     Stage,
     StageAssignmentRefused,
     StageChange,
@@ -39,17 +43,19 @@ from close_engine import (
     record_payment,
     submit,
 )
-from close_engine.testing import bring_to, new_lead
+from close_engine.testing import FakeSender, MovableClock, bring_to, new_lead
 from tests.rows import copy_of, in_memory, stored, triggers
 from tests.workers import LINK, assert_consistent, messages, race, sql, values
 
-ARGUMENTS = {
+ConversationIn = Callable[..., CloseEngineConversation]
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "send_payment_link": {"payment_link_url": "https://pay.example.com/1"},
     "close_lost": {"reason": "no answer"},
 }
 
 
-def write_stage(database, conversation, stage):
+def write_stage(database: peewee.Database, conversation: CloseEngineConversation, stage: Stage) -> None:
     """What the stall job and the payment webhook did: past every rule."""
     write = f"UPDATE close_engine_conversations SET stage = {database.param} WHERE id = {database.param}"
     database.execute_sql(write, (stage.value, conversation.id))
@@ -83,17 +89,19 @@ REJECT = {
 
 
 @pytest.fixture
-def waiting_link(conversation_in):
+def waiting_link(conversation_in: ConversationIn) -> PendingAction:
     """A payment link that waits for approval."""
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.SEMI_AUTO)
-    return submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
+    link = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
+    assert isinstance(link, PendingAction)
+    return link
 
 
-def conversation_of(action):
+def conversation_of(action: PendingAction) -> CloseEngineConversation:
     return CloseEngineConversation.get_by_id(action.conversation_id)
 
 
-def in_a_process_that_dies(url, *lines):
+def in_a_process_that_dies(url: str, *lines: str) -> None:
     """Run lines of Python in a process of their own, which is killed at their end as by a power cut."""
     code = "\n".join(
         [
@@ -109,12 +117,12 @@ def in_a_process_that_dies(url, *lines):
     assert died.returncode == -9, died.stderr
 
 
-def test_01_an_invalid_transition_cannot_be_overlooked(conversation_in):
+def test_01_an_invalid_transition_cannot_be_overlooked(conversation_in: ConversationIn) -> None:
     """It was logged and skipped: the caller went on as if it had happened."""
     conversation = conversation_in(Stage.QUALIFYING)
     before, went_on = in_memory(conversation), []
 
-    def caller():
+    def caller() -> None:
         conversation.send_preview()
         went_on.append("sent a preview link")
 
@@ -127,7 +135,9 @@ def test_01_an_invalid_transition_cannot_be_overlooked(conversation_in):
 @pytest.mark.parametrize(
     ("stage", "leave_by"), [(Stage.COMPLETED, []), (Stage.CLOSED_LOST, ["complete", "reopen"])], ids=str
 )
-def test_02_a_terminal_stage_is_left_only_as_the_table_says(database, conversation_in, stage, leave_by):
+def test_02_a_terminal_stage_is_left_only_as_the_table_says(
+    database: peewee.Database, conversation_in: ConversationIn, stage: Stage, leave_by: list[str]
+) -> None:
     """Terminal stages were missing from the table, so any move out of them passed."""
     conversation = conversation_in(stage)
     for trigger in [transition.trigger for transition in TRANSITIONS if transition.trigger not in leave_by]:
@@ -140,7 +150,9 @@ def test_02_a_terminal_stage_is_left_only_as_the_table_says(database, conversati
     assert stored(conversation)["stage"] is stage
 
 
-def test_03_writing_the_stage_directly_is_refused_in_python_and_guarded_and_recorded_in_sql(database, conversation_in):
+def test_03_writing_the_stage_directly_is_refused_in_python_and_guarded_and_recorded_in_sql(
+    database: peewee.Database, conversation_in: ConversationIn
+) -> None:
     """The stall job and the payment webhook wrote it: no validation, no history."""
     conversation = conversation_in(Stage.BUILDING)
     with pytest.raises(StageAssignmentRefused, match=r"call stall\(\)"):
@@ -158,7 +170,7 @@ def test_03_writing_the_stage_directly_is_refused_in_python_and_guarded_and_reco
 
 
 @pytest.mark.parametrize("late_in", [Stage.STALLED, Stage.CLOSED_LOST, Stage.EDIT_LOOP])
-def test_04_a_payment_is_taken_whatever_the_stage_is(conversation_in, late_in):
+def test_04_a_payment_is_taken_whatever_the_stage_is(conversation_in: ConversationIn, late_in: Stage) -> None:
     """A payment that arrived while STALLED was ignored."""
     conversation = conversation_in(Stage.PREVIEW_SENT)
     with pytest.raises(GuardRefused, match="no payment link was sent"):
@@ -177,7 +189,7 @@ def test_04_a_payment_is_taken_whatever_the_stage_is(conversation_in, late_in):
 
 
 @pytest.mark.parametrize("by", list(REJECT))
-def test_05_a_rejected_approval_takes_the_conversation_on(waiting_link, by):
+def test_05_a_rejected_approval_takes_the_conversation_on(waiting_link: PendingAction, by: str) -> None:
     """It left the conversation in PENDING_APPROVAL for good."""
     assert conversation_of(waiting_link).stage is Stage.PENDING_APPROVAL
     REJECT[by](waiting_link)
@@ -186,11 +198,12 @@ def test_05_a_rejected_approval_takes_the_conversation_on(waiting_link, by):
     assert triggers(conversation)[-2:] == ["request_approval", "withdraw_approval"]
     again = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
     assert again.status is ActionStatus.PENDING
-    assert conversation.stage is Stage.PENDING_APPROVAL
+    assert conversation.stage is Stage.PENDING_APPROVAL  # type: ignore[comparison-overlap]
 
 
-def test_06_an_expired_draft_cannot_be_approved(waiting_link, close_engine_clock):
+def test_06_an_expired_draft_cannot_be_approved(waiting_link: PendingAction, close_engine_clock: MovableClock) -> None:
     """`expiresAt` existed and nobody read it: expired drafts could be approved for ever."""
+    assert waiting_link.expires_at is not None
     close_engine_clock.now = waiting_link.expires_at
     assert waiting_link.status is ActionStatus.EXPIRED
     assert list(pending_actions()) == []
@@ -203,7 +216,9 @@ def test_06_an_expired_draft_cannot_be_approved(waiting_link, close_engine_clock
     assert conversation_of(waiting_link).stage is Stage.PREVIEW_SENT
 
 
-def test_07_two_clicks_on_approve_send_one_payment_link(waiting_link, fake_sender, close_engine_clock):
+def test_07_two_clicks_on_approve_send_one_payment_link(
+    waiting_link: PendingAction, fake_sender: FakeSender, close_engine_clock: MovableClock
+) -> None:
     """They sent two."""
     clicks = [copy_of(waiting_link), copy_of(waiting_link)]
     first, second = (click.approve(by="dana") for click in clicks)
@@ -218,7 +233,9 @@ def test_07_two_clicks_on_approve_send_one_payment_link(waiting_link, fake_sende
 
 
 @pytest.mark.parametrize("stage", ACTIVE_STAGES)
-def test_08_every_active_stage_can_stall_and_is_resumed_where_it_was(conversation_in, stage):
+def test_08_every_active_stage_can_stall_and_is_resumed_where_it_was(
+    conversation_in: ConversationIn, stage: Stage
+) -> None:
     """STALLED could be left only to QUALIFYING; nothing triggered it; stalledAt was never cleared."""
     conversation = conversation_in(stage)
     conversation.stall(actor="timer")
@@ -229,7 +246,9 @@ def test_08_every_active_stage_can_stall_and_is_resumed_where_it_was(conversatio
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite-file"])
-def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(database, database_url):
+def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(
+    database: peewee.Database, database_url: str
+) -> None:
     """Four rows were written without a transaction: a crash left INITIATED for ever, which could not stall."""
     lead = new_lead()
     database.close()
@@ -244,7 +263,7 @@ def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(
         worker.kill()
     assert worker.returncode == -9
 
-    def left():
+    def left() -> list[Any]:
         return [
             CloseEngineConversation.select().count(),
             StageChange.select().count(),
@@ -260,13 +279,13 @@ def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite-file"])
-def test_10_two_entry_points_at_once_open_one_conversation(database):
+def test_10_two_entry_points_at_once_open_one_conversation(database: peewee.Database) -> None:
     """They opened two, or failed with a unique-key error."""
     lead = new_lead()
     barrier = threading.Barrier(2)
     opened = []
 
-    def enter(entry_point):
+    def enter(entry_point: EntryPoint) -> None:
         barrier.wait(60)
         opened.append(open_conversation(lead.id, entry_point))
         database.close()
@@ -282,7 +301,7 @@ def test_10_two_entry_points_at_once_open_one_conversation(database):
     assert Lead.get_by_id(lead.id).close_entry_point is first.entry_point
 
 
-def test_11_reopening_a_lost_lead_keeps_its_conversation_and_its_past(conversation_in):
+def test_11_reopening_a_lost_lead_keeps_its_conversation_and_its_past(conversation_in: ConversationIn) -> None:
     """It deleted the old conversation and its past."""
     conversation = conversation_in(Stage.CLOSED_LOST)
     conversation.collected_data = {"hours": "9-5"}
@@ -296,8 +315,8 @@ def test_11_reopening_a_lost_lead_keeps_its_conversation_and_its_past(conversati
 
 @on_disk
 def test_12_a_delayed_message_outlives_the_process_that_delayed_it(
-    database, database_url, fake_sender, close_engine_clock
-):
+    database: peewee.Database, database_url: str, fake_sender: FakeSender, close_engine_clock: MovableClock
+) -> None:
     """Delayed messages lived in process memory (`setTimeout`): a restart lost them."""
     lead = new_lead()
     in_a_process_that_dies(
@@ -313,7 +332,9 @@ def test_12_a_delayed_message_outlives_the_process_that_delayed_it(
 
 
 @on_disk
-def test_13_a_message_is_recorded_before_it_is_sent(database, database_url, fake_sender, close_engine_clock):
+def test_13_a_message_is_recorded_before_it_is_sent(
+    database: peewee.Database, database_url: str, fake_sender: FakeSender, close_engine_clock: MovableClock
+) -> None:
     """Messages were recorded after they were sent: a database error after the send lost them."""
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     message = submit(conversation, ActionType.SEND_MESSAGE, "Hello!")
@@ -332,8 +353,8 @@ def test_13_a_message_is_recorded_before_it_is_sent(database, database_url, fake
 
 
 def test_14_a_message_that_cannot_be_sent_now_is_kept_and_one_that_never_can_be_is_shown(
-    conversation_in, fake_sender, close_engine_clock
-):
+    conversation_in: ConversationIn, fake_sender: FakeSender, close_engine_clock: MovableClock
+) -> None:
     """With the queue's server down, messages were dropped silently."""
     conversation = conversation_in(Stage.INITIATED)
     message = submit(conversation, ActionType.SEND_MESSAGE, "Hello!")
@@ -344,6 +365,7 @@ def test_14_a_message_that_cannot_be_sent_now_is_kept_and_one_that_never_can_be_
         close_engine_clock.move(timedelta(hours=2))
     assert copy_of(message).status is MessageStatus.DEAD
     assert copy_of(conversation).stage is Stage.INITIATED
+    assert isinstance(message, OutboxMessage)
     outbox.requeue(message)
     fake_sender.deliver()
     close_engine_clock.move(timedelta(hours=2))
@@ -352,7 +374,9 @@ def test_14_a_message_that_cannot_be_sent_now_is_kept_and_one_that_never_can_be_
     assert copy_of(conversation).stage is Stage.QUALIFYING
 
 
-def test_15_a_webhook_of_a_text_or_a_payment_that_comes_again_changes_nothing(conversation_in, close_engine_clock):
+def test_15_a_webhook_of_a_text_or_a_payment_that_comes_again_changes_nothing(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     """Webhook retries (payment, inbound SMS) were processed again."""
     conversation = conversation_in(Stage.PAYMENT_SENT)
     conversation.stall()
@@ -368,14 +392,14 @@ def test_15_a_webhook_of_a_text_or_a_payment_that_comes_again_changes_nothing(co
     assert (values(copy_of(conversation)), triggers(conversation)) == before
 
 
-def test_15_a_webhook_that_is_delivered_again_changes_nothing(conversation_in):
+def test_15_a_webhook_that_is_delivered_again_changes_nothing(conversation_in: ConversationIn) -> None:
     """Webhook retries (payment, inbound SMS) were processed again."""
     lead = new_lead(autonomy_level=AutonomyLevel.FULL_AUTO)
 
-    def inbound_sms(sid):
+    def inbound_sms(sid: str) -> CloseEngineConversation:
         return open_conversation(lead.id, EntryPoint.SMS_REPLY, key=sid)
 
-    def payment(event):
+    def payment(event: str) -> StageChange:
         return copy_of(conversation).complete(actor="payments", key=event)
 
     conversation = inbound_sms("SM1")
@@ -397,7 +421,9 @@ def test_15_a_webhook_that_is_delivered_again_changes_nothing(conversation_in):
 
 
 @on_disk
-def test_16_of_two_replies_to_one_state_one_is_submitted_and_one_message_is_in_flight(database):
+def test_16_of_two_replies_to_one_state_one_is_submitted_and_one_message_is_in_flight(
+    database: peewee.Database,
+) -> None:
     """Two replies for one conversation were produced and sent at the same time."""
     for level in (AutonomyLevel.FULL_AUTO, AutonomyLevel.MANUAL):
         conversation = close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
@@ -415,7 +441,7 @@ def test_16_of_two_replies_to_one_state_one_is_submitted_and_one_message_is_in_f
 
 
 @on_disk
-def test_17_concurrent_answers_are_all_kept(database):
+def test_17_concurrent_answers_are_all_kept(database: peewee.Database) -> None:
     """`questionsAsked` and `collectedData` were read, changed and written back: answers overwrote each other."""
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     answers = [(copy_of(conversation), f"question {number}") for number in range(6)]
@@ -427,7 +453,9 @@ def test_17_concurrent_answers_are_all_kept(database):
 
 
 @pytest.mark.parametrize("phone", [None, "", "   "])
-def test_18_a_lead_without_a_phone_number_is_refused_with_a_sentence(database, phone):
+def test_18_a_lead_without_a_phone_number_is_refused_with_a_sentence(
+    database: peewee.Database, phone: str | None
+) -> None:
     """It crashed the opening."""
     lead = new_lead(phone)
     with pytest.raises(LeadHasNoPhone, match=r"has no phone number, .* add one first"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import peewee
 import psycopg2
@@ -24,36 +26,42 @@ from close_engine import (
     OutboxMessage,
     ProviderIdTaken,
     Stage,
+    StageChange,
     on_enter,
     outbox,
     record_payment,
     submit,
 )
 from close_engine.database.fields import milliseconds
-from close_engine.testing import bring_to, new_lead
+from close_engine.hooks import Hook
+from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
+
+ConversationIn = Callable[..., CloseEngineConversation]
 
 MINUTE = timedelta(minutes=1)
 
 
 @pytest.fixture
-def conversation(conversation_in):
+def conversation(conversation_in: ConversationIn) -> CloseEngineConversation:
     return conversation_in(Stage.QUALIFYING)
 
 
-def bodies(claimed):
+def bodies(claimed: Sequence[OutboxMessage]) -> list[str | None]:
     return [message.body for message in claimed]
 
 
-def enqueue(conversation, *texts, **options):
+def enqueue(conversation: CloseEngineConversation | str, *texts: str, **options: Any) -> list[OutboxMessage]:
     return [outbox.enqueue(conversation, "SEND_MESSAGE", text, **options) for text in texts]
 
 
 # -- enqueue -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_message_is_stored_as_it_was_given(conversation, close_engine_clock):
+def test_a_message_is_stored_as_it_was_given(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     message = outbox.enqueue(
         conversation,
         "build_site",
@@ -72,19 +80,21 @@ def test_a_message_is_stored_as_it_was_given(conversation, close_engine_clock):
     assert repr(message) == f"<OutboxMessage {message.id}: build_site of {conversation.id}, PENDING>"
 
 
-def test_a_type_of_action_is_a_topic_and_an_id_is_a_conversation(conversation):
+def test_a_type_of_action_is_a_topic_and_an_id_is_a_conversation(conversation: CloseEngineConversation) -> None:
     message = outbox.enqueue(conversation.id, ActionType.SEND_PREVIEW)
     assert (message.topic, message.body, message.conversation_id) == ("SEND_PREVIEW", None, conversation.id)
 
 
-def test_enqueuing_is_no_change_of_the_conversation(conversation):
+def test_enqueuing_is_no_change_of_the_conversation(conversation: CloseEngineConversation) -> None:
     before = values(copy_of(conversation))
     enqueue(conversation, "hello")
     assert values(copy_of(conversation)) == before
     conversation.collect_info()
 
 
-def test_the_same_key_again_returns_the_first_message_of_the_conversation(conversation, conversation_in):
+def test_the_same_key_again_returns_the_first_message_of_the_conversation(
+    conversation: CloseEngineConversation, conversation_in: ConversationIn
+) -> None:
     (first,) = enqueue(conversation, "first", key="k")
     assert enqueue(conversation, "second", key="k") == [first]
     (other,) = enqueue(conversation_in(Stage.QUALIFYING), "third", key="k")
@@ -92,12 +102,12 @@ def test_the_same_key_again_returns_the_first_message_of_the_conversation(conver
     assert other != first
 
 
-def test_an_unknown_conversation_has_no_messages(database):
+def test_an_unknown_conversation_has_no_messages(database: peewee.Database) -> None:
     with pytest.raises(ConversationNotFound, match="nobody"):
         outbox.enqueue("nobody", "SEND_MESSAGE", "hello")
 
 
-def test_what_cannot_be_stored_is_refused(conversation):
+def test_what_cannot_be_stored_is_refused(conversation: CloseEngineConversation) -> None:
     for given in (
         {"body": "a\x00"},
         {"topic": "a\x00"},
@@ -108,12 +118,13 @@ def test_what_cannot_be_stored_is_refused(conversation):
         {"send_after": "soon"},
         {"max_attempts": 0},
     ):
+        options: dict[str, Any] = {"topic": "SEND_MESSAGE", "body": "hello", **given}
         with pytest.raises((InvalidValue, close_engine.UnknownTrigger)):
-            outbox.enqueue(conversation, **{"topic": "SEND_MESSAGE", "body": "hello", **given})
+            outbox.enqueue(conversation, **options)
     assert messages() == []
 
 
-def test_a_message_commits_with_what_causes_it_or_not_at_all(conversation):
+def test_a_message_commits_with_what_causes_it_or_not_at_all(conversation: CloseEngineConversation) -> None:
     for fails in (True, False):
         with close_engine.atomic() as transaction:
             conversation.record(data={"a": fails})
@@ -126,7 +137,9 @@ def test_a_message_commits_with_what_causes_it_or_not_at_all(conversation):
 # -- effects -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_effect_is_enqueued_with_every_entry_of_its_stage_and_rolled_back_with_it(conversation):
+def test_an_effect_is_enqueued_with_every_entry_of_its_stage_and_rolled_back_with_it(
+    conversation: CloseEngineConversation,
+) -> None:
     effect = outbox.effect(Stage.BUILDING, topic="build_site", payload={"theme": "dark"}, send_after=MINUTE)
     computed = outbox.effect(
         Stage.BUILDING, Stage.STALLED, topic="tell", payload=lambda c, change: {"lead": c.lead_id, "n": change.id}
@@ -150,7 +163,7 @@ def test_an_effect_is_enqueued_with_every_entry_of_its_stage_and_rolled_back_wit
     assert second.payload == {"lead": conversation.lead_id, "n": change.id}
 
 
-def test_an_effect_that_fails_undoes_the_stage_change(conversation):
+def test_an_effect_that_fails_undoes_the_stage_change(conversation: CloseEngineConversation) -> None:
     effect = outbox.effect(Stage.BUILDING, topic="build_site", payload=lambda c, change: {"a": object()})
     try:
         with pytest.raises(InvalidValue):
@@ -164,7 +177,9 @@ def test_an_effect_that_fails_undoes_the_stage_change(conversation):
 # -- claiming ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_claim_leases_the_message_to_this_worker(conversation, close_engine_clock):
+def test_a_claim_leases_the_message_to_this_worker(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "hello")
     (message,) = outbox.claim(worker="w1", lease=MINUTE)
     assert values(message) == values(copy_of(message))
@@ -174,7 +189,9 @@ def test_a_claim_leases_the_message_to_this_worker(conversation, close_engine_cl
     assert outbox.claim(worker="w2") == []
 
 
-def test_one_message_of_a_conversation_is_in_flight_and_the_oldest_goes_first(conversation):
+def test_one_message_of_a_conversation_is_in_flight_and_the_oldest_goes_first(
+    conversation: CloseEngineConversation,
+) -> None:
     enqueue(conversation, "one", "two", "three")
     sent = []
     while claimed := outbox.claim():
@@ -184,7 +201,9 @@ def test_one_message_of_a_conversation_is_in_flight_and_the_oldest_goes_first(co
     assert sent == ["one", "two", "three"]
 
 
-def test_the_oldest_messages_are_claimed_first_up_to_the_limit(conversation_in, close_engine_clock):
+def test_the_oldest_messages_are_claimed_first_up_to_the_limit(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     for number in range(5):
         enqueue(conversation_in(Stage.QUALIFYING), str(number))
         close_engine_clock.move(timedelta(seconds=1))
@@ -193,8 +212,8 @@ def test_the_oldest_messages_are_claimed_first_up_to_the_limit(conversation_in, 
 
 
 def test_a_delayed_message_is_not_claimed_before_its_time_and_holds_back_those_behind_it(
-    conversation, conversation_in, close_engine_clock
-):
+    conversation: CloseEngineConversation, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "later", send_after=MINUTE)
     enqueue(conversation, "behind it")
     enqueue(conversation_in(Stage.QUALIFYING), "of another")
@@ -208,14 +227,16 @@ def test_a_delayed_message_is_not_claimed_before_its_time_and_holds_back_those_b
     assert claimed().body == "behind it"
 
 
-def test_a_moment_can_be_given_as_the_delay(conversation, close_engine_clock):
+def test_a_moment_can_be_given_as_the_delay(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     (message,) = enqueue(conversation, "later", send_after=close_engine_clock.now + MINUTE)
     assert message.available_at == milliseconds(close_engine_clock.now) + MINUTE
 
 
 def test_a_lease_that_runs_out_makes_the_message_claimable_again_before_those_behind_it(
-    conversation, close_engine_clock
-):
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "one", "two")
     claimed("w1")
     close_engine_clock.move(MINUTE - timedelta(milliseconds=1))
@@ -226,7 +247,9 @@ def test_a_lease_that_runs_out_makes_the_message_claimable_again_before_those_be
     assert again.send_key == messages()[0].send_key
 
 
-def test_a_message_that_kills_every_worker_is_not_claimed_more_often_than_it_may_be(conversation, close_engine_clock):
+def test_a_message_that_kills_every_worker_is_not_claimed_more_often_than_it_may_be(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "poison", max_attempts=3)
     enqueue(conversation, "behind it")
     for _ in range(3):
@@ -238,13 +261,13 @@ def test_a_message_that_kills_every_worker_is_not_claimed_more_often_than_it_may
     assert claimed().body == "behind it"
 
 
-def test_a_claim_of_nothing_is_refused(database):
+def test_a_claim_of_nothing_is_refused(database: peewee.Database) -> None:
     for given in ({"limit": 0}, {"worker": "a\x00"}, {"worker": ""}, {"lease": timedelta(0)}):
         with pytest.raises(InvalidValue):
             outbox.claim(**given)
 
 
-def test_a_claim_that_is_rolled_back_was_never_made(conversation):
+def test_a_claim_that_is_rolled_back_was_never_made(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello")
     with close_engine.atomic() as transaction:
         assert claimed().body == "hello"
@@ -264,7 +287,7 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("report", list(REPORTS))
-def test_what_is_reported_is_in_the_object_as_in_the_row(conversation, report):
+def test_what_is_reported_is_in_the_object_as_in_the_row(conversation: CloseEngineConversation, report: str) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     message = claimed()
     assert REPORTS[report](message) is message
@@ -273,7 +296,9 @@ def test_what_is_reported_is_in_the_object_as_in_the_row(conversation, report):
 
 
 @pytest.mark.parametrize("report", list(REPORTS))
-def test_a_report_that_is_rolled_back_leaves_the_object_as_it_was(conversation, report):
+def test_a_report_that_is_rolled_back_leaves_the_object_as_it_was(
+    conversation: CloseEngineConversation, report: str
+) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     message = claimed()
     before = values(message)
@@ -285,7 +310,9 @@ def test_a_report_that_is_rolled_back_leaves_the_object_as_it_was(conversation, 
 
 
 @pytest.mark.parametrize("report", list(REPORTS))
-def test_a_lease_that_another_worker_holds_is_an_error_and_nothing_changes(conversation, close_engine_clock, report):
+def test_a_lease_that_another_worker_holds_is_an_error_and_nothing_changes(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock, report: str
+) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     for worker in ("w2", "w1"):  # also where the other one has the same name
         late = claimed("w1")
@@ -304,13 +331,15 @@ def test_a_lease_that_another_worker_holds_is_an_error_and_nothing_changes(conve
 
 
 @pytest.mark.parametrize("report", list(REPORTS))
-def test_what_nobody_has_claimed_cannot_be_reported_on(conversation, report):
+def test_what_nobody_has_claimed_cannot_be_reported_on(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock, report: str
+) -> None:
     (message,) = enqueue(conversation, "hello", trigger="start_building")
     before = values(copy_of(message))
     with pytest.raises(LeaseLost, match="held by nobody"):
         REPORTS[report](message)
     for finish in ("release", "retry"):
-        close_engine.database.binding.current().clock.move(timedelta(hours=2))
+        close_engine_clock.move(timedelta(hours=2))
         message = REPORTS[finish](claimed())
         before = values(copy_of(message))
         with pytest.raises(LeaseLost, match="held by nobody"):
@@ -319,7 +348,7 @@ def test_what_nobody_has_claimed_cannot_be_reported_on(conversation, report):
 
 
 @pytest.mark.parametrize("report", list(REPORTS))
-def test_a_deleted_message_is_named_in_the_error(conversation, report):
+def test_a_deleted_message_is_named_in_the_error(conversation: CloseEngineConversation, report: str) -> None:
     enqueue(conversation, "hello")
     message = claimed()
     sql("DELETE FROM {outbox} WHERE id = %s", message.id)
@@ -328,14 +357,16 @@ def test_a_deleted_message_is_named_in_the_error(conversation, report):
     assert missing.value.message_id == message.id
 
 
-def test_a_lease_that_ran_out_still_counts_while_nobody_else_has_it(conversation, close_engine_clock):
+def test_a_lease_that_ran_out_still_counts_while_nobody_else_has_it(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "hello")
     message = claimed()
     close_engine_clock.move(timedelta(hours=1))
     assert message.sent("p1").status is MessageStatus.SENT
 
 
-def test_extending_counts_from_now(conversation, close_engine_clock):
+def test_extending_counts_from_now(conversation: CloseEngineConversation, close_engine_clock: MovableClock) -> None:
     enqueue(conversation, "hello")
     message = claimed()
     close_engine_clock.move(timedelta(seconds=50))
@@ -346,14 +377,16 @@ def test_extending_counts_from_now(conversation, close_engine_clock):
     assert claimed().id == message.id
 
 
-def test_a_released_message_can_be_tried_as_often_as_before(conversation):
+def test_a_released_message_can_be_tried_as_often_as_before(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello", max_attempts=1)
     for _ in range(3):
         assert claimed().release().status is MessageStatus.PENDING
     assert claimed().retry("busy").status is MessageStatus.DEAD
 
 
-def test_a_retry_waits_twice_as_long_each_time_give_or_take_a_half(conversation, close_engine_clock):
+def test_a_retry_waits_twice_as_long_each_time_give_or_take_a_half(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "hello", max_attempts=14)
     for attempt in range(1, 14):
         message = claimed()
@@ -368,19 +401,23 @@ def test_a_retry_waits_twice_as_long_each_time_give_or_take_a_half(conversation,
         close_engine_clock.move(timedelta(milliseconds=1))
 
 
-def test_retries_of_many_messages_do_not_come_at_once(conversation_in):
+def test_retries_of_many_messages_do_not_come_at_once(conversation_in: ConversationIn) -> None:
     for _ in range(10):
         enqueue(conversation_in(Stage.QUALIFYING), "hello")
     assert len({message.retry("busy").available_at for message in outbox.claim()}) > 5
 
 
-def test_a_retry_after_a_time_of_the_callers_own(conversation, close_engine_clock):
+def test_a_retry_after_a_time_of_the_callers_own(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "hello")
     message = claimed().retry("429", after=timedelta(seconds=7))
     assert message.available_at == milliseconds(close_engine_clock.now) + timedelta(seconds=7)
 
 
-def test_after_its_last_attempt_a_message_is_dead_and_those_behind_it_go_on(conversation):
+def test_after_its_last_attempt_a_message_is_dead_and_those_behind_it_go_on(
+    conversation: CloseEngineConversation,
+) -> None:
     enqueue(conversation, "hello", max_attempts=2)
     enqueue(conversation, "behind it")
     claimed().retry("busy", after=timedelta(0))
@@ -389,7 +426,7 @@ def test_after_its_last_attempt_a_message_is_dead_and_those_behind_it_go_on(conv
     assert claimed().body == "behind it"
 
 
-def test_giving_up_makes_it_dead_at_once(conversation):
+def test_giving_up_makes_it_dead_at_once(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello", "behind it")
     message = claimed().give_up(ValueError("no such number\x00\ud800"))
     assert (message.status, message.last_error) == (MessageStatus.DEAD, "ValueError: no such number?")
@@ -399,7 +436,9 @@ def test_giving_up_makes_it_dead_at_once(conversation):
 # -- sent --------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_sent_is_recorded_with_the_providers_id(conversation, close_engine_clock):
+def test_what_is_sent_is_recorded_with_the_providers_id(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "hello")
     message = claimed("w1").sent("p1")
     assert (message.status, message.provider_id, message.refusal) == (MessageStatus.SENT, "p1", None)
@@ -409,7 +448,7 @@ def test_what_is_sent_is_recorded_with_the_providers_id(conversation, close_engi
     assert outbox.claim() == []
 
 
-def test_the_trigger_behind_a_message_is_fired_when_it_is_sent(conversation):
+def test_the_trigger_behind_a_message_is_fired_when_it_is_sent(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     message = claimed("w1").sent("p1")
     change = conversation.history()[-1]
@@ -418,7 +457,7 @@ def test_the_trigger_behind_a_message_is_fired_when_it_is_sent(conversation):
     assert copy_of(conversation).stage is Stage.BUILDING
 
 
-def test_a_trigger_that_leads_where_the_conversation_is_already_is_not_fired(conversation_in):
+def test_a_trigger_that_leads_where_the_conversation_is_already_is_not_fired(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT)
     submit(conversation, ActionType.SEND_PREVIEW, "here it is again")
     message = claimed().sent("p1")
@@ -427,7 +466,9 @@ def test_a_trigger_that_leads_where_the_conversation_is_already_is_not_fired(con
     assert triggers(conversation).count("send_preview") == 1
 
 
-def test_a_trigger_that_is_no_longer_allowed_leaves_the_message_sent_and_says_why(conversation_in):
+def test_a_trigger_that_is_no_longer_allowed_leaves_the_message_sent_and_says_why(
+    conversation_in: ConversationIn,
+) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     conversation.stall()
     submit(conversation, ActionType.SEND_MESSAGE, "hello")
@@ -443,21 +484,26 @@ def test_a_trigger_that_is_no_longer_allowed_leaves_the_message_sent_and_says_wh
     assert copy_of(conversation).stage is Stage.COMPLETED
 
 
-def test_a_message_of_a_deleted_conversation_is_recorded_as_sent(conversation):
+def test_a_message_of_a_deleted_conversation_is_recorded_as_sent(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     message = claimed()
     sql("DELETE FROM close_engine_conversations WHERE id = %s", conversation.id)
     message.sent("p1")
-    assert "There is no conversation" in copy_of(message).refusal
+    refusal = copy_of(message).refusal
+    assert refusal is not None
+    assert "There is no conversation" in refusal
     assert copy_of(message).status is MessageStatus.SENT
 
 
-def test_a_payment_link_that_reached_the_lead_after_it_was_lost_still_lets_it_pay(conversation_in):
+def test_a_payment_link_that_reached_the_lead_after_it_was_lost_still_lets_it_pay(
+    conversation_in: ConversationIn,
+) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT)
     submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
     message = claimed()
     copy_of(conversation).close_lost("silent")
     message.sent("p1")
+    assert message.refusal is not None
     assert "is CLOSED_LOST, from where send_payment_link is not allowed" in message.refusal
     row = copy_of(conversation)
     assert (row.stage, row.payment_link_url) == (Stage.CLOSED_LOST, LINK)
@@ -470,15 +516,17 @@ class HookFailed(Exception):
     pass
 
 
-def failing_with(error, *stages):
+def failing_with(error: Exception, *stages: Stage) -> Hook:
     @on_enter(*stages)
-    def fail(conversation, change):
+    def fail(conversation: CloseEngineConversation, change: StageChange) -> None:
         raise error
 
     return fail
 
 
-def test_a_hook_that_fails_leaves_the_message_sent_and_is_raised_once_that_is_recorded(conversation):
+def test_a_hook_that_fails_leaves_the_message_sent_and_is_raised_once_that_is_recorded(
+    conversation: CloseEngineConversation,
+) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     message, hook = claimed(), failing_with(HookFailed("no disk"), Stage.BUILDING)
     try:
@@ -491,7 +539,7 @@ def test_a_hook_that_fails_leaves_the_message_sent_and_is_raised_once_that_is_re
     assert copy_of(conversation).stage is Stage.QUALIFYING
 
 
-def test_a_database_that_fails_in_between_leaves_it_to_be_recorded_again(conversation):
+def test_a_database_that_fails_in_between_leaves_it_to_be_recorded_again(conversation: CloseEngineConversation) -> None:
     """As after a deadlock or a timeout: what is true in a minute is not to be recorded as refused."""
     enqueue(conversation, "hello", trigger="start_building")
     message, hook = claimed(), failing_with(peewee.OperationalError("deadlock detected"), Stage.BUILDING)
@@ -505,7 +553,9 @@ def test_a_database_that_fails_in_between_leaves_it_to_be_recorded_again(convers
     assert copy_of(conversation).stage is Stage.BUILDING
 
 
-def test_marked_sent_twice_with_the_same_id_it_stays_as_it_was(conversation, close_engine_clock):
+def test_marked_sent_twice_with_the_same_id_it_stays_as_it_was(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
     enqueue(conversation, "hello", trigger="start_building")
     message = claimed()
     stale = copy_of(message)
@@ -516,7 +566,7 @@ def test_marked_sent_twice_with_the_same_id_it_stays_as_it_was(conversation, clo
     assert triggers(conversation).count("start_building") == 1
 
 
-def test_marked_sent_twice_with_another_id_the_first_stands(conversation):
+def test_marked_sent_twice_with_another_id_the_first_stands(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello")
     message = claimed("w1")
     stale = copy_of(message)
@@ -528,7 +578,7 @@ def test_marked_sent_twice_with_another_id_the_first_stands(conversation):
     assert copy_of(message).provider_id == "p1"
 
 
-def test_an_id_of_the_provider_belongs_to_one_message(conversation_in):
+def test_an_id_of_the_provider_belongs_to_one_message(conversation_in: ConversationIn) -> None:
     conversations = [conversation_in(Stage.QUALIFYING) for _ in range(2)]
     for conversation in conversations:
         enqueue(conversation, "hello", trigger="start_building")
@@ -547,7 +597,9 @@ def test_an_id_of_the_provider_belongs_to_one_message(conversation_in):
 
 
 @pytest.mark.parametrize("by", ["the library", "another writer", "a payment"])
-def test_texts_that_wait_are_withdrawn_when_the_conversation_closes_and_effects_are_not(conversation_in, by):
+def test_texts_that_wait_are_withdrawn_when_the_conversation_closes_and_effects_are_not(
+    conversation_in: ConversationIn, by: str
+) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     other = conversation_in(Stage.PAYMENT_SENT)
     for topic in (*ActionType, "tell_the_boss"):
@@ -567,7 +619,7 @@ def test_texts_that_wait_are_withdrawn_when_the_conversation_closes_and_effects_
     assert sorted(message.topic for message in outbox.claim()) == ["SEND_MESSAGE", "tell_the_boss"]
 
 
-def test_texts_of_a_deleted_lead_are_withdrawn_and_effects_are_not(conversation):
+def test_texts_of_a_deleted_lead_are_withdrawn_and_effects_are_not(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello")
     outbox.enqueue(conversation, "delete_site")
     sql("DELETE FROM leads WHERE id = %s", conversation.lead_id)
@@ -577,7 +629,7 @@ def test_texts_of_a_deleted_lead_are_withdrawn_and_effects_are_not(conversation)
     assert outbox.requeue(effect).status is MessageStatus.PENDING
 
 
-def test_a_dead_text_of_a_deleted_lead_cannot_be_requeued(conversation):
+def test_a_dead_text_of_a_deleted_lead_cannot_be_requeued(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "hello")
     text = claimed().give_up("no")
     sql("DELETE FROM leads WHERE id = %s", conversation.lead_id)
@@ -585,14 +637,16 @@ def test_a_dead_text_of_a_deleted_lead_cannot_be_requeued(conversation):
         outbox.requeue(text)
 
 
-def test_a_stalled_conversation_keeps_its_messages(conversation):
+def test_a_stalled_conversation_keeps_its_messages(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "still there?")
     conversation.stall()
     assert claimed().body == "still there?"
 
 
 @pytest.mark.parametrize("then", ["retry", "release", "its worker dies"])
-def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(conversation_in, close_engine_clock, then):
+def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, then: str
+) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     enqueue(conversation, "pay, please")
     outbox.enqueue(conversation, "tell_the_boss")
@@ -608,8 +662,8 @@ def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(convers
 
 
 def test_a_text_that_was_put_in_after_the_conversation_closed_is_sent_and_tried_again(
-    conversation_in, close_engine_clock
-):
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.COMPLETED)
     close_engine_clock.move(MINUTE)
     enqueue(conversation, "Thank you!")
@@ -621,7 +675,9 @@ def test_a_text_that_was_put_in_after_the_conversation_closed_is_sent_and_tried_
 
 
 @pytest.mark.parametrize("by_id", [True, False])
-def test_a_requeued_message_is_tried_as_often_again(conversation, close_engine_clock, by_id):
+def test_a_requeued_message_is_tried_as_often_again(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock, by_id: bool
+) -> None:
     enqueue(conversation, "hello", max_attempts=2)
     message = claimed().give_up("no such number")
     close_engine_clock.move(MINUTE)
@@ -633,7 +689,7 @@ def test_a_requeued_message_is_tried_as_often_again(conversation, close_engine_c
     assert claimed().retry("busy").status is MessageStatus.DEAD
 
 
-def test_only_a_dead_message_can_be_requeued(conversation):
+def test_only_a_dead_message_can_be_requeued(conversation: CloseEngineConversation) -> None:
     (message,) = enqueue(conversation, "hello")
     for status in MessageStatus:
         if status is not MessageStatus.DEAD:
@@ -643,13 +699,15 @@ def test_only_a_dead_message_can_be_requeued(conversation):
             assert (refused.value.message_id, refused.value.status) == (message.id, status)
 
 
-def test_a_message_that_is_not_there_cannot_be_requeued(database):
+def test_a_message_that_is_not_there_cannot_be_requeued(database: peewee.Database) -> None:
     with pytest.raises(MessageNotFound) as missing:
         outbox.requeue(4711)
     assert missing.value.message_id == 4711
 
 
-def test_a_dead_text_is_not_requeued_into_a_closed_conversation_but_an_effect_is(conversation_in):
+def test_a_dead_text_is_not_requeued_into_a_closed_conversation_but_an_effect_is(
+    conversation_in: ConversationIn,
+) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     enqueue(conversation, "pay, please")
     text = claimed().give_up("no")
@@ -663,7 +721,7 @@ def test_a_dead_text_is_not_requeued_into_a_closed_conversation_but_an_effect_is
     assert outbox.requeue(effect).status is MessageStatus.PENDING
 
 
-def test_a_requeued_message_waits_for_the_newer_one_in_flight(conversation):
+def test_a_requeued_message_waits_for_the_newer_one_in_flight(conversation: CloseEngineConversation) -> None:
     enqueue(conversation, "older", "newer", "newest")
     older = claimed().give_up("no")
     newer = claimed()
@@ -676,18 +734,18 @@ def test_a_requeued_message_waits_for_the_newer_one_in_flight(conversation):
 # -- races -------------------------------------------------------------------------------------------------------------
 
 
-def opened(stage=Stage.QUALIFYING, level=AutonomyLevel.FULL_AUTO):
+def opened(stage: Stage = Stage.QUALIFYING, level: AutonomyLevel = AutonomyLevel.FULL_AUTO) -> CloseEngineConversation:
     conversation = close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
     return bring_to(conversation, stage)
 
 
-def test_every_message_is_claimed_exactly_once_and_in_the_order_of_its_conversation(postgres):
+def test_every_message_is_claimed_exactly_once_and_in_the_order_of_its_conversation(postgres: peewee.Database) -> None:
     conversations = [opened() for _ in range(12)]
     for number in range(8):
         for conversation in conversations:
             enqueue(conversation, str(number), trigger="stall" if number == 7 else None)
 
-    def work(worker):
+    def work(worker: str) -> list[tuple[str, str | None]]:
         sent = []
         while OutboxMessage.select().where(OutboxMessage.status == MessageStatus.PENDING).exists():
             for message in outbox.claim(limit=3, worker=worker):
@@ -706,7 +764,7 @@ def test_every_message_is_claimed_exactly_once_and_in_the_order_of_its_conversat
     assert_consistent()
 
 
-def test_many_claimers_at_once_share_what_there_is(postgres):
+def test_many_claimers_at_once_share_what_there_is(postgres: peewee.Database) -> None:
     for _ in range(40):
         enqueue(opened(), "hello", "again")
     results = race([lambda w=f"w{number}": outbox.claim(limit=10, worker=w) for number in range(8)])
@@ -716,7 +774,7 @@ def test_many_claimers_at_once_share_what_there_is(postgres):
     assert_consistent()
 
 
-def test_a_claim_passes_over_what_another_transaction_holds(postgres, postgres_url):
+def test_a_claim_passes_over_what_another_transaction_holds(postgres: peewee.Database, postgres_url: str) -> None:
     (held,) = enqueue(opened(), "held")
     enqueue(opened(), "free")
     other = psycopg2.connect(postgres_url)
@@ -728,8 +786,8 @@ def test_a_claim_passes_over_what_another_transaction_holds(postgres, postgres_u
 
 
 def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_beside_a_newer_one(
-    postgres, postgres_url
-):
+    postgres: peewee.Database, postgres_url: str
+) -> None:
     conversation = opened()
     older, newer = enqueue(conversation, "older", "newer")
     claimed().give_up("no")
@@ -741,7 +799,7 @@ def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_be
     )
     outbox.requeue(older)
 
-    def commit_once_somebody_waits():
+    def commit_once_somebody_waits() -> None:
         until_somebody_waits()
         other.commit()
 
@@ -751,17 +809,17 @@ def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_be
     assert [message.leased_by for message in messages()] == [None, "w2"]
 
 
-def test_requeuing_while_others_claim_keeps_one_message_in_flight(postgres):
+def test_requeuing_while_others_claim_keeps_one_message_in_flight(postgres: peewee.Database) -> None:
     conversations = [opened() for _ in range(4)]
     for conversation in conversations:
         enqueue(conversation, *"abcdef")
 
-    def work(worker):
+    def work(worker: str) -> None:
         for _ in range(30):
             for message in outbox.claim(limit=2, worker=worker):
                 message.give_up("no") if message.attempts % 2 else message.retry("busy", after=timedelta(0))
 
-    def requeue_all():
+    def requeue_all() -> None:
         for _ in range(30):
             for message in OutboxMessage.select().where(OutboxMessage.status == MessageStatus.DEAD):
                 outbox.requeue(message)
@@ -770,7 +828,7 @@ def test_requeuing_while_others_claim_keeps_one_message_in_flight(postgres):
     assert_consistent()
 
 
-def test_one_id_of_the_provider_given_to_many_messages_at_once_is_had_by_one(postgres):
+def test_one_id_of_the_provider_given_to_many_messages_at_once_is_had_by_one(postgres: peewee.Database) -> None:
     for _ in range(8):
         enqueue(opened(), "hello", trigger="start_building")
     results = race([lambda m=message: m.sent("p1") for message in outbox.claim()])
@@ -779,13 +837,13 @@ def test_one_id_of_the_provider_given_to_many_messages_at_once_is_had_by_one(pos
     assert buildings.count() == 1
 
 
-def test_of_many_enqueued_under_one_key_at_once_there_is_one(postgres):
+def test_of_many_enqueued_under_one_key_at_once_there_is_one(postgres: peewee.Database) -> None:
     conversation = opened()
     results = race([lambda: enqueue(conversation.id, "hello", key="k")] * 8)
     assert len({message.id for (message,) in results}) == 1
 
 
-def test_the_order_of_ids_is_the_order_of_commits(postgres, postgres_url):
+def test_the_order_of_ids_is_the_order_of_commits(postgres: peewee.Database, postgres_url: str) -> None:
     """A message cannot appear before one that was claimed already."""
     conversation = opened()
     first = psycopg2.connect(postgres_url)
@@ -793,7 +851,7 @@ def test_the_order_of_ids_is_the_order_of_commits(postgres, postgres_url):
         "SELECT 1 FROM close_engine_conversations WHERE id = %s FOR NO KEY UPDATE", (conversation.id,)
     )
 
-    def enqueue_once_somebody_waits():
+    def enqueue_once_somebody_waits() -> None:
         until_somebody_waits()
         assert messages() == []
         first.commit()

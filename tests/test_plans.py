@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import peewee
 import pytest
 
 import close_engine
-from close_engine import CloseEngineConversation, EntryPoint, PendingAction, outbox
+from close_engine import ActionType, CloseEngineConversation, EntryPoint, PendingAction, outbox
 from close_engine.testing import new_lead
 from tests.servers import postgres_database
 
@@ -48,7 +50,7 @@ FILL = [
 
 
 @pytest.fixture(scope="module")
-def filled(server, postgres_template):
+def filled(server: str, postgres_template: str) -> Iterator[str]:
     """A PostgreSQL database with 20,000 of everything."""
     with postgres_database(server, postgres_template) as url:
         database = close_engine.connect(url)
@@ -67,7 +69,7 @@ SETTLED = {
 
 
 @pytest.fixture
-def calm(server, postgres_template):
+def calm(server: str, postgres_template: str) -> Iterator[str]:
     """A PostgreSQL database of the same size, on which nothing waits, and whose planner knows it."""
     with postgres_database(server, postgres_template) as url:
         database = close_engine.connect(url)
@@ -80,11 +82,11 @@ def calm(server, postgres_template):
 
 
 @contextmanager
-def explained(monkeypatch, explain):
+def explained(monkeypatch: pytest.MonkeyPatch, explain: str) -> Iterator[dict[str, str]]:
     """Collect the plan of every statement that is run."""
     plans, execute = {}, peewee.Database.execute_sql
 
-    def execute_and_explain(database, sql, params=None):
+    def execute_and_explain(database: peewee.Database, sql: str, params: Any = None) -> Any:
         if re.match(r"\s*(WITH|SELECT|UPDATE|INSERT|DELETE)\b", sql) and not re.search(
             r"(FROM|JOIN) pg_catalog\.", sql
         ):
@@ -97,27 +99,33 @@ def explained(monkeypatch, explain):
         yield plans
 
 
-def fire_a_trigger():
+def fire_a_trigger() -> None:
     CloseEngineConversation.get_by_id("conversation 4").collect_info(key="k")
 
 
-def submit_and_decide():
+def submitted(conversation: CloseEngineConversation, key: str) -> PendingAction:
+    action = close_engine.submit(conversation, ActionType.SEND_MESSAGE, "hello", key=key)
+    assert isinstance(action, PendingAction)
+    return action
+
+
+def submit_and_decide() -> None:
     conversation = CloseEngineConversation.get_by_id("conversation 8")
     CloseEngineConversation.update(autonomy_level="MANUAL").where(
         CloseEngineConversation.id == conversation.id
     ).execute()
     conversation.reload()
     for decide in (PendingAction.approve, PendingAction.reject):
-        decide(close_engine.submit(conversation, "SEND_MESSAGE", "hello", key=decide.__name__), by="dana")
+        decide(submitted(conversation, key=decide.__name__), by="dana")
 
 
-def claim_and_report():
+def claim_and_report() -> None:
     for message in outbox.claim(limit=10):
         message.sent(f"provider {message.id}")
     outbox.OutboxMessage.with_provider_id("p7")
 
 
-def look_at_the_queue():
+def look_at_the_queue() -> None:
     list(close_engine.pending_actions().limit(20))
     list(close_engine.pending_actions("conversation 5"))
 
@@ -140,7 +148,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", list(RUNS))
-def test_no_statement_reads_a_table_on_postgresql(filled, monkeypatch, run):
+def test_no_statement_reads_a_table_on_postgresql(filled: str, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
     database = close_engine.connect(filled)
     try:
         with explained(monkeypatch, "EXPLAIN") as plans:
@@ -152,7 +160,7 @@ def test_no_statement_reads_a_table_on_postgresql(filled, monkeypatch, run):
         database.close()
 
 
-def test_recording_a_payment_reads_no_table_on_postgresql(filled, monkeypatch):
+def test_recording_a_payment_reads_no_table_on_postgresql(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     database = close_engine.connect(filled)
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     try:
@@ -168,7 +176,9 @@ def test_recording_a_payment_reads_no_table_on_postgresql(filled, monkeypatch):
         database.close()
 
 
-def test_a_row_is_found_by_its_key_whatever_the_planner_believes_of_its_stage(calm, monkeypatch):
+def test_a_row_is_found_by_its_key_whatever_the_planner_believes_of_its_stage(
+    calm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or a stage that nobody was in when the table was last analyzed has everybody read who is in it by now."""
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     with explained(monkeypatch, "EXPLAIN") as plans:
@@ -178,7 +188,7 @@ def test_a_row_is_found_by_its_key_whatever_the_planner_believes_of_its_stage(ca
         CloseEngineConversation.update(autonomy_level="MANUAL").execute()
         conversation.reload()
         for decide in (PendingAction.approve, PendingAction.reject):
-            decide(close_engine.submit(conversation, "SEND_MESSAGE", "hello", key=decide.__name__), by="dana")
+            decide(submitted(conversation, key=decide.__name__), by="dana")
         outbox.enqueue(conversation, "SEND_MESSAGE", "hello")
         claim_and_report()
         for message in outbox.claim():
@@ -188,11 +198,15 @@ def test_a_row_is_found_by_its_key_whatever_the_planner_believes_of_its_stage(ca
     by_key = {sql: plan for sql, plan in plans.items() if re.match(r'UPDATE.* WHERE .*"id"\W+= %s', sql, re.DOTALL)}
     assert len(by_key) >= 9
     for sql, plan in by_key.items():
-        assert re.search(r"Index Scan using (\w+)", plan)[1].endswith("_pkey"), f"{sql}\n{plan}"
+        found = re.search(r"Index Scan using (\w+)", plan)
+        assert found is not None, f"{sql}\n{plan}"
+        assert found[1].endswith("_pkey"), f"{sql}\n{plan}"
 
 
 @pytest.mark.parametrize("kind", ["sqlite-memory"], indirect=True)
-def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(database, monkeypatch, kind):
+def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(
+    database: peewee.Database, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     with explained(monkeypatch, "EXPLAIN QUERY PLAN") as plans:
         close_engine.sweep()

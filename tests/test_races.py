@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.synchronize import Barrier as ProcessBarrier
+from typing import Any
 
+import peewee
 import pytest
 
 import close_engine
-from close_engine import CloseEngineConversation, EntryPoint, StageConflict, open_conversation
+from close_engine import CloseEngineConversation, EntryPoint, Stage, StageConflict, open_conversation
 from close_engine.database.binding import current
 from close_engine.testing import new_lead
 from tests.rows import replayed, triggers
+
+Barrier = threading.Barrier | ProcessBarrier
+Task = Callable[..., Any]
+Rounds = Sequence[tuple[Any, ...]]
+Race = Callable[[Task, Rounds], list[tuple[Any, ...]]]
 
 ROUNDS = ["start_qualifying", "collect_info", "start_building", "send_preview", "request_edits"]
 
@@ -31,36 +40,39 @@ race_between = pytest.mark.parametrize(
 # What a racer does; a process of its own imports this module to do it.
 
 
-def get_ready(the_barrier):
+barrier: Barrier
+
+
+def get_ready(the_barrier: Barrier) -> None:
     """Called first in each racer."""
     global barrier
     barrier = the_barrier
 
 
-def fire(conversation_id, trigger):
+def fire(conversation_id: str, trigger: str) -> int | tuple[Stage, Stage]:
     """The id of the history row of the winner, expected and found of the others."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
     barrier.wait(60)
     try:
-        return conversation.fire(trigger).id
+        return int(conversation.fire(trigger).id)
     except StageConflict as conflict:
         return conflict.expected, conflict.found
 
 
-def fire_with_key(conversation_id, trigger):
+def fire_with_key(conversation_id: str, trigger: str) -> int:
     """The id of the history row."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
     barrier.wait(60)
-    return conversation.fire(trigger, key=f"webhook of {trigger}").id
+    return int(conversation.fire(trigger, key=f"webhook of {trigger}").id)
 
 
-def open_for(lead_id, entry_point):
+def open_for(lead_id: str, entry_point: EntryPoint) -> str:
     """The id of the conversation."""
     barrier.wait(60)
-    return open_conversation(lead_id, entry_point).id
+    return str(open_conversation(lead_id, entry_point).id)
 
 
-def compete(task, rounds, url=None):
+def compete(task: Task, rounds: Rounds, url: str | None = None) -> list[Any]:
     """What came of each round, none of which begins before the one before has ended; a process connects first."""
     if url:
         close_engine.connect(url)
@@ -73,7 +85,7 @@ def compete(task, rounds, url=None):
 
 
 @pytest.fixture(scope="module")
-def processes():
+def processes() -> Iterator[ProcessPoolExecutor]:
     """Eight of them, which take their time to start."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(8, mp_context=spawn, initializer=get_ready, initargs=(spawn.Barrier(8),)) as pool:
@@ -81,11 +93,13 @@ def processes():
 
 
 @pytest.fixture
-def race(database, database_url, racers, request):
+def race(database: peewee.Database, database_url: str, racers: str, request: pytest.FixtureRequest) -> Race:
     """Let racers compete in a task; returns the outcomes of each round."""
     number = int(racers.split()[0])
 
-    def run(task, rounds):
+    def run(task: Task, rounds: Rounds) -> list[tuple[Any, ...]]:
+        pool: AbstractContextManager[Executor]
+        url: str | None
         if racers.endswith("processes"):
             pool, url = nullcontext(request.getfixturevalue("processes")), database_url
         else:
@@ -99,7 +113,7 @@ def race(database, database_url, racers, request):
 
 
 @race_between
-def test_of_all_who_fire_at_once_exactly_one_wins(race):
+def test_of_all_who_fire_at_once_exactly_one_wins(race: Race) -> None:
     conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     outcomes = race(fire, [(conversation.id, trigger) for trigger in ROUNDS])
     history = conversation.history()
@@ -114,7 +128,7 @@ def test_of_all_who_fire_at_once_exactly_one_wins(race):
 
 
 @race_between
-def test_all_who_fire_at_once_with_the_same_key_get_the_one_change(race):
+def test_all_who_fire_at_once_with_the_same_key_get_the_one_change(race: Race) -> None:
     conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     outcomes = race(fire_with_key, [(conversation.id, trigger) for trigger in ROUNDS])
     assert triggers(conversation) == ["open", *ROUNDS]
@@ -122,16 +136,18 @@ def test_all_who_fire_at_once_with_the_same_key_get_the_one_change(race):
 
 
 @race_between
-def test_all_who_open_at_once_get_the_same_conversation(race):
+def test_all_who_open_at_once_get_the_same_conversation(race: Race) -> None:
     leads = [new_lead() for _ in range(4)]
     outcomes = race(open_for, [(lead.id, EntryPoint.SMS_REPLY) for lead in leads])
     for lead, outcome in zip(leads, outcomes, strict=True):
-        assert set(outcome) == {lead.close_conversation.id}
-        assert triggers(lead.close_conversation) == ["open"]
+        conversation = lead.close_conversation
+        assert conversation is not None
+        assert set(outcome) == {conversation.id}
+        assert triggers(conversation) == ["open"]
 
 
 @race_between
-def test_all_who_reopen_at_once_get_the_same_conversation(race):
+def test_all_who_reopen_at_once_get_the_same_conversation(race: Race) -> None:
     conversations = [open_conversation(new_lead(), EntryPoint.SMS_REPLY) for _ in range(4)]
     for conversation in conversations:
         conversation.close_lost("no answer")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peewee
 import pytest
 
 import close_engine
 from close_engine import (
+    CloseEngineConversation,
     ConversationNotFound,
     EntryPoint,
     InvalidValue,
@@ -18,18 +22,20 @@ from close_engine import (
     Stage,
     StageConflict,
 )
-from close_engine.testing import new_lead
+from close_engine.testing import MovableClock, new_lead
 from tests.rows import copy_of
 from tests.workers import race, sql
 
+ConversationIn = Callable[..., CloseEngineConversation]
 
-def kept(conversation):
+
+def kept(conversation: CloseEngineConversation) -> tuple[Any, Any, Any]:
     """What the conversation and its lead hold in the database."""
     row = copy_of(conversation)
     return row.questions_asked, row.collected_data, Lead.get_by_id(row.lead_id).qualification_data
 
 
-def test_questions_are_kept_once_in_the_order_in_which_they_came(conversation_in):
+def test_questions_are_kept_once_in_the_order_in_which_they_came(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.record(questions=["hours", "prices", "hours"])
     conversation.record(questions=["logo", "prices", "colours"])
@@ -37,7 +43,7 @@ def test_questions_are_kept_once_in_the_order_in_which_they_came(conversation_in
     assert kept(conversation) == (["hours", "prices", "logo", "colours"], None, None)
 
 
-def test_answers_are_merged_key_by_key_and_copied_to_the_lead(conversation_in):
+def test_answers_are_merged_key_by_key_and_copied_to_the_lead(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.record(data={"name": "Ada's Bakery", "hours": {"mon": "9-5", "tue": None}})
     conversation.record(data={"hours": {"mon": "8-4"}, "phone": None})
@@ -46,20 +52,20 @@ def test_answers_are_merged_key_by_key_and_copied_to_the_lead(conversation_in):
     assert kept(conversation) == (None, merged, merged)
 
 
-def test_none_replaces_an_answer_by_null_and_removes_nothing(conversation_in):
+def test_none_replaces_an_answer_by_null_and_removes_nothing(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.record(data={"name": "Ada", "logo": "a.png"})
     conversation.record(data={"logo": None})
     assert kept(conversation)[1:] == ({"name": "Ada", "logo": None},) * 2
 
 
-def test_questions_and_answers_can_be_recorded_together(conversation_in):
+def test_questions_and_answers_can_be_recorded_together(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.record(questions=["name"], data={"name": "Ada"})
     assert kept(conversation) == (["name"], {"name": "Ada"}, {"name": "Ada"})
 
 
-def test_nothing_recorded_writes_nothing(conversation_in, close_engine_clock):
+def test_nothing_recorded_writes_nothing(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before = copy_of(conversation).__data__
     conversation.record()
@@ -81,7 +87,7 @@ for level in range(200):
         pytest.param([0, -1, 2**53, 0.1, 1e-7, -12.5, False, None, "", [], {}], id="every kind of value"),
     ],
 )
-def test_any_json_comes_back_as_it_went_in(conversation_in, answer):
+def test_any_json_comes_back_as_it_went_in(conversation_in: ConversationIn, answer: object) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.record(data={"answer": answer, "other": 1})
     conversation.record(questions=["q"], data={"later": answer})
@@ -90,7 +96,7 @@ def test_any_json_comes_back_as_it_went_in(conversation_in, answer):
     assert json.dumps(conversation.collected_data, sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
-def test_a_document_of_a_megabyte_is_merged_into_another(conversation_in):
+def test_a_document_of_a_megabyte_is_merged_into_another(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     pages = {f"page {number}": "lorem ipsum é " * 75 for number in range(1000)}
     conversation.record(data={"first": pages})
@@ -102,7 +108,9 @@ def test_a_document_of_a_megabyte_is_merged_into_another(conversation_in):
 @pytest.mark.parametrize(
     ("questions", "data"), [("null", "null"), ("{}", "[]"), ('{"a": 1}', '["a"]'), ('"text"', '"text"'), ("7", "false")]
 )
-def test_what_a_foreign_writer_left_in_another_shape_gives_way(conversation_in, questions, data):
+def test_what_a_foreign_writer_left_in_another_shape_gives_way(
+    conversation_in: ConversationIn, questions: str, data: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     columns = "questions_asked = %s, collected_data = %s"
     sql(f"UPDATE close_engine_conversations SET {columns} WHERE id = %s", questions, data, conversation.id)
@@ -110,7 +118,7 @@ def test_what_a_foreign_writer_left_in_another_shape_gives_way(conversation_in, 
     assert kept(conversation) == (["name"], {"name": "Ada"}, {"name": "Ada"})
 
 
-def test_what_a_foreign_writer_left_in_the_right_shape_is_kept(conversation_in):
+def test_what_a_foreign_writer_left_in_the_right_shape_is_kept(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     columns = "questions_asked = %s, collected_data = %s"
     odd = '["a", {"id": 1}, "a", null]'
@@ -132,7 +140,9 @@ def test_what_a_foreign_writer_left_in_the_right_shape_is_kept(conversation_in):
         ({"data": [["a", "b"]]}, "data"),
     ],
 )
-def test_what_json_cannot_hold_is_refused_and_nothing_is_written(conversation_in, given, field):
+def test_what_json_cannot_hold_is_refused_and_nothing_is_written(
+    conversation_in: ConversationIn, given: dict[str, Any], field: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before = copy_of(conversation).__data__
     with pytest.raises(InvalidValue) as refused:
@@ -141,7 +151,7 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_written(conversation_in
     assert copy_of(conversation).__data__ == before == conversation.__data__
 
 
-def test_answers_are_recorded_in_every_stage(conversation_in):
+def test_answers_are_recorded_in_every_stage(conversation_in: ConversationIn) -> None:
     for stage in Stage:
         conversation = conversation_in(stage)
         conversation.record(data={"name": "Ada"})
@@ -149,7 +159,9 @@ def test_answers_are_recorded_in_every_stage(conversation_in):
         assert copy_of(conversation).stage is stage
 
 
-def test_the_object_holds_what_a_reload_gives_and_can_go_on(conversation_in, close_engine_clock):
+def test_the_object_holds_what_a_reload_gives_and_can_go_on(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     version = conversation.updated_at
     conversation.record(questions=["q"], data={"a": (1, 2)})
@@ -159,7 +171,7 @@ def test_the_object_holds_what_a_reload_gives_and_can_go_on(conversation_in, clo
     conversation.collect_info()
 
 
-def test_a_stale_object_records_and_is_still_in_conflict(conversation_in):
+def test_a_stale_object_records_and_is_still_in_conflict(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     copy_of(conversation).collect_info()
     conversation.record(data={"name": "Ada"})
@@ -169,7 +181,7 @@ def test_a_stale_object_records_and_is_still_in_conflict(conversation_in):
     assert (conflict.value.expected, conflict.value.found) == (Stage.QUALIFYING, Stage.COLLECTING_INFO)
 
 
-def test_answers_of_two_workers_with_old_copies_are_both_kept(conversation_in):
+def test_answers_of_two_workers_with_old_copies_are_both_kept(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     other = copy_of(conversation)
     conversation.record(questions=["name"], data={"name": "Ada"})
@@ -177,7 +189,9 @@ def test_answers_of_two_workers_with_old_copies_are_both_kept(conversation_in):
     assert kept(conversation) == (["name", "hours"], *({"name": "Ada", "hours": "9-5"},) * 2)
 
 
-def test_rolled_back_neither_the_conversation_nor_the_lead_nor_the_object_has_it(conversation_in):
+def test_rolled_back_neither_the_conversation_nor_the_lead_nor_the_object_has_it(
+    conversation_in: ConversationIn,
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.record(questions=["q"], data={"a": 1})
     before = dict(conversation.__data__)
@@ -188,7 +202,9 @@ def test_rolled_back_neither_the_conversation_nor_the_lead_nor_the_object_has_it
     assert kept(conversation) == (["q"], {"a": 1}, {"a": 1})
 
 
-def test_a_lead_that_cannot_be_written_leaves_the_conversation_as_it_was(conversation_in, database):
+def test_a_lead_that_cannot_be_written_leaves_the_conversation_as_it_was(
+    conversation_in: ConversationIn, database: peewee.Database
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before = dict(conversation.__data__)
     database.execute_sql("ALTER TABLE leads RENAME COLUMN qualification_data TO elsewhere")
@@ -198,7 +214,7 @@ def test_a_lead_that_cannot_be_written_leaves_the_conversation_as_it_was(convers
     assert copy_of(conversation).collected_data is None
 
 
-def test_a_deleted_conversation_is_named_in_the_error(conversation_in):
+def test_a_deleted_conversation_is_named_in_the_error(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     sql("DELETE FROM close_engine_conversations WHERE id = %s", conversation.id)
     with pytest.raises(ConversationNotFound, match=conversation.id):
@@ -206,7 +222,7 @@ def test_a_deleted_conversation_is_named_in_the_error(conversation_in):
     assert Lead.get_by_id(conversation.lead_id).qualification_data is None
 
 
-def assert_all_kept(conversation, workers, each):
+def assert_all_kept(conversation: CloseEngineConversation, workers: int, each: int) -> None:
     questions, data, copied = kept(conversation)
     assert data == copied == {f"{worker}.{number}": [worker] for worker in range(workers) for number in range(each)}
     assert len(questions) == workers * each + 1
@@ -215,8 +231,8 @@ def assert_all_kept(conversation, workers, each):
         assert own == [f"{worker}.{number}" for number in range(each)]
 
 
-def recorder(conversation, worker, each):
-    def record():
+def recorder(conversation: CloseEngineConversation, worker: int, each: int) -> Callable[[], None]:
+    def record() -> None:
         for number in range(each):
             name = f"{worker}.{number}"
             conversation.record(questions=["common", name], data={name: [worker]})
@@ -224,7 +240,7 @@ def recorder(conversation, worker, each):
     return record
 
 
-def test_concurrent_answers_never_overwrite_each_other(postgres):
+def test_concurrent_answers_never_overwrite_each_other(postgres: peewee.Database) -> None:
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     assert race([recorder(copy_of(conversation), worker, 15) for worker in range(8)]) == [None] * 8
     assert_all_kept(conversation, 8, 15)
@@ -244,7 +260,7 @@ recorder(conversation, int(worker), 15)()
 """
 
 
-def test_concurrent_answers_of_processes_on_one_sqlite_file_are_all_kept(sqlite_template, tmp_path):
+def test_concurrent_answers_of_processes_on_one_sqlite_file_are_all_kept(sqlite_template: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/test.db"
     (tmp_path / "test.db").write_bytes(sqlite_template.read_bytes())
     database = close_engine.connect(url)

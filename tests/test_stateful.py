@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peewee
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +23,7 @@ from close_engine import (
     ConversationNotFound,
     EntryPoint,
     Stage,
+    StageChange,
     StageConflict,
     TransitionRefused,
     atomic,
@@ -32,7 +35,7 @@ from tests.rows import Stop, copy_of, in_memory, replayed
 
 ALLOWED = {(source, dest) for _, source, dest in pairs()}
 TRIGGERS = st.sampled_from([transition.trigger for transition in TRANSITIONS])
-ARGUMENTS = {
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "send_payment_link": {"payment_link_url": "https://pay.example.com/1"},
     "close_lost": {"reason": "no answer"},
 }
@@ -46,16 +49,17 @@ class Conversations(RuleBasedStateMachine):
     database: peewee.Database
 
     @initialize()
-    def open(self):
+    def open(self) -> None:
         self.lead = new_lead()
         self.conversation = open_conversation(self.lead, EntryPoint.SMS_REPLY)
         self.stale = self.deleted = False
-        self.keys = {}
+        self.keys: dict[str, StageChange] = {}
 
-    def fire(self, trigger, key=None):
+    def fire(self, trigger: str, key: str | None = None) -> StageChange | None:
         """Fire, and check that what came of it is what had to come of it."""
         conversation, arguments = self.conversation, ARGUMENTS.get(trigger, {})
         before = in_memory(conversation)
+        error: type[Exception]
         if not conversation.may(trigger, **arguments):
             error = TransitionRefused
         elif self.stale:
@@ -70,16 +74,16 @@ class Conversations(RuleBasedStateMachine):
         return None
 
     @rule(trigger=TRIGGERS)
-    def fire_a_trigger(self, trigger):
+    def fire_a_trigger(self, trigger: str) -> None:
         self.fire(trigger)
 
     @rule(data=st.data())
-    def fire_an_allowed_trigger(self, data):
+    def fire_an_allowed_trigger(self, data: st.DataObject) -> None:
         if allowed := self.conversation.allowed_triggers():
             self.fire(data.draw(st.sampled_from(allowed)))
 
     @rule(trigger=TRIGGERS)
-    def fire_with_a_key(self, trigger):
+    def fire_with_a_key(self, trigger: str) -> None:
         if trigger not in self.keys:
             if change := self.fire(trigger, key=trigger):
                 self.keys[trigger] = change
@@ -94,13 +98,15 @@ class Conversations(RuleBasedStateMachine):
         inside=st.lists(TRIGGERS, max_size=3),
         ways=st.tuples(*[st.booleans()] * 3),
     )
-    def fire_in_blocks_that_are_undone(self, before, inside, ways):
+    def fire_in_blocks_that_are_undone(
+        self, before: list[str], inside: list[str], ways: tuple[bool, bool, bool]
+    ) -> None:
         """A savepoint in a transaction, each of them left by an error or rolled back, or kept."""
         undo_all, undo_savepoint, by_error = ways
         unchanged = in_memory(self.conversation)
         keys = dict(self.keys)
 
-        def undo(block):
+        def undo(block: atomic) -> None:
             if by_error:
                 raise Stop
             block.rollback()
@@ -132,11 +138,11 @@ class Conversations(RuleBasedStateMachine):
             assert in_memory(self.conversation) == unchanged
 
     @rule(field=FIELDS, value=VALUES)
-    def assign(self, field, value):
+    def assign(self, field: str, value: object) -> None:
         setattr(self.conversation, field, value)
 
     @rule()
-    def save(self):
+    def save(self) -> None:
         before = in_memory(self.conversation)
         if not self.conversation.is_dirty():
             assert self.conversation.save() == 0
@@ -150,13 +156,13 @@ class Conversations(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.deleted)
     @rule()
-    def reload(self):
+    def reload(self) -> None:
         self.conversation.reload()
         self.stale = False
 
     @precondition(lambda self: not self.deleted)
     @rule(data=st.data())
-    def another_worker_fires(self, data):
+    def another_worker_fires(self, data: st.DataObject) -> None:
         other = copy_of(self.conversation)
         allowed = other.allowed_triggers()
         if allowed:
@@ -166,7 +172,7 @@ class Conversations(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.deleted)
     @rule(stage=st.sampled_from(Stage), aside=st.booleans())
-    def somebody_writes_sql(self, stage, aside):
+    def somebody_writes_sql(self, stage: Stage, aside: bool) -> None:
         """With or without a stage; the guard lets through what the table allows."""
         found = copy_of(self.conversation).stage
         mark = self.database.param
@@ -184,13 +190,13 @@ class Conversations(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.deleted)
     @rule()
-    def somebody_deletes(self):
+    def somebody_deletes(self) -> None:
         CloseEngineConversation.delete_by_id(self.conversation.id)
         self.stale = self.deleted = True
 
     @precondition(lambda self: self.deleted)
     @rule()
-    def open_again(self):
+    def open_again(self) -> None:
         deleted = self.conversation.id
         self.conversation = open_conversation(self.lead, EntryPoint.REP_CLOSE)
         assert self.conversation.id != deleted
@@ -198,7 +204,7 @@ class Conversations(RuleBasedStateMachine):
         self.keys = {}
 
     @invariant()
-    def the_object_equals_its_row_or_is_stale(self):
+    def the_object_equals_its_row_or_is_stale(self) -> None:
         row = CloseEngineConversation.get_or_none(CloseEngineConversation.id == self.conversation.id)
         assert (row is None) == self.deleted
         if row is not None:
@@ -210,13 +216,13 @@ class Conversations(RuleBasedStateMachine):
             assert (self.conversation.updated_at == row.updated_at) is not self.stale
 
     @invariant()
-    def the_history_leads_to_the_stored_stage(self):
+    def the_history_leads_to_the_stored_stage(self) -> None:
         stage = replayed(self.conversation.id)
         if not self.deleted:
             assert stage is copy_of(self.conversation).stage
 
 
-def test_memory_the_row_and_the_history_agree_whatever_happens(database):
+def test_memory_the_row_and_the_history_agree_whatever_happens(database: peewee.Database) -> None:
     Conversations.database = database
     run_state_machine_as_test(
         Conversations,

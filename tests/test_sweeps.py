@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
+import peewee
 import psycopg2
 import pytest
 
@@ -18,6 +21,7 @@ from close_engine import (
     InvalidValue,
     MessageStatus,
     Stage,
+    StageChange,
     StageConflict,
     Swept,
     after_commit,
@@ -34,9 +38,11 @@ from close_engine import (
     sweep,
 )
 from close_engine.database.fields import milliseconds
-from close_engine.testing import bring_to, new_lead
+from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
+
+ConversationIn = Callable[..., CloseEngineConversation]
 
 MILLISECOND = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)  # more than the versions of some writes at one moment are ahead of the clock
@@ -45,14 +51,16 @@ THREE_DAYS = timedelta(hours=72)
 WEEK = timedelta(days=7)
 
 
-def ids(rows):
+def ids(rows: Iterable[Any]) -> list[Any]:
     return [row.id for row in rows]
 
 
 # -- silent leads ------------------------------------------------------------------------------------------------------
 
 
-def test_a_lead_is_silent_after_72_hours_to_the_millisecond(conversation_in, close_engine_clock):
+def test_a_lead_is_silent_after_72_hours_to_the_millisecond(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     close_engine_clock.now = conversation.updated_at + THREE_DAYS - MILLISECOND
     assert stall_silent() == []
@@ -70,7 +78,9 @@ def test_a_lead_is_silent_after_72_hours_to_the_millisecond(conversation_in, clo
         stale.collect_info()
 
 
-def test_every_active_stage_can_stall_and_no_other(conversation_in, close_engine_clock):
+def test_every_active_stage_can_stall_and_no_other(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversations = [conversation_in(stage) for stage in Stage]
     close_engine_clock.move(THREE_DAYS + SECOND)
     assert sorted(stall_silent()) == sorted(c.id for c in conversations if c.stage in ACTIVE_STAGES)
@@ -85,7 +95,9 @@ def test_every_active_stage_can_stall_and_no_other(conversation_in, close_engine
 
 
 @pytest.mark.parametrize("sign", ["a text", "a stage change"])
-def test_silence_counts_from_the_last_text_or_stage_change(conversation_in, close_engine_clock, sign):
+def test_silence_counts_from_the_last_text_or_stage_change(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, sign: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     close_engine_clock.move(HOUR)
     if sign == "a text":
@@ -98,7 +110,9 @@ def test_silence_counts_from_the_last_text_or_stage_change(conversation_in, clos
     assert stall_silent() == [conversation.id]
 
 
-def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(conversation_in, close_engine_clock):
+def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     close_engine_clock.move(timedelta(seconds=1))
     receive(conversation.lead_id, "SM1", "hello")
@@ -116,14 +130,16 @@ def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(conversati
     assert stall_silent() == [conversation.id]
 
 
-def test_another_time_can_be_asked_for(conversation_in, close_engine_clock):
+def test_another_time_can_be_asked_for(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     close_engine_clock.now = conversation.updated_at + HOUR
     assert stall_silent(after=HOUR + MILLISECOND) == []
     assert stall_silent(after=HOUR) == [conversation.id]
 
 
-def test_they_are_moved_in_batches_of_any_size(conversation_in, close_engine_clock):
+def test_they_are_moved_in_batches_of_any_size(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversations = [conversation_in(Stage.QUALIFYING) for _ in range(4)]
     for batch in (1, 2, 3, 4, 5):
         close_engine_clock.move(THREE_DAYS + SECOND)
@@ -136,8 +152,11 @@ def test_they_are_moved_in_batches_of_any_size(conversation_in, close_engine_clo
 # -- stalled for long --------------------------------------------------------------------------------------------------
 
 
-def test_a_stalled_conversation_is_lost_after_a_week_to_the_millisecond(conversation_in, close_engine_clock):
+def test_a_stalled_conversation_is_lost_after_a_week_to_the_millisecond(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.STALLED)
+    assert conversation.stalled_at is not None
     close_engine_clock.now = conversation.stalled_at + WEEK - MILLISECOND
     assert lose_stalled() == []
     moment = milliseconds(close_engine_clock.move(MILLISECOND))
@@ -153,15 +172,18 @@ def test_a_stalled_conversation_is_lost_after_a_week_to_the_millisecond(conversa
     assert change.created_at == row.updated_at == moment
 
 
-def test_a_reason_and_a_time_of_the_callers_own(conversation_in, close_engine_clock):
+def test_a_reason_and_a_time_of_the_callers_own(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.STALLED)
+    assert conversation.stalled_at is not None
     close_engine_clock.now = conversation.stalled_at + HOUR
     assert lose_stalled(after=HOUR, reason="gone é") == [conversation.id]
     assert copy_of(conversation).closed_lost_reason == "gone é"
     assert copy_of(conversation).history()[-1].reason == "gone é"
 
 
-def test_only_what_is_stalled_now_is_lost(conversation_in, close_engine_clock):
+def test_only_what_is_stalled_now_is_lost(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     for stage in Stage:
         if stage is not Stage.STALLED:
             conversation_in(stage)
@@ -175,7 +197,9 @@ def test_only_what_is_stalled_now_is_lost(conversation_in, close_engine_clock):
     assert lose_stalled() == []
 
 
-def test_what_is_lost_withdraws_its_messages_and_drafts(conversation_in, close_engine_clock):
+def test_what_is_lost_withdraws_its_messages_and_drafts(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.STALLED, autonomy_level=AutonomyLevel.MANUAL)
     action = submit(conversation, ActionType.SEND_MESSAGE, "still there?", expires_after=None)
     outbox.enqueue(conversation, "SEND_MESSAGE", "hello?", send_after=timedelta(days=30))
@@ -186,13 +210,15 @@ def test_what_is_lost_withdraws_its_messages_and_drafts(conversation_in, close_e
 
 
 @pytest.mark.parametrize("given", [{"reason": ""}, {"reason": "  "}, {"reason": "a\x00"}, {"batch": 0}])
-def test_a_reason_or_a_batch_that_is_none_is_refused(database, given):
+def test_a_reason_or_a_batch_that_is_none_is_refused(database: peewee.Database, given: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue):
         lose_stalled(**given)
 
 
 @pytest.mark.parametrize("job", [stall_silent, lose_stalled, expire_actions, release_leases])
-def test_nothing_to_do_is_nothing_moved_and_no_batch_is_refused(database, job):
+def test_nothing_to_do_is_nothing_moved_and_no_batch_is_refused(
+    database: peewee.Database, job: Callable[..., list[Any]]
+) -> None:
     assert job() == []
     with pytest.raises(InvalidValue):
         job(batch=0)
@@ -201,7 +227,9 @@ def test_nothing_to_do_is_nothing_moved_and_no_batch_is_refused(database, job):
 # -- hooks -------------------------------------------------------------------------------------------------------------
 
 
-def test_hooks_run_in_the_transaction_of_the_sweep_too(conversation_in, close_engine_clock):
+def test_hooks_run_in_the_transaction_of_the_sweep_too(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversations = [conversation_in(Stage.BUILDING) for _ in range(3)]
     close_engine_clock.move(THREE_DAYS + SECOND)
     seen = []
@@ -228,12 +256,12 @@ def test_hooks_run_in_the_transaction_of_the_sweep_too(conversation_in, close_en
     assert_consistent()
 
 
-def test_a_hook_that_fails_undoes_its_batch(conversation_in, close_engine_clock):
+def test_a_hook_that_fails_undoes_its_batch(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.STALLED)
     close_engine_clock.move(WEEK + SECOND)
 
     @on_enter(Stage.CLOSED_LOST)
-    def fail(conversation, change):
+    def fail(conversation: CloseEngineConversation, change: StageChange) -> None:
         raise RuntimeError("no disk")
 
     try:
@@ -251,8 +279,8 @@ def test_a_hook_that_fails_undoes_its_batch(conversation_in, close_engine_clock)
 
 
 def test_actions_past_their_time_expire_and_payment_links_take_their_conversations_back(
-    conversation_in, close_engine_clock
-):
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
     text = submit(conversation, ActionType.SEND_MESSAGE, "hello", expires_after=HOUR)
     link = submit(
@@ -280,7 +308,9 @@ def test_actions_past_their_time_expire_and_payment_links_take_their_conversatio
     assert messages() == []
 
 
-def test_two_payment_links_that_expire_at_once_take_the_conversation_back_once(conversation_in, close_engine_clock):
+def test_two_payment_links_that_expire_at_once_take_the_conversation_back_once(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
     links = [submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}) for _ in range(2)]
     close_engine_clock.move(timedelta(hours=24))
@@ -289,7 +319,7 @@ def test_two_payment_links_that_expire_at_once_take_the_conversation_back_once(c
     assert copy_of(conversation).stage is Stage.PREVIEW_SENT
 
 
-def test_actions_expire_in_batches(conversation_in, close_engine_clock):
+def test_actions_expire_in_batches(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
     actions = [submit(conversation, ActionType.SEND_MESSAGE, "hello") for _ in range(5)]
     close_engine_clock.move(timedelta(hours=24))
@@ -297,7 +327,7 @@ def test_actions_expire_in_batches(conversation_in, close_engine_clock):
     assert list(pending_actions()) == []
 
 
-def test_a_lease_that_ran_out_is_released(conversation_in, close_engine_clock):
+def test_a_lease_that_ran_out_is_released(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     outbox.enqueue(conversation, "SEND_MESSAGE", "hello", max_attempts=2)
     outbox.enqueue(conversation, "SEND_MESSAGE", "behind it")
@@ -319,7 +349,7 @@ def test_a_lease_that_ran_out_is_released(conversation_in, close_engine_clock):
     assert claimed().body == "behind it"
 
 
-def test_one_sweep_does_all_of_it(conversation_in, close_engine_clock):
+def test_one_sweep_does_all_of_it(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     stalled = conversation_in(Stage.STALLED)
     silent = conversation_in(Stage.BUILDING, autonomy_level=AutonomyLevel.MANUAL)
     action = submit(silent, ActionType.SEND_MESSAGE, "hello")
@@ -333,7 +363,9 @@ def test_one_sweep_does_all_of_it(conversation_in, close_engine_clock):
     assert_consistent()
 
 
-def test_a_sweep_that_is_rolled_back_moved_nothing(conversation_in, close_engine_clock):
+def test_a_sweep_that_is_rolled_back_moved_nothing(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
     conversation = conversation_in(Stage.BUILDING)
     close_engine_clock.move(THREE_DAYS + SECOND)
     with close_engine.atomic() as transaction:
@@ -344,8 +376,8 @@ def test_a_sweep_that_is_rolled_back_moved_nothing(conversation_in, close_engine
 
 
 def test_what_a_sweep_says_of_itself_is_not_said_of_what_follows_in_its_transaction(
-    conversation_in, close_engine_clock, kind
-):
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, kind: str
+) -> None:
     silent, other = conversation_in(Stage.BUILDING), conversation_in(Stage.BUILDING)
     close_engine_clock.move(THREE_DAYS + SECOND)
     with close_engine.atomic():
@@ -359,12 +391,12 @@ def test_what_a_sweep_says_of_itself_is_not_said_of_what_follows_in_its_transact
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
-def opened(count, stage=Stage.QUALIFYING):
+def opened(count: int, stage: Stage = Stage.QUALIFYING) -> list[CloseEngineConversation]:
     return [bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), stage) for _ in range(count)]
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_many_workers_that_sweep_at_once_move_everything_once(postgres, hooked):
+def test_many_workers_that_sweep_at_once_move_everything_once(postgres: peewee.Database, hooked: bool) -> None:
     conversations = opened(40)
     hooks = [on_enter(Stage.STALLED)(lambda conversation, change: None)] if hooked else []
     try:
@@ -380,7 +412,7 @@ def test_many_workers_that_sweep_at_once_move_everything_once(postgres, hooked):
     assert_consistent()
 
 
-def test_many_workers_expire_and_release_everything_once(postgres):
+def test_many_workers_expire_and_release_everything_once(postgres: peewee.Database) -> None:
     conversations = opened(20, Stage.PREVIEW_SENT)
     CloseEngineConversation.update(autonomy_level=AutonomyLevel.SEMI_AUTO).execute()
     actions = [
@@ -406,7 +438,7 @@ def test_many_workers_expire_and_release_everything_once(postgres):
     assert_consistent()
 
 
-def test_what_another_transaction_holds_is_passed_over(postgres, postgres_url):
+def test_what_another_transaction_holds_is_passed_over(postgres: peewee.Database, postgres_url: str) -> None:
     held, free = opened(2)
     other = psycopg2.connect(postgres_url)
     other.cursor().execute("SELECT 1 FROM close_engine_conversations WHERE id = %s FOR UPDATE", (held.id,))
@@ -416,7 +448,7 @@ def test_what_another_transaction_holds_is_passed_over(postgres, postgres_url):
     assert stall_silent(after=timedelta(0)) == [held.id]
 
 
-def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(postgres):
+def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(postgres: peewee.Database) -> None:
     for _ in range(5):
         conversations = opened(10)
         receivers = [lambda c=conversation: receive(c.lead_id, f"SM {c.id}", "hello") for conversation in conversations]

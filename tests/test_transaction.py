@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import peewee
 import pytest
@@ -25,8 +27,10 @@ from close_engine.database.transaction import run_after_commit
 from close_engine.testing import new_lead
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
 
+ConversationIn = Callable[..., CloseEngineConversation]
 
-def change_much(conversation):
+
+def change_much(conversation: CloseEngineConversation) -> None:
     """Everything that writes into an object."""
     conversation.collect_info()
     conversation.save()
@@ -38,25 +42,25 @@ def change_much(conversation):
 
 
 @pytest.fixture
-def conversation(conversation_in):
+def conversation(conversation_in: ConversationIn) -> CloseEngineConversation:
     """A conversation with an unsaved change."""
     conversation = conversation_in(Stage.QUALIFYING)
     conversation.collected_data = {"unsaved": True}
     return conversation
 
 
-def everything(conversation):
+def everything(conversation: CloseEngineConversation) -> tuple[Any, Any, list[str]]:
     return in_memory(conversation), stored(conversation), triggers(conversation)
 
 
-def test_an_error_in_the_block_undoes_it_in_the_database_and_in_memory(conversation):
+def test_an_error_in_the_block_undoes_it_in_the_database_and_in_memory(conversation: CloseEngineConversation) -> None:
     before = everything(conversation)
     with left_by_an_error(atomic()):
         change_much(conversation)
     assert everything(conversation) == before
 
 
-def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(conversation):
+def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(conversation: CloseEngineConversation) -> None:
     before = everything(conversation)
     with atomic() as transaction:
         change_much(conversation)
@@ -72,7 +76,7 @@ def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(conversation
 
 
 @pytest.mark.parametrize("undo", ["error", "rollback()"])
-def test_a_savepoint_is_undone_by_itself(conversation, undo):
+def test_a_savepoint_is_undone_by_itself(conversation: CloseEngineConversation, undo: str) -> None:
     with atomic():
         conversation.collect_info()
         before = everything(conversation)
@@ -91,7 +95,7 @@ def test_a_savepoint_is_undone_by_itself(conversation, undo):
     assert conversation.stage is Stage.COLLECTING_INFO
 
 
-def test_what_a_savepoint_kept_is_undone_with_the_block_around_it(conversation):
+def test_what_a_savepoint_kept_is_undone_with_the_block_around_it(conversation: CloseEngineConversation) -> None:
     before = everything(conversation)
     with left_by_an_error(atomic()):
         with atomic():
@@ -104,14 +108,14 @@ def test_what_a_savepoint_kept_is_undone_with_the_block_around_it(conversation):
     assert everything(conversation) == before
 
 
-def test_atomic_decorates_functions(conversation):
+def test_atomic_decorates_functions(conversation: CloseEngineConversation) -> None:
     @atomic()
-    def fail():
+    def fail() -> None:
         conversation.collect_info()
         raise Stop
 
     @atomic()
-    def succeed():
+    def succeed() -> Stage:
         conversation.collect_info()
         return conversation.stage
 
@@ -123,7 +127,7 @@ def test_atomic_decorates_functions(conversation):
     assert stored(conversation)["stage"] is Stage.COLLECTING_INFO
 
 
-def test_a_refusal_inside_a_block_leaves_what_was_done_before_it(conversation):
+def test_a_refusal_inside_a_block_leaves_what_was_done_before_it(conversation: CloseEngineConversation) -> None:
     with atomic():
         conversation.collect_info()
         with pytest.raises(close_engine.TransitionNotAllowed):
@@ -136,7 +140,7 @@ def test_a_refusal_inside_a_block_leaves_what_was_done_before_it(conversation):
     assert conversation.stage is Stage.STALLED
 
 
-def test_a_new_conversation_is_new_again_when_it_was_rolled_back(database):
+def test_a_new_conversation_is_new_again_when_it_was_rolled_back(database: peewee.Database) -> None:
     conversation = CloseEngineConversation(lead=new_lead(), entry_point=EntryPoint.REP_CLOSE)
     before = in_memory(conversation)
     with left_by_an_error(atomic()):
@@ -148,7 +152,7 @@ def test_a_new_conversation_is_new_again_when_it_was_rolled_back(database):
     assert triggers(conversation) == ["open"]
 
 
-def test_an_opening_that_is_rolled_back_leaves_the_lead_as_it_was(database):
+def test_an_opening_that_is_rolled_back_leaves_the_lead_as_it_was(database: peewee.Database) -> None:
     lead = Lead.get_by_id(new_lead().id)
     lead.close_entry_point = EntryPoint.PREVIEW_CTA
     before = in_memory(lead)
@@ -163,7 +167,9 @@ def test_an_opening_that_is_rolled_back_leaves_the_lead_as_it_was(database):
 # -- Peewee's own transactions -----------------------------------------------------------------------------------------
 
 
-def test_triggers_join_a_transaction_of_peewees_own(database, conversation):
+def test_triggers_join_a_transaction_of_peewees_own(
+    database: peewee.Database, conversation: CloseEngineConversation
+) -> None:
     with database.atomic():
         conversation.collect_info()
         new_lead("+15550199")
@@ -174,7 +180,9 @@ def test_triggers_join_a_transaction_of_peewees_own(database, conversation):
     assert Lead.select().where(Lead.phone == "+15550199").exists()
 
 
-def test_an_atomic_block_inside_peewees_own_is_a_savepoint_that_memory_follows(database, conversation):
+def test_an_atomic_block_inside_peewees_own_is_a_savepoint_that_memory_follows(
+    database: peewee.Database, conversation: CloseEngineConversation
+) -> None:
     with database.atomic():
         conversation.collect_info()
         before = everything(conversation)
@@ -184,7 +192,9 @@ def test_an_atomic_block_inside_peewees_own_is_a_savepoint_that_memory_follows(d
     assert everything(conversation) == before
 
 
-def test_an_object_that_peewees_own_rollback_left_ahead_conflicts_until_it_is_reloaded(database, conversation):
+def test_an_object_that_peewees_own_rollback_left_ahead_conflicts_until_it_is_reloaded(
+    database: peewee.Database, conversation: CloseEngineConversation
+) -> None:
     with database.atomic() as transaction:
         conversation.collect_info()
         transaction.rollback()
@@ -194,7 +204,7 @@ def test_an_object_that_peewees_own_rollback_left_ahead_conflicts_until_it_is_re
     assert in_memory(conversation) == (stored(conversation), set())
 
 
-def test_peewees_blocks_work_inside_ours(database, conversation):
+def test_peewees_blocks_work_inside_ours(database: peewee.Database, conversation: CloseEngineConversation) -> None:
     before = everything(conversation)
     with left_by_an_error(atomic()):
         with database.atomic():
@@ -208,7 +218,7 @@ def test_peewees_blocks_work_inside_ours(database, conversation):
 
 
 @pytest.fixture
-def fails_at_commit(postgres):
+def fails_at_commit(postgres: peewee.Database) -> Callable[[], object]:
     """On PostgreSQL: a table whose constraint is checked when the transaction commits."""
     postgres.execute_sql(
         "CREATE TABLE late (id int PRIMARY KEY, other int REFERENCES late DEFERRABLE INITIALLY DEFERRED)"
@@ -216,12 +226,12 @@ def fails_at_commit(postgres):
     return lambda: postgres.execute_sql("INSERT INTO late VALUES (1, 2)")
 
 
-def test_a_commit_that_fails_undoes_memory_too(fails_at_commit):
+def test_a_commit_that_fails_undoes_memory_too(fails_at_commit: Callable[[], object]) -> None:
     conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     before = everything(conversation)
 
     @atomic()
-    def block():
+    def block() -> None:
         conversation.start_qualifying()
         fails_at_commit()
 
@@ -231,11 +241,11 @@ def test_a_commit_that_fails_undoes_memory_too(fails_at_commit):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_on_postgresql_a_swallowed_error_undoes_the_block_and_says_so(postgres, depth):
+def test_on_postgresql_a_swallowed_error_undoes_the_block_and_says_so(postgres: peewee.Database, depth: int) -> None:
     conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     before = everything(conversation)
 
-    def block():
+    def block() -> None:
         with atomic():
             conversation.start_qualifying()
             with pytest.raises(peewee.DataError):
@@ -248,11 +258,11 @@ def test_on_postgresql_a_swallowed_error_undoes_the_block_and_says_so(postgres, 
     conversation.start_qualifying()
 
 
-def test_on_postgresql_what_may_fail_can_have_a_block_of_its_own(postgres):
+def test_on_postgresql_what_may_fail_can_have_a_block_of_its_own(postgres: peewee.Database) -> None:
     conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
 
     @atomic()
-    def what_may_fail():
+    def what_may_fail() -> None:
         conversation.stall()
         postgres.execute_sql("SELECT 1 / 0")
 
@@ -265,12 +275,12 @@ def test_on_postgresql_what_may_fail_can_have_a_block_of_its_own(postgres):
     assert in_memory(conversation) == (stored(conversation), set())
 
 
-def test_on_postgresql_a_lost_connection_undoes_memory_too(postgres):
+def test_on_postgresql_a_lost_connection_undoes_memory_too(postgres: peewee.Database) -> None:
     conversation = open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     before = in_memory(conversation)
 
     @atomic()
-    def block():
+    def block() -> None:
         conversation.start_qualifying()
         postgres.execute_sql("SELECT pg_terminate_backend(pg_backend_pid())")
 
@@ -284,7 +294,7 @@ def test_on_postgresql_a_lost_connection_undoes_memory_too(postgres):
 # -- after the commit --------------------------------------------------------------------------------------------------
 
 
-def test_functions_run_after_the_outermost_commit_and_in_order(database):
+def test_functions_run_after_the_outermost_commit_and_in_order(database: peewee.Database) -> None:
     told = []
     with atomic():
         run_after_commit(lambda: told.append("first"))
@@ -297,14 +307,14 @@ def test_functions_run_after_the_outermost_commit_and_in_order(database):
     assert told[-1] == "at once"
 
 
-def test_a_failing_function_is_told_and_the_commit_and_the_others_stand(conversation):
+def test_a_failing_function_is_told_and_the_commit_and_the_others_stand(conversation: CloseEngineConversation) -> None:
     told = []
 
-    def fail():
+    def fail() -> None:
         raise Stop("no printer")
 
     @atomic()
-    def block():
+    def block() -> None:
         run_after_commit(fail, lambda: told.append("same call"))
         with atomic():
             conversation.collect_info()
@@ -322,12 +332,14 @@ def test_a_failing_function_is_told_and_the_commit_and_the_others_stand(conversa
     assert conversation.stage is stored(conversation)["stage"] is Stage.COLLECTING_INFO
 
 
-def test_memory_keeps_what_is_committed_whatever_happens_after_the_commit(database, conversation):
-    def interrupt():
+def test_memory_keeps_what_is_committed_whatever_happens_after_the_commit(
+    database: peewee.Database, conversation: CloseEngineConversation
+) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     @atomic()
-    def block():
+    def block() -> None:
         conversation.collect_info()
         database.after_commit(interrupt)
 
@@ -337,10 +349,10 @@ def test_memory_keeps_what_is_committed_whatever_happens_after_the_commit(databa
     assert not database.in_transaction()
 
 
-def test_what_runs_after_the_commit_is_outside_of_it(conversation):
+def test_what_runs_after_the_commit_is_outside_of_it(conversation: CloseEngineConversation) -> None:
     """A transaction of its own, which it may roll back by itself."""
 
-    def go_on():
+    def go_on() -> None:
         with left_by_an_error(atomic()):
             conversation.start_building()
         conversation.stall()
@@ -353,12 +365,14 @@ def test_what_runs_after_the_commit_is_outside_of_it(conversation):
 
 
 @pytest.mark.parametrize("ours_inside", [False, True])
-def test_a_failure_after_a_commit_of_peewees_own_is_not_swallowed(database, conversation, ours_inside):
-    def fail():
+def test_a_failure_after_a_commit_of_peewees_own_is_not_swallowed(
+    database: peewee.Database, conversation: CloseEngineConversation, ours_inside: bool
+) -> None:
+    def fail() -> None:
         raise Stop("no printer")
 
-    @database.atomic()
-    def block():
+    @database.atomic()  # type: ignore[untyped-decorator]
+    def block() -> None:
         (atomic()(run_after_commit) if ours_inside else run_after_commit)(fail)
         conversation.collect_info()
 
@@ -370,7 +384,7 @@ def test_a_failure_after_a_commit_of_peewees_own_is_not_swallowed(database, conv
     assert stored(conversation)["stage"] is Stage.COLLECTING_INFO
 
 
-def test_nothing_runs_after_a_rollback(database, conversation):
+def test_nothing_runs_after_a_rollback(database: peewee.Database, conversation: CloseEngineConversation) -> None:
     told = []
     with left_by_an_error(atomic()):
         run_after_commit(lambda: told.append("never"))
@@ -383,10 +397,10 @@ def test_nothing_runs_after_a_rollback(database, conversation):
     assert told == ["after the rollback"]
 
 
-def test_each_thread_has_transactions_of_its_own(database):
+def test_each_thread_has_transactions_of_its_own(database: peewee.Database) -> None:
     told = []
 
-    def other():
+    def other() -> None:
         run_after_commit(lambda: told.append("other"))
 
     with left_by_an_error(atomic()):
@@ -399,7 +413,9 @@ def test_each_thread_has_transactions_of_its_own(database):
 # -- holding -----------------------------------------------------------------------------------------------------------
 
 
-def test_locked_gives_the_conversation_as_it_is_now_and_commits_what_is_done_to_it(conversation):
+def test_locked_gives_the_conversation_as_it_is_now_and_commits_what_is_done_to_it(
+    conversation: CloseEngineConversation,
+) -> None:
     copy_of(conversation).collect_info()
     with locked(conversation.id) as held:
         assert held.stage is Stage.COLLECTING_INFO
@@ -410,7 +426,7 @@ def test_locked_gives_the_conversation_as_it_is_now_and_commits_what_is_done_to_
     assert triggers(conversation) == ["open", "start_qualifying", "collect_info", "start_building"]
 
 
-def test_locked_undoes_everything_when_the_block_fails(conversation):
+def test_locked_undoes_everything_when_the_block_fails(conversation: CloseEngineConversation) -> None:
     before = everything(conversation)
     with left_by_an_error(locked(conversation.id)) as held:
         held.collect_info()
@@ -418,7 +434,7 @@ def test_locked_undoes_everything_when_the_block_fails(conversation):
     assert everything(conversation) == before
 
 
-def test_locked_works_inside_a_transaction(database, conversation):
+def test_locked_works_inside_a_transaction(database: peewee.Database, conversation: CloseEngineConversation) -> None:
     with atomic(), locked(conversation.id) as held:
         held.collect_info()
     with database.atomic(), locked(conversation.id) as held:
@@ -426,7 +442,7 @@ def test_locked_works_inside_a_transaction(database, conversation):
     assert stored(conversation)["stage"] is Stage.BUILDING
 
 
-def test_after_commit_hooks_of_a_held_conversation_wait_for_its_end(conversation):
+def test_after_commit_hooks_of_a_held_conversation_wait_for_its_end(conversation: CloseEngineConversation) -> None:
     told = []
     hook = after_commit(Stage.COLLECTING_INFO)(lambda held, change: told.append(change.dest))
     try:
