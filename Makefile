@@ -24,6 +24,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy --strict close_engine
+	$(BIN)/mypy --strict tests
 
 coverage: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --cov --cov-report=term --cov-fail-under=95

@@ -35,7 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # one server for all the processes of a run
         server = postgres_server()
         os.environ[SERVER] = server.__enter__()
-        config.add_cleanup(lambda: server.__exit__(None, None, None))
+
+        def stop() -> None:
+            server.__exit__(None, None, None)
+
+        config.add_cleanup(stop)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ TABLE = {
 }
 
 #: What must be given with a trigger.
-GIVEN = {"send_payment_link": {"payment_link_url": URL}, "close_lost": {"reason": REASON}}
+GIVEN: dict[str, dict[str, Any]] = {"send_payment_link": {"payment_link_url": URL}, "close_lost": {"reason": REASON}}
 
 #: (from, to): trigger.
 TRIGGER_BETWEEN = {

@@ -184,7 +184,9 @@ def test_the_rights_that_the_readme_grants_are_enough_and_no_more(url: str, role
 def test_the_queries_of_what_to_watch_run(postgres_url: str, postgres: peewee.Database) -> None:
     bring_to(close_engine.open_conversation(Lead.create(phone="+15550100"), EntryPoint.SMS_REPLY), Stage.BUILDING)
     query(postgres_url, "UPDATE close_engine_conversations SET stage = 'STALLED'")
-    outbox.enqueue(Lead.get().close_conversation, "SEND_MESSAGE", "Are you still there?")
+    conversation = Lead.get().close_conversation
+    assert conversation is not None
+    outbox.enqueue(conversation, "SEND_MESSAGE", "Are you still there?")
 
     by_others, waiting = (query(postgres_url, sql) for sql in block(OPERATIONS, "sql").split(";\n\n"))
 

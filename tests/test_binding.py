@@ -88,6 +88,7 @@ def test_a_sqlite_url_names_a_file(url: str, file: str) -> None:
 def test_sqlite_waits_for_other_writers_checks_references_and_writes_ahead(scheme: str, tmp_path: Path) -> None:
     database = close_engine.connect(f"{scheme}:///{tmp_path}/crm.db")
 
+    assert isinstance(database, peewee.SqliteDatabase)
     assert (database.pragma("busy_timeout"), database.pragma("foreign_keys")) == (60000, 1)
     assert database.pragma("journal_mode") == "wal"
     database.close()

@@ -173,6 +173,7 @@ def test_workers_are_killed_and_the_server_crashes_and_nothing_is_lost_or_record
     assert [order for order in map(list, sent_first.values()) if order != sorted(order) or len(order) != 3] == []
     recorded: dict[str, list[datetime]] = defaultdict(list)
     for message in messages:
+        assert message.sent_at is not None
         recorded[message.conversation_id].append(message.sent_at)
     assert [times for times in recorded.values() if times != sorted(times)] == []
 

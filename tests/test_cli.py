@@ -22,7 +22,7 @@ from tests.servers import execute, postgres_database
 
 MIGRATIONS = sorted(path.stem for path in directory().glob("0*.py"))
 
-COMMANDS = ("migrate", "downgrade", "status", "verify", "graph", "show", "fire", "demo")
+COMMANDS: tuple[str, ...] = ("migrate", "downgrade", "status", "verify", "graph", "show", "fire", "demo")
 COMMANDS += ("actions", "approve", "reject", "outbox", "sweep", "worker", "board")
 
 

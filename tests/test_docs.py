@@ -142,7 +142,7 @@ def is_file_or_room(name: str) -> bool:
 
 
 CLI_PAGE = ROOT / "docs/cli.md"
-GROUP = typer.main.get_command(app)
+GROUP: Any = typer.main.get_command(app)
 COMMANDS = GROUP.commands
 BELOW = [f"{name} {below}" for name, command in COMMANDS.items() for below in getattr(command, "commands", ())]
 

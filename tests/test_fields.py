@@ -159,7 +159,7 @@ def test_a_value_that_a_column_cannot_hold_is_refused_in_any_expression(statemen
     [
         (NAIVE, "it has no timezone; write datetime.now(timezone.utc) or .replace(tzinfo=…)"),
         (
-            NAIVE.replace(tzinfo=NoOffset()),
+            NAIVE.replace(tzinfo=NoOffset()),  # type: ignore[abstract]
             "it has no timezone; write datetime.now(timezone.utc) or .replace(tzinfo=…)",
         ),
         ("2026-01-02T03:04:05Z", "it must be a datetime with a timezone"),
@@ -215,6 +215,7 @@ def test_a_moment_in_memory_is_what_a_reload_gives_wherever_one_is(
         reloaded = PendingAction.get(PendingAction.expires_at == moment, PendingAction.id == action.id)
 
         assert values(action) == values(reloaded)
+        assert reloaded.expires_at is not None
         assert reloaded.expires_at.tzinfo is timezone.utc
         assert timedelta(0) <= moment - reloaded.expires_at < timedelta(milliseconds=1)
         assert reloaded.created_at.isoformat() == "2026-01-02T03:04:05.678000+00:00"

@@ -38,7 +38,7 @@ STAMPED = {"COMPLETED": "completed_at", "STALLED": "stalled_at", "CLOSED_LOST": 
 STAMPED["PAYMENT_SENT"] = "payment_link_sent_at"
 
 #: What an earlier stay in other stages may have left in a row.
-LEFT_OVER = {
+LEFT_OVER: dict[str, Any] = {
     "edit_rounds": 2,
     "closed_lost_reason": "no budget",
     **dict.fromkeys(["payment_link_sent_at", "stalled_at", "completed_at", "closed_lost_at"], BEFORE),

@@ -189,7 +189,7 @@ def test_a_pooled_session_hands_nothing_on(database_url: str) -> None:
         assert own.run(left) in ([], [("",)])
         own.update(conversation.id, stage="STALLED")
         assert own.history(conversation.id)[-1] == Change("stall", "COLLECTING_INFO", "STALLED", own.actor)
-    pool.close_all()
+    pool.close_all()  # type: ignore[attr-defined]
 
 
 LEFT_ON_SQLITE = "SELECT context FROM close_engine_context"
@@ -226,7 +226,7 @@ def test_the_history_of_a_random_walk_leads_to_the_stored_stage(
         else:
             conversation.reload()
             trigger = dice.choice([t for t in conversation.allowed_triggers() or ["stall"]])
-            given = {"reason": REASON, "payment_link_url": URL, "approved_by": "Ann"}
+            given: dict[str, Any] = {"reason": REASON, "payment_link_url": URL, "approved_by": "Ann"}
             if conversation.may(trigger, **given):
                 conversation.fire(trigger, **given)
                 moves[conversation.id] += 1

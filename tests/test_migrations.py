@@ -48,7 +48,7 @@ LEFT_ON_SQLITE = {"sqlite_sequence"}  # SQLite's own; it cannot be dropped
 
 
 @contextmanager
-def bound(url: str, **names: str) -> Iterator[peewee.Database]:
+def bound(url: str, **names: Any) -> Iterator[peewee.Database]:
     database = close_engine.connect(url, **names)
     yield database
     database.close()

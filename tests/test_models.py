@@ -96,7 +96,7 @@ FOREIGN_KEYS = {
 }
 
 #: What the models know of tables that the CRM had before.
-THEIRS = {Lead: {"id", "phone"}, Client: {"id"}, User: {"id"}}
+THEIRS: dict[type[peewee.Model], set[str]] = {Lead: {"id", "phone"}, Client: {"id"}, User: {"id"}}
 
 
 @pytest.mark.parametrize("model", COLUMNS, ids=lambda model: model.__name__)
@@ -309,9 +309,10 @@ def test_only_what_was_assigned_is_written_and_the_crms_other_columns_are_never_
 
 
 def test_the_models_follow_the_binding_from_one_database_to_another(server: str, postgres_template: str) -> None:
+    renamed: dict[str, Any] = {"leads": "Lead", "users": 'The "Users"'}
     with postgres_database(server, postgres_template) as url:
         for attempt in range(2):
-            for place, names in ((url, {}), ("sqlite:///:memory:", {"leads": "Lead", "users": 'The "Users"'})):
+            for place, names in ((url, {}), ("sqlite:///:memory:", renamed)):
                 database = close_engine.connect(place, **names)
                 if place != url:
                     close_engine.migrate(standalone=True)

@@ -112,7 +112,7 @@ def test_what_a_guard_refuses_changes_nothing(
     stage: Stage,
     level: str,
     trigger: str,
-    given: dict[str, str],
+    given: dict[str, Any],
     missing: str,
 ) -> None:
     conversation = conversation_in(stage, autonomy_level=AutonomyLevel(level))
@@ -149,7 +149,7 @@ def test_a_stalled_conversation_resumes_where_it_stalled(conversation_in: Factor
         change = conversation.resume()
 
         assert (change.source, change.dest) == ("STALLED", stage)
-        assert (conversation.stage, conversation.stalled_at) == (stage, None)
+        assert (conversation.stage, conversation.stalled_at) == (stage, None)  # type: ignore[comparison-overlap]
         assert foreign.history(conversation.id)[-1][:3] == ("resume", "STALLED", stage)
         assert_equals_its_row(conversation)
 

@@ -25,6 +25,7 @@ from close_engine import (
     InvalidValue,
     MessageStatus,
     OutboxMessage,
+    PendingAction,
     SchemaError,
     Stage,
     Swept,
@@ -49,7 +50,7 @@ def worker_with(send: Callable[[OutboxMessage], Any], **options: Any) -> Worker:
     return Worker(send, **{"name": "worker-7", "sweep": None, "idle": timedelta(milliseconds=10), **options})
 
 
-def reloaded(message: OutboxMessage) -> OutboxMessage:
+def reloaded(message: OutboxMessage | PendingAction) -> OutboxMessage:
     found: OutboxMessage = OutboxMessage.get_by_id(message.id)
     return found
 
@@ -602,7 +603,7 @@ def test_a_hook_that_the_database_fails_is_tried_again(
     assert told() == [("WARNING", "database unreachable"), ("INFO", "sent")]
 
 
-def psycopg_options(url: str) -> dict[str, str]:
+def psycopg_options(url: str) -> dict[str, Any]:
     import psycopg2.extensions
 
     options = psycopg2.extensions.parse_dsn(url)

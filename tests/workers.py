@@ -17,7 +17,7 @@ from tests.rows import replayed
 LINK = "https://pay.example.com/1"
 
 
-def race(functions: Sequence[Callable[[], Any]]) -> list[Any]:
+def race(functions: Sequence[Callable[..., Any]]) -> list[Any]:
     """Run functions at the same moment, each in a thread with a connection of its own.
 
     Returns:
@@ -25,7 +25,7 @@ def race(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """
     database, barrier = current().database, threading.Barrier(len(functions), timeout=60)
 
-    def run(function: Callable[[], Any]) -> Any:
+    def run(function: Callable[..., Any]) -> Any:
         with database.connection_context():
             barrier.wait()
             try:
@@ -70,13 +70,13 @@ def assert_consistent() -> None:
     """What holds at any moment, whoever did what: stages and history, leases, approvals and their messages."""
     for conversation in CloseEngineConversation.select():
         assert replayed(conversation.id) == conversation.stage
-    in_flight = (
+    in_flight: Any = (
         OutboxMessage.select(peewee.fn.COUNT(1))
         .where((OutboxMessage.status == "PENDING") & OutboxMessage.leased_by.is_null(False))
         .group_by(OutboxMessage.conversation_id)
         .tuples()
     )
     assert all(count == 1 for (count,) in in_flight)
-    keys = [message.key for message in messages() if (message.key or "").startswith("action:")]
+    keys = [key for message in messages() if (key := message.key or "").startswith("action:")]
     approved = PendingAction.select(PendingAction.id).where(PendingAction.status == "APPROVED")
     assert sorted(keys) == sorted(f"action:{action.id}" for action in approved)
