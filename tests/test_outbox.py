@@ -856,6 +856,7 @@ def test_the_order_of_ids_is_the_order_of_commits(postgres: peewee.Database, pos
         assert messages() == []
         first.commit()
 
-    race([lambda: enqueue(conversation.id, "hello"), enqueue_once_somebody_waits])
+    _, failed = race([lambda: enqueue(conversation.id, "hello"), enqueue_once_somebody_waits])
     first.close()
+    assert failed is None
     assert bodies(messages()) == ["hello"]
