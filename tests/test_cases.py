@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from close_engine import (
     Stage,
     submit,
 )
+from close_engine.testing import MovableClock
+from tests.foreign import ForeignWriter
 from tests.workers import LINK, claimed
 
 Factory = Callable[..., CloseEngineConversation]
 
 # -- F9: what is given for the history ------------------------------------------------------------------------------
 
-SENT_FROM = {
+SENT_FROM: dict[str, tuple[Stage, dict[str, Any]]] = {
     "SEND_MESSAGE": (Stage.INITIATED, {}),
     "SEND_PREVIEW": (Stage.BUILDING, {"previewUrl": "https://preview.example.com"}),
     "SEND_PAYMENT_LINK": (Stage.PREVIEW_SENT, {"paymentUrl": LINK}),
@@ -56,7 +59,9 @@ def test_f9_a_message_that_moves_no_stage_keeps_who_drafted_it(conversation_in: 
     assert [message.submitted_by for message in OutboxMessage.select()] == ["writer-3"]
 
 
-def test_f9_an_approval_asked_for_by_the_crm_names_its_own_author(conversation_in: Factory, foreign: Any) -> None:
+def test_f9_an_approval_asked_for_by_the_crm_names_its_own_author(
+    conversation_in: Factory, foreign: ForeignWriter, close_engine_clock: MovableClock
+) -> None:
     """A foreign writer's action names its author in its metadata, as the library's own does."""
     conversation = conversation_in(Stage.QUALIFYING)
     foreign.run(
@@ -66,5 +71,6 @@ def test_f9_an_approval_asked_for_by_the_crm_names_its_own_author(conversation_i
         conversation.lead_id,
     )
     foreign.run("UPDATE pending_actions SET status = 'APPROVED', approved_by = 'dana' WHERE id = 'a1'")
+    close_engine_clock.move(timedelta(minutes=1))
 
     assert claimed().submitted_by == "the CRM"
