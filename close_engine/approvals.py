@@ -268,7 +268,8 @@ def submit(
 
     Raises:
         ConversationClosed: it is COMPLETED or CLOSED_LOST.
-        TransitionNotAllowed, GuardRefused: a preview or a payment link cannot be sent from its stage, or has no link.
+        TransitionNotAllowed: the stage does not allow to send a preview or a payment link.
+        ConditionNotMet: the payment link has no URL.
         StageConflict: somebody changed the conversation since it was loaded.
         InvalidValue: an argument cannot be stored.
     """

@@ -236,7 +236,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         Raises:
             UnknownTrigger: the table has no such trigger at all.
             TransitionNotAllowed: the table has no such trigger from this stage.
-            GuardRefused: it does, but a guard fails.
+            ConditionNotMet: the stage allows it, but a condition is not met.
             StageConflict: somebody changed the conversation since it was loaded.
             ConversationNotFound: it was deleted.
             KeyReused: the key was used for another trigger.

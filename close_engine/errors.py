@@ -24,7 +24,7 @@ __all__ = [
     "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
-    "GuardRefused",
+    "ConditionNotMet",
     "InvalidValue",
     "KeyReused",
     "LeadHasNoPhone",
@@ -128,17 +128,17 @@ class TransitionNotAllowed(TransitionRefused):
         )
 
 
-class GuardRefused(TransitionRefused):
-    """The table allows the trigger from this stage, but its guard does not.
+class ConditionNotMet(TransitionRefused):
+    """The transition table allows the trigger from this stage, but one of its conditions is not met.
 
     Attributes:
-        guard: the sentence that says what is missing.
+        condition: a sentence that says what is missing.
     """
 
-    def __init__(self, conversation_id: str | None, trigger: str, stage: Stage, guard: str) -> None:
-        self.guard = guard
+    def __init__(self, conversation_id: str | None, trigger: str, stage: Stage, condition: str) -> None:
+        self.condition = condition
         super().__init__(
-            f"{_conversation(conversation_id)} is {stage}, and {trigger} is refused: {guard}.",
+            f"{_conversation(conversation_id)} is {stage}, and {trigger} is refused: {condition}.",
             conversation_id,
             trigger,
             stage,

@@ -7,7 +7,7 @@ It is run by one `transitions.Machine` for the whole process, never on a row:
 <Stage.COLLECTING_INFO: 'COLLECTING_INFO'>
 >>> decide("close_lost", Facts(Stage.BUILDING))
 Traceback (most recent call last):
-close_engine.errors.GuardRefused: The conversation is BUILDING, and close_lost is refused: a reason must be given.
+close_engine.errors.ConditionNotMet: The conversation is BUILDING, and close_lost is refused: a reason must be given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from transitions import Machine, MachineError
 
-from close_engine.errors import ActionDecided, GuardRefused, TransitionNotAllowed, UnknownTrigger
+from close_engine.errors import ActionDecided, ConditionNotMet, TransitionNotAllowed, UnknownTrigger
 from close_engine.stages import ACTIVE_STAGES, ActionStatus, AutonomyLevel, Stage
 
 __all__ = [
@@ -222,7 +222,7 @@ def decide(trigger: str, facts: Facts) -> Transition:
     Raises:
         UnknownTrigger: the table has no such trigger.
         TransitionNotAllowed: the table has no such trigger from this stage.
-        GuardRefused: the table has it, but a condition is not met.
+        ConditionNotMet: the table has it, but a condition is not met.
     """
     transition = TRIGGERS.get(trigger)
     if transition is None:
@@ -233,7 +233,7 @@ def decide(trigger: str, facts: Facts) -> Transition:
         raise TransitionNotAllowed(facts.conversation_id, trigger, facts.stage, triggers_from(facts.stage))
     if not fires:
         unmet = next(condition for condition in transition.conditions if condition not in met)
-        raise GuardRefused(facts.conversation_id, trigger, facts.stage, unmet.sentence)
+        raise ConditionNotMet(facts.conversation_id, trigger, facts.stage, unmet.sentence)
     return transition
 
 

@@ -20,10 +20,10 @@ from close_engine import (
     ActionType,
     AutonomyLevel,
     CloseEngineConversation,
+    ConditionNotMet,
     ConversationClosed,
     ConversationNotFound,
     EntryPoint,
-    GuardRefused,
     InvalidValue,
     MessageStatus,
     OutboxMessage,
@@ -211,7 +211,7 @@ def test_a_payment_link_without_a_link_is_refused_at_once(conversation_in: Conve
         for stage in SENDABLE["SEND_PAYMENT_LINK"]:
             conversation = conversation_in(Stage(stage), autonomy_level=level)
             for metadata in (None, {"paymentUrl": " "}, {"paymentUrl": 7}):
-                with pytest.raises(GuardRefused, match="a payment link URL must be given"):
+                with pytest.raises(ConditionNotMet, match="a payment link URL must be given"):
                     submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata=metadata)
             assert values(copy_of(conversation)) == values(conversation)
     assert (messages(), PendingAction.select().count()) == ([], 0)

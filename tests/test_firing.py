@@ -16,9 +16,9 @@ import close_engine
 from close_engine import (
     AutonomyLevel,
     CloseEngineConversation,
+    ConditionNotMet,
     ConversationNotFound,
     EntryPoint,
-    GuardRefused,
     InvalidValue,
     KeyReused,
     PartlyLoaded,
@@ -169,8 +169,13 @@ def test_a_deleted_conversation_is_not_found_and_keeps_its_history(
     [
         (Stage.BUILDING, lambda c: c.collect_info(), TransitionNotAllowed, "is BUILDING, from where collect_info is"),
         (Stage.COMPLETED, lambda c: c.stall(), TransitionNotAllowed, "stall is not allowed; COMPLETED is final."),
-        (Stage.QUALIFYING, lambda c: c.complete(), GuardRefused, "complete is refused: no payment link was sent."),
-        (Stage.QUALIFYING, lambda c: c.close_lost(" "), GuardRefused, "close_lost is refused: a reason must be given."),
+        (Stage.QUALIFYING, lambda c: c.complete(), ConditionNotMet, "complete is refused: no payment link was sent."),
+        (
+            Stage.QUALIFYING,
+            lambda c: c.close_lost(" "),
+            ConditionNotMet,
+            "close_lost is refused: a reason must be given.",
+        ),
         (
             Stage.QUALIFYING,
             lambda c: c.fire("win"),
@@ -216,7 +221,7 @@ def test_a_refusal_is_a_sentence_and_leaves_everything_as_it_was(
 
 def test_who_approved_the_payment_link_stands_in_the_history(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
-    with pytest.raises(GuardRefused, match="asks for an approval first"):
+    with pytest.raises(ConditionNotMet, match="asks for an approval first"):
         conversation.send_payment_link("https://pay.example.com/1")
     change = conversation.send_payment_link("https://pay.example.com/1", approved_by="ann", metadata={"sum": 900})
     assert change.metadata == {"sum": 900, "approved_by": "ann"}

@@ -21,9 +21,9 @@ from close_engine import (
     ActionType,
     AutonomyLevel,
     CloseEngineConversation,
+    ConditionNotMet,
     ConversationCompleted,
     EntryPoint,
-    GuardRefused,
     KeyReused,
     Lead,
     LeadHasNoPhone,
@@ -173,7 +173,7 @@ def test_03_writing_the_stage_directly_is_refused_in_python_and_guarded_and_reco
 def test_04_a_payment_is_taken_whatever_the_stage_is(conversation_in: ConversationIn, late_in: Stage) -> None:
     """A payment that arrived while STALLED was ignored."""
     conversation = conversation_in(Stage.PREVIEW_SENT)
-    with pytest.raises(GuardRefused, match="no payment link was sent"):
+    with pytest.raises(ConditionNotMet, match="no payment link was sent"):
         conversation.complete()
     conversation.send_payment_link("https://pay.example.com/1")
     if late_in is Stage.EDIT_LOOP:  # lost, reopened, and at work again when the old link is paid

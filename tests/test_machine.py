@@ -10,7 +10,7 @@ import pytest
 from transitions import Machine
 
 import close_engine
-from close_engine import CloseEngineConversation, GuardRefused, Stage, TransitionNotAllowed, UnknownTrigger
+from close_engine import CloseEngineConversation, ConditionNotMet, Stage, TransitionNotAllowed, UnknownTrigger
 from close_engine.machine import TRANSITIONS, TRIGGERS, Facts, _machine, decide, mermaid, pairs, trigger_between
 from close_engine.stages import AutonomyLevel
 from tests.design import ACTIVE, GIVEN, REASON, STAGES, TABLE, TRIGGER_BETWEEN, URL, triggers_from
@@ -85,15 +85,15 @@ def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
         ("close_lost", Stage.BUILDING, {"given": {"closed_lost_reason": "\t"}}, "a reason must be given"),
     ],
 )
-def test_a_guard_refuses_and_says_what_is_missing(
+def test_a_condition_that_is_not_met_is_refused_with_what_is_missing(
     trigger: str, source: Stage, facts: dict[str, Any], missing: str
 ) -> None:
     draft = Facts(source, "c1", **facts)
-    with pytest.raises(GuardRefused) as refused:
+    with pytest.raises(ConditionNotMet) as refused:
         decide(trigger, draft)
     assert str(refused.value) == f"Conversation 'c1' is {source}, and {trigger} is refused: {missing}."
     assert (refused.value.conversation_id, refused.value.trigger) == ("c1", trigger)
-    assert (refused.value.stage, refused.value.guard) == (source, missing)
+    assert (refused.value.stage, refused.value.condition) == (source, missing)
 
 
 @pytest.mark.parametrize("level", list(AutonomyLevel))

@@ -13,7 +13,7 @@ import close_engine
 from close_engine import (
     AutonomyLevel,
     CloseEngineConversation,
-    GuardRefused,
+    ConditionNotMet,
     Stage,
     StageChange,
     TransitionNotAllowed,
@@ -106,7 +106,7 @@ def refused(conversation: CloseEngineConversation, trigger: str, before: dict[st
         (Stage.BUILDING, "FULL_AUTO", "close_lost", {"reason": " "}, "a reason must be given"),
     ],
 )
-def test_what_a_guard_refuses_changes_nothing(
+def test_a_condition_that_is_not_met_changes_nothing(
     conversation_in: Factory,
     foreign: ForeignWriter,
     stage: Stage,
@@ -117,7 +117,7 @@ def test_what_a_guard_refuses_changes_nothing(
 ) -> None:
     conversation = conversation_in(stage, autonomy_level=AutonomyLevel(level))
     before, past = foreign.row(conversation.id), foreign.history(conversation.id)
-    with pytest.raises(GuardRefused, match=missing) as refusal:
+    with pytest.raises(ConditionNotMet, match=missing) as refusal:
         conversation.fire(trigger, **given)
     assert (refusal.value.conversation_id, refusal.value.stage) == (conversation.id, stage)
     assert (foreign.row(conversation.id), foreign.history(conversation.id)) == (before, past)

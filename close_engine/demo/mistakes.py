@@ -15,9 +15,9 @@ from close_engine.database.fields import create_id
 from close_engine.demo.stories import Role
 from close_engine.errors import (
     ActionDecided,
+    ConditionNotMet,
     ConversationClosed,
     ConversationCompleted,
-    GuardRefused,
     KeyReused,
     LeadHasNoPhone,
     LeaseLost,
@@ -113,13 +113,13 @@ MISTAKES = (
     Mistake("fires a trigger that the stage does not have", TransitionNotAllowed, _fire_elsewhere),
     Mistake(
         "gives a lead up without a reason",
-        GuardRefused,
+        ConditionNotMet,
         lambda turn: turn.conversation.fire("close_lost"),
         lambda turn: "close_lost" in triggers_from(turn.conversation.stage),
     ),
     Mistake(
         "sends a payment link without the approval it needs",
-        GuardRefused,
+        ConditionNotMet,
         lambda turn: turn.conversation.send_payment_link("https://pay.example.com/too-early"),
         lambda turn: turn.conversation.stage is Stage.PENDING_APPROVAL,
     ),
