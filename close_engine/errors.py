@@ -150,22 +150,22 @@ class StageConflict(CloseEngineError):
 
     Attributes:
         conversation_id: the conversation.
-        trigger: what was to be fired.
+        operation: the trigger, or the method that wrote: `save()`, `submit()`, `receive()`.
         expected: the Stage that the object in memory has.
         found: the Stage that the row has now.
     """
 
-    def __init__(self, conversation_id: str, trigger: str, expected: Stage, found: Stage) -> None:
+    def __init__(self, conversation_id: str, operation: str, expected: Stage, found: Stage) -> None:
         self.conversation_id = conversation_id
-        self.trigger = trigger
+        self.operation = operation
         self.expected = expected
         self.found = found
         moved = f"expected {expected} and found {found}"
         if expected is found:
             moved = f"expected {expected} and found {found} again, but changed since it was loaded"
         super().__init__(
-            f"Conversation {conversation_id!r} was changed by somebody else: {trigger} {moved}; "
-            "reload it and decide again, or hold it with locked()."
+            f"Conversation {conversation_id!r} was changed by somebody else: {operation} {moved}; "
+            "reload it and decide again, or lock it with locked()."
         )
 
 

@@ -120,11 +120,11 @@ def test_whoever_changed_the_row_since_it_was_loaded_makes_a_conflict(
     with pytest.raises(StageConflict) as caught:
         conversation.save() if write == "save()" else conversation.close_lost("no answer")
     error = caught.value
-    assert (error.conversation_id, error.trigger) == (conversation.id, write)
+    assert (error.conversation_id, error.operation) == (conversation.id, write)
     assert (error.expected, error.found) == (Stage.QUALIFYING, row["stage"])
     assert f"expected QUALIFYING and found {row['stage']}" in str(error)
     assert ("again, but changed since it was loaded" in str(error)) == (row["stage"] is Stage.QUALIFYING)
-    assert "reload it and decide again, or hold it with locked()." in str(error)
+    assert "reload it and decide again, or lock it with locked()." in str(error)
     assert in_memory(conversation) == before
     assert (stored(conversation), triggers(conversation)) == (row, history)
 
