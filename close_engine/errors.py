@@ -1,4 +1,34 @@
-"""Every refusal of this library: one base class, a sentence to act on, its data as attributes.
+"""Every error of this library: a sentence that says what to do, and its data as attributes.
+
+    CloseEngineError
+        ConfigurationError
+        SchemaError
+        InvalidValue, also a ValueError
+        UnknownTrigger, also a LookupError
+        TransitionRefused
+            TransitionNotAllowed
+            ConditionNotMet
+        StageAssignmentRefused, also an AttributeError
+        StageConflict
+        KeyReused
+        PartlyLoaded
+        NotFound, also a LookupError
+            ConversationNotFound
+            LeadNotFound
+            UserNotFound
+            ActionNotFound
+            MessageNotFound
+        LeadHasNoPhone
+        ConversationCompleted
+        ConversationClosed
+        ActionDecided
+        CannotBeSent
+        LeaseLost
+        MessageNotDead
+        ProviderIdTaken
+        PaymentUnmatched
+        TransactionFailed
+        AfterCommitError
 
 >>> try:
 ...     raise LeadHasNoPhone("lead_1")
@@ -20,11 +50,11 @@ __all__ = [
     "AfterCommitError",
     "CannotBeSent",
     "CloseEngineError",
+    "ConditionNotMet",
     "ConfigurationError",
     "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
-    "ConditionNotMet",
     "InvalidValue",
     "KeyReused",
     "LeadHasNoPhone",
@@ -32,6 +62,7 @@ __all__ = [
     "LeaseLost",
     "MessageNotDead",
     "MessageNotFound",
+    "NotFound",
     "PartlyLoaded",
     "PaymentUnmatched",
     "ProviderIdTaken",
@@ -51,7 +82,7 @@ class CloseEngineError(Exception):
 
 
 class ConfigurationError(CloseEngineError):
-    """The library is not told, or told wrongly, which database and tables to use."""
+    """A setting is missing or wrong: the database, the clock or the sender."""
 
 
 class SchemaError(CloseEngineError):
@@ -67,10 +98,10 @@ class SchemaError(CloseEngineError):
 
 
 class InvalidValue(CloseEngineError, ValueError):
-    """A value that a column cannot hold faithfully, refused before the database sees it.
+    """An argument makes no sense, or a column cannot store it unchanged. The database never saw it.
 
     Attributes:
-        field: name of the field.
+        field: name of the field or the argument.
         value: the refused value.
     """
 
@@ -81,10 +112,10 @@ class InvalidValue(CloseEngineError, ValueError):
 
 
 class UnknownTrigger(CloseEngineError, LookupError):
-    """A trigger that the transition table does not have.
+    """The transition table has no trigger of this name.
 
     Attributes:
-        trigger: the name that was asked for.
+        trigger: the name.
         known: list of the names that exist.
     """
 
@@ -95,12 +126,12 @@ class UnknownTrigger(CloseEngineError, LookupError):
 
 
 class TransitionRefused(CloseEngineError):
-    """The machine refuses this trigger now; nothing was written.
+    """The conversation cannot take this trigger now; nothing was written.
 
     Attributes:
-        conversation_id: the conversation, or None where the question was asked of the bare machine.
+        conversation_id: the conversation; None if the transition table was asked without one.
         trigger: the refused trigger.
-        stage: the stage it was refused in.
+        stage: the Stage that refused it.
     """
 
     def __init__(self, message: str, conversation_id: str | None, trigger: str, stage: Stage) -> None:
@@ -111,10 +142,10 @@ class TransitionRefused(CloseEngineError):
 
 
 class TransitionNotAllowed(TransitionRefused):
-    """The transition table has no such trigger from this stage.
+    """The transition table does not allow the trigger from this stage.
 
     Attributes:
-        allowed: list of the triggers that the table has from this stage.
+        allowed: list of the triggers that it allows from this stage.
     """
 
     def __init__(self, conversation_id: str | None, trigger: str, stage: Stage, allowed: Sequence[str]) -> None:
@@ -145,8 +176,20 @@ class ConditionNotMet(TransitionRefused):
         )
 
 
+class StageAssignmentRefused(CloseEngineError, AttributeError):
+    """Code tried to write the stage without a trigger.
+
+    Attributes:
+        stage: the Stage that it tried to write.
+    """
+
+    def __init__(self, message: str, stage: Any) -> None:
+        self.stage = stage
+        super().__init__(message)
+
+
 class StageConflict(CloseEngineError):
-    """Somebody else changed the conversation since it was loaded; nothing was written.
+    """Another writer changed the conversation after it was loaded; nothing was written.
 
     Attributes:
         conversation_id: the conversation.
@@ -190,35 +233,8 @@ class KeyReused(CloseEngineError):
         )
 
 
-class StageAssignmentRefused(CloseEngineError, AttributeError):
-    """The stage was to be written past the machine.
-
-    Attributes:
-        stage: the Stage that was to be written.
-    """
-
-    def __init__(self, message: str, stage: Any) -> None:
-        self.stage = stage
-        super().__init__(message)
-
-
-class ConversationNotFound(CloseEngineError, LookupError):
-    """There is no such conversation (any more).
-
-    Attributes:
-        conversation_id: what was looked for.
-    """
-
-    def __init__(self, conversation_id: str) -> None:
-        self.conversation_id = conversation_id
-        super().__init__(
-            f"There is no conversation {conversation_id!r}: it was deleted with its lead, or never opened with "
-            "open_conversation()."
-        )
-
-
 class PartlyLoaded(CloseEngineError):
-    """The object lacks columns on which a decision rests, as its query did not select them.
+    """The query that loaded the conversation left out columns that a decision needs.
 
     Attributes:
         conversation_id: the conversation.
@@ -234,8 +250,89 @@ class PartlyLoaded(CloseEngineError):
         )
 
 
+class NotFound(CloseEngineError, LookupError):
+    """The database has no such row: it never had it, or the row was deleted."""
+
+
+class ConversationNotFound(NotFound):
+    """There is no such conversation.
+
+    Attributes:
+        conversation_id: the id that was looked for.
+    """
+
+    def __init__(self, conversation_id: str) -> None:
+        self.conversation_id = conversation_id
+        super().__init__(
+            f"There is no conversation {conversation_id!r}: it was deleted with its lead, or never opened with "
+            "open_conversation()."
+        )
+
+
+class LeadNotFound(NotFound):
+    """There is no such lead.
+
+    Attributes:
+        lead_id: the id that was looked for.
+    """
+
+    def __init__(self, lead_id: str) -> None:
+        self.lead_id = lead_id
+        super().__init__(f"There is no lead {lead_id!r}.")
+
+
+class UserNotFound(NotFound):
+    """There is no such user; the rep of a conversation must be one.
+
+    Attributes:
+        user_id: the id that was looked for.
+    """
+
+    def __init__(self, user_id: str) -> None:
+        self.user_id = user_id
+        super().__init__(f"There is no user {user_id!r}.")
+
+
+class ActionNotFound(NotFound):
+    """There is no such pending action.
+
+    Attributes:
+        action_id: the id that was looked for.
+    """
+
+    def __init__(self, action_id: str) -> None:
+        self.action_id = action_id
+        super().__init__(f"There is no action {action_id!r}.")
+
+
+class MessageNotFound(NotFound):
+    """There is no such message in the outbox.
+
+    Attributes:
+        message_id: the id that was looked for.
+    """
+
+    def __init__(self, message_id: int | str) -> None:
+        self.message_id = message_id
+        super().__init__(f"There is no message {message_id!r} in the outbox.")
+
+
+class LeadHasNoPhone(CloseEngineError):
+    """The lead has no phone number, so nobody can text it.
+
+    Attributes:
+        lead_id: the lead.
+    """
+
+    def __init__(self, lead_id: str) -> None:
+        self.lead_id = lead_id
+        super().__init__(
+            f"Lead {lead_id!r} has no phone number, so no conversation by text message can be opened: add one first."
+        )
+
+
 class ConversationCompleted(CloseEngineError):
-    """The lead has paid already: its conversation is final and cannot be opened again.
+    """The lead has paid: its conversation is COMPLETED and cannot be opened again.
 
     Attributes:
         conversation_id: the completed conversation.
@@ -251,46 +348,8 @@ class ConversationCompleted(CloseEngineError):
         )
 
 
-class LeadNotFound(CloseEngineError, LookupError):
-    """There is no such lead.
-
-    Attributes:
-        lead_id: what was looked for.
-    """
-
-    def __init__(self, lead_id: str) -> None:
-        self.lead_id = lead_id
-        super().__init__(f"There is no lead {lead_id!r}.")
-
-
-class UserNotFound(CloseEngineError, LookupError):
-    """There is no such user to be the rep.
-
-    Attributes:
-        user_id: what was looked for.
-    """
-
-    def __init__(self, user_id: str) -> None:
-        self.user_id = user_id
-        super().__init__(f"There is no user {user_id!r}.")
-
-
-class LeadHasNoPhone(CloseEngineError):
-    """A lead without a phone number cannot be texted.
-
-    Attributes:
-        lead_id: the lead.
-    """
-
-    def __init__(self, lead_id: str) -> None:
-        self.lead_id = lead_id
-        super().__init__(
-            f"Lead {lead_id!r} has no phone number, so no conversation by text message can be opened: add one first."
-        )
-
-
 class ConversationClosed(CloseEngineError):
-    """The conversation is COMPLETED or CLOSED_LOST, so no draft of it is sent any more.
+    """The conversation is COMPLETED or CLOSED_LOST, so nothing more is sent to its lead.
 
     Attributes:
         conversation_id: the conversation.
@@ -306,11 +365,11 @@ class ConversationClosed(CloseEngineError):
 
 
 class ActionDecided(CloseEngineError):
-    """The pending action is decided already, the other way.
+    """Somebody already decided otherwise on the pending action, or it expired.
 
     Attributes:
         action_id: the action.
-        trigger: what was to be done to it: `approve`, `reject` or `expire`.
+        trigger: the decision that came too late: `approve`, `reject` or `expire`.
         status: the ActionStatus that it has.
     """
 
@@ -322,30 +381,18 @@ class ActionDecided(CloseEngineError):
         super().__init__(f"Action {action_id!r} is {status}, so it is too late to {trigger} it: {again}.")
 
 
-class ActionNotFound(CloseEngineError, LookupError):
-    """There is no such pending action.
-
-    Attributes:
-        action_id: what was looked for.
-    """
-
-    def __init__(self, action_id: str) -> None:
-        self.action_id = action_id
-        super().__init__(f"There is no action {action_id!r}.")
-
-
 class CannotBeSent(CloseEngineError):
-    """For a sender to raise: this message will never be delivered, so it is not to be tried again."""
+    """Raise it in your sender if a message can never be delivered: the worker will not try it again."""
 
 
 class LeaseLost(CloseEngineError):
-    """The message is no longer this worker's to report on; nothing was changed.
+    """This worker no longer holds the message and cannot report on it; nothing was changed.
 
     Attributes:
         message_id: the message.
-        worker: who wanted to report.
-        status: the MessageStatus that it has now.
-        leased_by: who holds it now, or sent it; None where nobody does.
+        worker: the worker that tried to report.
+        status: the MessageStatus that the message has now.
+        leased_by: the worker that holds it now, or sent it; None if nobody does.
     """
 
     def __init__(self, message_id: int, worker: str | None, status: MessageStatus, leased_by: str | None) -> None:
@@ -359,20 +406,8 @@ class LeaseLost(CloseEngineError):
         )
 
 
-class MessageNotFound(CloseEngineError, LookupError):
-    """There is no such message in the outbox.
-
-    Attributes:
-        message_id: what was looked for.
-    """
-
-    def __init__(self, message_id: int | str) -> None:
-        self.message_id = message_id
-        super().__init__(f"There is no message {message_id!r} in the outbox.")
-
-
 class MessageNotDead(CloseEngineError):
-    """Only a dead message can be put back into the outbox.
+    """Only a DEAD message can be put back into the outbox.
 
     Attributes:
         message_id: the message.
@@ -386,11 +421,11 @@ class MessageNotDead(CloseEngineError):
 
 
 class ProviderIdTaken(CloseEngineError):
-    """The provider's id stands for another message already.
+    """Another message already has this id of the provider.
 
     Attributes:
-        provider_id: the id.
-        message_id: the message that it was to be given to.
+        provider_id: the provider's id.
+        message_id: the message that was to get it.
         first: the id of the message that has it.
     """
 
@@ -405,12 +440,12 @@ class ProviderIdTaken(CloseEngineError):
 
 
 class PaymentUnmatched(CloseEngineError):
-    """A payment came in that belongs to no conversation: look at it, and record or refund it by hand.
+    """A payment belongs to no open conversation, so nothing was recorded: look at it, and record or refund it by hand.
 
     Attributes:
-        lead_id: who paid.
+        lead_id: the lead that paid.
         key: the payment's key.
-        why: what it cannot be matched with.
+        why: why it matches no conversation.
     """
 
     def __init__(self, lead_id: str, key: str, why: str) -> None:
@@ -421,20 +456,20 @@ class PaymentUnmatched(CloseEngineError):
 
 
 class TransactionFailed(CloseEngineError):
-    """A statement in the transaction failed, its error was caught in the block, and the block went on to its end.
+    """A statement in the transaction failed, the block caught its error and went on to its end.
 
-    PostgreSQL then undoes the transaction although it is told to commit it; so nothing of it is written.
+    PostgreSQL then rolls the transaction back, even if it is told to commit, so nothing is written.
     """
 
     def __init__(self) -> None:
         super().__init__(
             "A statement in this transaction failed, so PostgreSQL undoes all of it: nothing is written. "
-            "Put what may fail into an atomic() of its own inside this one."
+            "Put what may fail into an inner atomic(), and catch its error around that."
         )
 
 
 class AfterCommitError(CloseEngineError):
-    """Functions that were to run after the commit failed. The change itself IS committed.
+    """Functions that ran after the commit failed. The change itself IS committed.
 
     Attributes:
         errors: list of the exceptions, in the order in which they were raised.
@@ -442,8 +477,8 @@ class AfterCommitError(CloseEngineError):
 
     def __init__(self, errors: Sequence[Exception]) -> None:
         self.errors = list(errors)
-        told = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
-        super().__init__(f"The change is committed, but what was to run after it failed: {told}")
+        failures = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
+        super().__init__(f"The change is committed, but functions that ran after it failed: {failures}")
 
 
 def first_line(error: BaseException) -> str:
@@ -452,7 +487,7 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """All that a driver says, for the inside of a sentence."""
+    """All that a driver says, on one line, to be part of a sentence."""
     return " ".join(str(error).split()).rstrip(".")
 
 

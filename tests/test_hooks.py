@@ -374,7 +374,7 @@ def test_an_after_commit_hook_that_fails_is_told_and_the_change_and_the_other_ho
     with pytest.raises(AfterCommitError) as caught:
         stall()
     assert [type(error) for error in caught.value.errors] == [Stop]
-    assert str(caught.value).endswith("what was to run after it failed: Stop: no printer")
+    assert str(caught.value).endswith("functions that ran after it failed: Stop: no printer")
     assert in_memory(conversation) == (stored(conversation), set())
     assert conversation.stage is Stage.STALLED
     assert (fired(told), fired(others)) == (["stall"], ["stall"])

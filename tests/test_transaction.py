@@ -326,7 +326,7 @@ def test_a_failing_function_is_told_and_the_commit_and_the_others_stand(conversa
     assert [str(error) for error in caught.value.errors] == ["no printer", "no printer"]
     assert isinstance(caught.value.__cause__, Stop)
     assert str(caught.value) == (
-        "The change is committed, but what was to run after it failed: Stop: no printer; Stop: no printer"
+        "The change is committed, but functions that ran after it failed: Stop: no printer; Stop: no printer"
     )
     assert told == ["same call", "other call"]
     assert conversation.stage is stored(conversation)["stage"] is Stage.COLLECTING_INFO
