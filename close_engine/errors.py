@@ -39,6 +39,7 @@ Lead 'lead_1' has no phone number, so no conversation by text message can be ope
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,21 @@ __all__ = [
 
 
 class CloseEngineError(Exception):
-    """Base class of every error that this library raises."""
+    """Base class of every error that this library raises.
+
+    An error can be pickled, so it crosses process pools and task queues, with its text and its attributes. Text takes
+    the place of whatever it holds that cannot be pickled itself.
+    """
+
+    # Python would call `__init__` with `args`, which hold the finished sentence and not what the sentence is made of.
+    def __reduce__(self) -> tuple[Any, ...]:
+        args = self.args if _can_be_pickled(self.args) else (str(self),)
+        return _without_init, (type(self), args), {name: _portable(value) for name, value in vars(self).items()}
+
+    def __copy__(self) -> CloseEngineError:
+        copied = _without_init(type(self), self.args)
+        vars(copied).update(vars(self))
+        return copied
 
 
 class ConfigurationError(CloseEngineError):
@@ -489,6 +504,30 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All that a driver says, on one line, to be part of a sentence."""
     return " ".join(str(error).split()).rstrip(".")
+
+
+def _without_init(kind: type[CloseEngineError], args: tuple[Any, ...]) -> CloseEngineError:
+    return kind.__new__(kind, *args)
+
+
+def _can_be_pickled(value: Any) -> bool:
+    # Other people's classes may raise anything here, and some fail only on the way back.
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
+
+
+def _portable(value: Any) -> Any:
+    """The value itself if it can be pickled, or else text in its place."""
+    if _can_be_pickled(value):
+        return value
+    if isinstance(value, BaseException):
+        return RuntimeError(f"{type(value).__name__}: {value}")
+    if isinstance(value, list) and all(isinstance(item, BaseException) for item in value):
+        return [_portable(item) for item in value]
+    return repr(value)
 
 
 def _conversation(conversation_id: str | None) -> str:
