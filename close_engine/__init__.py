@@ -1,5 +1,7 @@
 """Close Engine: close conversations as a state machine whose rules hold in Python and in the database."""
 
+from types import FunctionType
+
 from close_engine import outbox, schema
 from close_engine.approvals import (
     APPROVAL_FIRST,
@@ -143,3 +145,9 @@ __all__ = [
     "verify",
     "Worker",
 ]
+
+# Tracebacks and reprs then show the name to import, `close_engine.StageConflict`, and not the file it stands in.
+for _name in __all__:
+    _public = globals()[_name]
+    if isinstance(_public, (type, FunctionType)):
+        _public.__module__ = __name__

@@ -6,7 +6,7 @@ does past Peewee, the database's guard judges.
 >>> from close_engine.conversations import CloseEngineConversation
 >>> CloseEngineConversation.insert(stage="BUILDING")
 Traceback (most recent call last):
-close_engine.errors.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
+close_engine.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
 use open_conversation(), and then its triggers.
 """
 

@@ -11,7 +11,7 @@ it was loaded, and the database adds the history row. Refused, conflicting or ro
 >>> database = connect("sqlite:///:memory:")
 >>> CloseEngineConversation(stage="BUILDING")
 Traceback (most recent call last):
-close_engine.errors.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
+close_engine.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
 use open_conversation(), and then its triggers.
 """
 

@@ -7,7 +7,7 @@ It is run by one `transitions.Machine` for the whole process, never on a row:
 <Stage.COLLECTING_INFO: 'COLLECTING_INFO'>
 >>> decide("close_lost", Facts(Stage.BUILDING))
 Traceback (most recent call last):
-close_engine.errors.ConditionNotMet: The conversation is BUILDING, and close_lost is refused: a reason must be given.
+close_engine.ConditionNotMet: The conversation is BUILDING, and close_lost is refused: a reason must be given.
 """
 
 from __future__ import annotations
