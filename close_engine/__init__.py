@@ -7,6 +7,7 @@ from close_engine.approvals import (
     APPROVAL_FIRST,
     DEFAULT_EXPIRY,
     PendingAction,
+    Policy,
     needs_approval,
     pending_actions,
     submit,
@@ -46,9 +47,9 @@ from close_engine.errors import (
     UnknownTrigger,
     UserNotFound,
 )
-from close_engine.hooks import after_commit, on_enter, on_exit
+from close_engine.hooks import Hook, after_commit, on_enter, on_exit
 from close_engine.inbox import InboxEntry, Received, receive, record_payment
-from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS
+from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Transition
 from close_engine.models import Client, Lead, StageChange, User
 from close_engine.outbox import OutboxMessage
 from close_engine.schema import migrate, verify
@@ -64,7 +65,7 @@ from close_engine.stages import (
 )
 from close_engine.sweeps import Swept, expire_actions, lose_stalled, release_leases, stall_silent, sweep
 from close_engine.version import __version__
-from close_engine.worker import Worker
+from close_engine.worker import Sender, Worker
 
 __all__ = [
     "__version__",
@@ -95,6 +96,7 @@ __all__ = [
     "EntryPoint",
     "expire_actions",
     "ConditionNotMet",
+    "Hook",
     "InboxEntry",
     "InvalidValue",
     "KeyReused",
@@ -119,6 +121,7 @@ __all__ = [
     "PaymentUnmatched",
     "pending_actions",
     "PendingAction",
+    "Policy",
     "ProviderIdTaken",
     "receive",
     "Received",
@@ -126,6 +129,7 @@ __all__ = [
     "release_leases",
     "schema",
     "SchemaError",
+    "Sender",
     "Stage",
     "StageAssignmentRefused",
     "StageChange",
@@ -136,6 +140,7 @@ __all__ = [
     "Swept",
     "Tables",
     "TransactionFailed",
+    "Transition",
     "TransitionNotAllowed",
     "TransitionRefused",
     "TRANSITIONS",

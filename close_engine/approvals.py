@@ -70,8 +70,8 @@ _TRIGGER = {
     ActionType.SEND_PAYMENT_LINK: "send_payment_link",
 }
 
-#: Whether a human sees an action of this type first, in a conversation of this level.
 Policy = Callable[[AutonomyLevel, ActionType], bool]
+"""Whether a human must approve an action of this type, in a conversation of this level."""
 
 
 def needs_approval(level: AutonomyLevel, type: ActionType) -> bool:

@@ -52,8 +52,8 @@ __all__ = ["Sender", "Worker", "load_sender", "print_sender"]
 
 logger = logging.getLogger(__name__)
 
-#: Sends a message, and returns the provider's id of it, or None where it has none.
 Sender = Callable[[OutboxMessage], "str | None"]
+"""Sends a message and returns the provider's id of it, or None if the provider gives none."""
 
 
 def print_sender(message: OutboxMessage) -> None:
