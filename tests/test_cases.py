@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from close_engine import (
     ActionStatus,
@@ -125,6 +126,17 @@ def test_f7_an_error_crosses_a_process_pool() -> None:
             pool.submit(lose).result()
         assert (caught.value.operation, caught.value.found) == ("stall", Stage.COMPLETED)
         assert pool.submit(abs, -1).result() == 1
+
+
+def test_f7_an_error_crosses_celerys_results() -> None:
+    """Celery handed a StageConflict over as a bare CloseEngineError without attributes: no caller could catch it."""
+    conflict = errors.StageConflict("c1", "stall", Stage.BUILDING, Stage.COMPLETED)
+    app = Celery(backend="cache+memory://", broker="memory://", set_as_current=False)
+    app.conf.update(result_serializer="pickle", accept_content=["pickle"])
+    app.backend.mark_as_failure("task-1", conflict)
+    with pytest.raises(errors.StageConflict) as caught:
+        app.AsyncResult("task-1").get()
+    assert content(caught.value) == content(conflict)
 
 
 def test_f7_a_users_own_error_keeps_all_it_holds() -> None:
