@@ -94,7 +94,7 @@ def change_stage(
         the history row.
 
     Raises:
-        UnknownTrigger, TransitionNotAllowed, GuardRefused, PartlyLoaded: as `decide` and `facts_of` say.
+        UnknownTrigger, TransitionNotAllowed, ConditionNotMet, PartlyLoaded: as `decide` and `facts_of` say.
         StageConflict, ConversationNotFound: as `conflict` says.
         KeyReused: the key was used for another trigger.
         InvalidValue: a value cannot be stored.
