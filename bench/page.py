@@ -30,8 +30,8 @@ def _quoted(run: dict[str, Any] | None) -> str:
     settings = ", ".join(f"{name} = {value}" for name, value in run["settings"].items())
     ran = (
         f"`{run['command']}`, {run['date'][:10]}, {run['seconds']} seconds, on {machine['cores']} cores of "
-        f"{machine['cpu']}, {machine['memory_mb']:,} MB, load {machine['load']} at its end, {machine['system']}. "
-        f"PostgreSQL's settings: {settings}. {versions}.\n"
+        f"{machine['cpu']}, {machine['memory_mb']:,} MB, load {machine['load']} at the end, {machine['system']}. "
+        f"PostgreSQL settings: {settings}. {versions}.\n"
     )
     return "\n".join([*(_markdown(table) for table in run["tables"]), ran])
 
