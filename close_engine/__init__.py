@@ -14,6 +14,7 @@ from close_engine.approvals import (
 )
 from close_engine.conversations import Answer, CloseEngineConversation, locked, open_conversation
 from close_engine.database.binding import Tables, bind
+from close_engine.database.provenance import ProvenanceArguments
 from close_engine.database.transaction import atomic
 from close_engine.database.url import connect
 from close_engine.errors import (
@@ -49,7 +50,7 @@ from close_engine.errors import (
 )
 from close_engine.hooks import Hook, after_commit, on_enter, on_exit
 from close_engine.inbox import InboxEntry, Received, receive, record_payment
-from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Transition
+from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Condition, Facts, Stamp, Transition
 from close_engine.models import Client, Lead, StageChange, User
 from close_engine.outbox import OutboxMessage
 from close_engine.schema import migrate, verify
@@ -87,6 +88,8 @@ __all__ = [
     "CLOSED_STAGES",
     "CloseEngineConversation",
     "CloseEngineError",
+    "Condition",
+    "ConditionNotMet",
     "ConfigurationError",
     "connect",
     "ConversationClosed",
@@ -95,7 +98,7 @@ __all__ = [
     "DEFAULT_EXPIRY",
     "EntryPoint",
     "expire_actions",
-    "ConditionNotMet",
+    "Facts",
     "Hook",
     "InboxEntry",
     "InvalidValue",
@@ -122,6 +125,7 @@ __all__ = [
     "pending_actions",
     "PendingAction",
     "Policy",
+    "ProvenanceArguments",
     "ProviderIdTaken",
     "receive",
     "Received",
@@ -135,6 +139,7 @@ __all__ = [
     "StageChange",
     "StageConflict",
     "stall_silent",
+    "Stamp",
     "submit",
     "sweep",
     "Swept",
