@@ -67,11 +67,15 @@ class Assignment(NamedTuple):
     parameters: tuple[Any, ...] = ()
 
 
-_STAGE_IT_STALLED_IN = Assignment(
-    "stage",
-    "COALESCE((SELECT source FROM {history} WHERE conversation_id = close_engine_conversations.id "
-    "AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING')",
-)
+#: What writes the stage that a transition leads to; None is the stage that the conversation stalled in.
+_STAGE: dict[Stage | None, Assignment] = {
+    None: Assignment(
+        "stage",
+        "COALESCE((SELECT source FROM {history} WHERE conversation_id = close_engine_conversations.id "
+        "AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING')",
+    ),
+    **{stage: Assignment("stage", "%s", (stage.value,)) for stage in Stage},
+}
 
 
 def change_stage(
@@ -106,11 +110,11 @@ def change_stage(
         with atomic() if hooked else nullcontext():
             if hooked:
                 hooks.run_on_exit(conversation, transition)
-            version = next_version(conversation)
-            assignments = assigned_by(transition, version, given)
+            at = stored_time(next_version(conversation))
+            assignments = assigned_by(transition, at, given)
             if also:
                 assignments += assigned(type(conversation), also)
-            row = _write(conversation, source, trigger, version, assignments, provenance)
+            row = _write(conversation, source, assignments, provenance, Write(trigger, conversation.id, at))
             if row is None:
                 raise conflict(conversation, trigger, source)
             change = _accept(conversation, source, trigger, assignments, row, provenance)
@@ -150,23 +154,28 @@ def next_version(conversation: CloseEngineConversation) -> datetime:
     return max(now(), conversation.updated_at + _TICK)
 
 
-def assigned_by(transition: Transition, moment: datetime, given: Mapping[str, Any]) -> list[Assignment]:
-    """List what a transition writes at this moment; `given` are its arguments by name."""
-    at = (stored_time(moment),)
-    assignments = [
-        _STAGE_IT_STALLED_IN if transition.dest is None else Assignment("stage", "%s", (transition.dest.value,)),
-        Assignment("updated_at", "%s", at),
-    ]
+def assigned_by(transition: Transition, at: str, given: Mapping[str, Any]) -> list[Assignment]:
+    """List what a transition writes.
+
+    Args:
+        transition: a row of the table.
+        at: the moment of the change, as the database stores it.
+        given: the arguments of the trigger, by name.
+    """
+    assignments = [_STAGE[transition.dest], Assignment("updated_at", "%s", (at,))]
     for column, stamp in transition.stamps.items():
         if stamp is Stamp.NOW:
-            assignments.append(Assignment(column, "%s", at))
-        elif stamp is Stamp.CLEARED:
-            assignments.append(Assignment(column, "NULL"))
-        elif stamp is Stamp.INCREMENTED:
-            assignments.append(Assignment(column, f'"{column}" + 1'))
-        else:
+            assignments.append(Assignment(column, "%s", (at,)))
+        elif stamp is Stamp.GIVEN:
             assignments.append(Assignment(column, "%s", (clean_text(column, given[column]),)))
+        else:
+            assignments.append(_assigned_without_value(column, stamp))
     return assignments
+
+
+@cache
+def _assigned_without_value(column: str, stamp: Stamp) -> Assignment:
+    return Assignment(column, f'"{column}" + 1' if stamp is Stamp.INCREMENTED else "NULL")
 
 
 def assigned(model: type[CloseEngineConversation], values: Mapping[str, Any]) -> list[Assignment]:
@@ -178,20 +187,20 @@ def assigned(model: type[CloseEngineConversation], values: Mapping[str, Any]) ->
 def _write(
     conversation: CloseEngineConversation,
     source: Stage,
-    trigger: str,
-    version: datetime,
     assignments: list[Assignment],
     provenance: Provenance,
+    write: Write,
 ) -> tuple[Any, ...] | None:
     """Run the guarded write, and return the written columns and the id of the history row, or None."""
     binding, key = current(), provenance.key
-    shape = tuple([(assignment.column, assignment.sql) for assignment in assignments])
+    shape = tuple([assignment[:2] for assignment in assignments])
     statement = _statement(binding.dialect, conversation._meta.table_name, shape, key is not None)
-    parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
+    parameters: list[Any] = []
+    for assignment in assignments:
+        parameters += assignment.parameters
     parameters += (conversation.id, source.value, stored_time(conversation.updated_at))
     if key is not None:
         parameters += (conversation.id, key)
-    write = Write(trigger, conversation.id, stored_time(version))
     return binding.dialect.execute_guarded(binding.database, statement, parameters, provenance, write)
 
 
@@ -221,9 +230,10 @@ def _accept(
     provenance: Provenance,
 ) -> StageChange:
     """Copy what was written into the object, and return the history row that belongs to it."""
-    columns = conversation._meta.columns
-    written = [(columns[assignment.column], value) for assignment, value in zip(assignments, row[:-1], strict=True)]
-    accept(conversation, {field.name: field.python_value(value) for field, value in written})
+    columns, values = conversation._meta.columns, {}
+    for (column, _, _), value in zip(assignments, row, strict=False):
+        values[columns[column].name] = columns[column].python_value(value)
+    accept(conversation, values)
     return StageChange(
         __no_default__=True,
         id=row[-1],

@@ -200,10 +200,9 @@ class OutboxMessage(BaseModel):
         if provider_id is not None:
             other = OutboxMessage.alias()
             condition &= ~peewee.fn.EXISTS(other.select(peewee.SQL("1")).where(other.provider_id == provider_id))
-        returned = [getattr(OutboxMessage, name) for name in values]
-        written = list(OutboxMessage.update(values).where(condition).returning(*returned).execute())
-        if written:
-            accept(self, {name: getattr(written[0], name) for name in values})
+        if OutboxMessage.update(values).where(condition).execute():
+            fields = self._meta.fields
+            accept(self, {name: fields[name].python_value(fields[name].db_value(values[name])) for name in values})
         else:
             self._refuse_unless_reported(provider_id)
         return self

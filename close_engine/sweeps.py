@@ -171,9 +171,9 @@ def _move(
     `spared` says which of those that are held are not due after all.
     """
     transition, moment = TRIGGERS[trigger], now()
-    before, given = stored_time(moment - after), {"closed_lost_reason": reason}
+    before, at, given = stored_time(moment - after), stored_time(moment), {"closed_lost_reason": reason}
     provenance = Provenance(ACTOR, reason)
-    assignments = assigned_by(transition, moment, given)
+    assignments = assigned_by(transition, at, given)
     columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
 
@@ -187,8 +187,7 @@ def _move(
             _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
         return ids
 
-    write = Write(trigger, None, stored_time(moment))
-    return _in_batches(due, lock, [before, stored_time(moment)], batch, move, (provenance, write))
+    return _in_batches(due, lock, [before, at], batch, move, (provenance, Write(trigger, None, at)))
 
 
 def _not_silent(held: list[str], before: str) -> set[str]:

@@ -12,8 +12,6 @@ close_engine.InvalidValue: key cannot be ' ': an idempotency key must not be emp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 from close_engine.database.fields import clean_json, clean_text, dump_json
@@ -48,8 +46,14 @@ class Write(NamedTuple):
     at: str
 
 
-@dataclass(frozen=True)
-class Provenance:
+class _Fields(NamedTuple):
+    actor: str | None
+    reason: str | None
+    metadata: Mapping[str, Any] | None
+    key: str | None
+
+
+class Provenance(_Fields):
     """What a row of the history says besides the stages; it checks itself when it is made.
 
     Attributes:
@@ -62,40 +66,45 @@ class Provenance:
         InvalidValue: the history cannot store it.
     """
 
-    actor: str | None = None
-    reason: str | None = None
-    metadata: Mapping[str, Any] | None = None
-    key: str | None = None
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        for name in ("actor", "reason", "key"):
-            text = getattr(self, name)
-            if text is not None:
-                object.__setattr__(self, name, clean_text(name, text))
-        if self.key is not None and not self.key.strip():
-            raise InvalidValue("key", self.key, "an idempotency key must not be empty")
-        if self.key is not None and len(self.key) > LONGEST_KEY:
-            raise InvalidValue("key", self.key, f"an idempotency key has at most {LONGEST_KEY} characters")
-        if self.metadata is not None:
-            if not isinstance(self.metadata, Mapping):
-                raise InvalidValue("metadata", self.metadata, "it must be a mapping")
-            object.__setattr__(self, "metadata", clean_json("metadata", self.metadata))
+    def __new__(
+        cls,
+        actor: str | None = None,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Provenance:
+        if actor is not None:
+            actor = clean_text("actor", actor)
+        if reason is not None:
+            reason = clean_text("reason", reason)
+        if key is not None:
+            key = clean_text("key", key)
+            if not key.strip():
+                raise InvalidValue("key", key, "an idempotency key must not be empty")
+            if len(key) > LONGEST_KEY:
+                raise InvalidValue("key", key, f"an idempotency key has at most {LONGEST_KEY} characters")
+        if metadata is not None:
+            if not isinstance(metadata, Mapping):
+                raise InvalidValue("metadata", metadata, "it must be a mapping")
+            metadata = clean_json("metadata", metadata)
+        return tuple.__new__(cls, (actor, reason, metadata, key))
 
     def under(self, prefix: str) -> Provenance:
         """Return the same under a key of the library's own, which is the user's key behind a prefix."""
-        prefixed = copy(self)
-        object.__setattr__(prefixed, "key", f"{prefix}:{self.key}")  # its length was checked without the prefix
-        return prefixed
+        return self._replace(key=f"{prefix}:{self.key}")  # its length was checked without the prefix
 
     def context(self, write: Write) -> str:
-        """Say it as the guard takes it up: a JSON object of what is given."""
-        said = {
-            "trigger": write.trigger,
-            "id": write.id,
-            "at": write.at,
-            "actor": self.actor,
-            "reason": self.reason,
-            "metadata": self.metadata,
-            "key": self.key,
-        }
-        return dump_json({name: value for name, value in said.items() if value is not None})
+        """Say it as the guard takes it up: a JSON object."""
+        return dump_json(
+            {
+                "trigger": write.trigger,
+                "id": write.id,
+                "at": write.at,
+                "actor": self.actor,
+                "reason": self.reason,
+                "metadata": self.metadata,
+                "key": self.key,
+            }
+        )

@@ -121,10 +121,12 @@ def accept(instance: Any, values: Mapping[str, Any]) -> None:
         instance: the object of the row.
         values: field name to the value that the row has now; these fields are no longer unsaved.
     """
-    remember(instance, list(values))
-    for name in instance.__rel__.keys() & values.keys():
-        if instance.__data__.get(name) != values[name]:
-            del instance.__rel__[name]
+    if _scopes.open:
+        remember(instance, list(values))
+    if instance.__rel__:
+        for name in instance.__rel__.keys() & values.keys():
+            if instance.__data__.get(name) != values[name]:
+                del instance.__rel__[name]
     instance.__data__.update(values)
     instance._dirty.difference_update(values)
 

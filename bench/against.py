@@ -1,0 +1,168 @@
+"""Does a stage change, or a claim, cost more than it did at another commit?
+
+    python -m bench.against fc8225f
+
+Both are installed side by side, each with a database of its own on one server, and take turns: 20 rounds. Ratios below
+one mean that this checkout is cheaper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.claims import refill_outbox
+from bench.driver import counting_proxy
+from bench.ground import DEST, fill
+from bench.report import Table, microseconds, show, times
+from bench.server import Server, private_server, processor_seconds
+
+ROOT = Path(__file__).parent.parent
+
+#: How many conversations there are, and how many messages are claimed in one round.
+CONVERSATIONS, MESSAGES = 2000, 500
+
+
+class Side:
+    """A process that works with one of the two versions."""
+
+    def __init__(self, directory: str, url: str) -> None:
+        command = [sys.executable, "-m", "bench.driven", directory, url]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def tell(self, verb: str, *arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([verb, *arguments]) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("a process of the comparison ended early; its error is above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.communicate()  # it ends with its input
+
+
+@contextmanager
+def installed(commit: str) -> Iterator[dict[str, str]]:
+    """Install this checkout and another commit: name to the directory that has its package."""
+    with tempfile.TemporaryDirectory(prefix="close_engine_against_") as place:
+        source = f"{place}/source"
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(source)
+        directories = {"before": f"{place}/before", "now": f"{place}/now"}
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", directories["before"], source], check=True)
+        subprocess.run([*pip, "--target", directories["now"], str(ROOT)], check=True)
+        yield directories
+
+
+def compare(server: Server, directories: dict[str, str], rounds: int, changes: int) -> Iterator[Table]:
+    urls = {name: server.url(server.copy("template0", f"against_{name}")) for name in directories}
+    with ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name, directory in directories.items():
+            sides[name] = Side(directory, urls[name])
+            stack.callback(sides[name].close)
+            found = sides[name].tell("migrate")
+            assert found.startswith(directory), f"{found} was imported, and not what is in {directory}"
+            fill(server, f"against_{name}", CONVERSATIONS, stages=list(DEST), history=5)
+        server.set("synchronous_commit", "off")
+        yield table("One stage change", server, directories, sides, "stage change", rounds, changes, 1)
+        yield table("One message claimed by ten and sent", server, directories, sides, "claim", rounds, MESSAGES, 10)
+        alone: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                alone[name].append(side.tell("alone", changes))
+        yield Table(
+            "Python alone, one stage change",
+            ["version", "seconds on the processor", "to before"],
+            [[name, microseconds(median(alone[name])), times(ratio(alone[name], alone["before"]))] for name in sides],
+            f"the driver's cursor replays the server's answers; median of {rounds} rounds",
+        )
+
+
+def table(
+    title: str,
+    server: Server,
+    directories: dict[str, str],
+    sides: dict[str, Side],
+    operation: str,
+    rounds: int,
+    count: int,
+    at_once: int,
+) -> Table:
+    backends = {name: side.tell("backend") for name, side in sides.items()}
+    client: dict[str, list[float]] = {name: [] for name in sides}
+    backend: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in sides if number % 2 else reversed(sides):
+            if operation == "claim":
+                refill_outbox(server, f"against_{name}", CONVERSATIONS)
+            before = processor_seconds(backends[name])
+            spent = sides[name].tell("run", operation, count // at_once)
+            if number:  # the first round warms up
+                client[name].append(spent / count)
+                backend[name].append((processor_seconds(backends[name]) - before) / count)
+    return Table(
+        title,
+        ["version", "statements", "round trips", "client's processor", "to before", "server's processor", "to before"],
+        [
+            [
+                name,
+                *on_the_wire(server, directories[name], name, operation, at_once),
+                microseconds(median(client[name])),
+                times(ratio(client[name], client["before"])),
+                microseconds(median(backend[name])),
+                times(ratio(backend[name], backend["before"])),
+            ]
+            for name in sides
+        ],
+        f"median of {rounds} interleaved rounds of {count}; synchronous_commit off, Unix socket",
+    )
+
+
+def ratio(these: list[float], those: list[float]) -> float:
+    """The median, over the rounds, of the ratio of a round."""
+    return median(this / that for this, that in zip(these, those, strict=True))
+
+
+def on_the_wire(server: Server, directory: str, name: str, operation: str, at_once: int) -> list[str]:
+    """Statements and round trips."""
+    if operation == "claim":
+        refill_outbox(server, f"against_{name}", CONVERSATIONS)
+    with counting_proxy(server) as proxy:
+        side = Side(directory, proxy.url(f"against_{name}"))
+        side.tell("run", operation, 1)
+        before = proxy.counts()
+        side.tell("run", operation, 10)
+        counts = [f"{(after - first) / 10 / at_once:g}" for after, first in zip(proxy.counts(), before, strict=True)]
+        side.close()
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.against", description="Compare with another commit.")
+    parser.add_argument("commit", help="what git calls it")
+    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    given = parser.parse_args()
+    with installed(given.commit) as directories, private_server() as server:
+        rounds, changes = (2, 50) if given.quick else (20, 1000)
+        for shown in compare(server, directories, rounds, changes):
+            show(shown)
+
+
+if __name__ == "__main__":
+    main()
