@@ -6,9 +6,14 @@ it made says so in its comment. Nothing is added where anything does not match.
 
 The CRM's table names come from the database object (close_engine.bind sets them) or from the environment variables
 CLOSE_ENGINE_LEADS_TABLE, CLOSE_ENGINE_USERS_TABLE and CLOSE_ENGINE_CLIENTS_TABLE.
+
+The statements that make the two tables stand in the SQL files beside this script. What is here looks at the catalog.
 """
 
 import os
+import re
+import sqlite3
+from pathlib import Path
 
 import peewee
 from playhouse.migrations import MigrationError
@@ -68,6 +73,9 @@ ACTIONS = [
 ]
 TABLES = {"close_engine_conversations": CONVERSATIONS, "pending_actions": ACTIONS}
 
+# Table: the SQL file that makes it.
+FILES = {"close_engine_conversations": "0001_conversations", "pending_actions": "0001_actions"}
+
 # Table: its indexes, as (name, column, unique).
 INDEXES = {
     "close_engine_conversations": [
@@ -108,7 +116,7 @@ def up(migrator, db):
         if catalog.columns(table):
             problems += table_mismatches(catalog, table, names)
     if not problems and catalog.columns("close_engine_conversations"):
-        problems += unknown_stages(db)
+        problems += unknown_stages(catalog)
     for table, columns in ADDED.items():
         present = catalog.columns(names[table])
         problems += column_mismatches(names[table], [c for c in columns if c[0] in present], present, catalog)
@@ -122,16 +130,15 @@ def up(migrator, db):
         f"CREATE TABLE IF NOT EXISTS {catalog.created} "
         "(table_name TEXT NOT NULL, column_name TEXT NOT NULL, PRIMARY KEY (table_name, column_name))"
     )
-    for table, columns in TABLES.items():
+    for table, step in FILES.items():
         if not catalog.columns(table):
-            for statement in catalog.create_table(table, columns, names):
-                db.execute_sql(statement)
+            run(db, step, names)
             remember(catalog, table, "")
     for table, columns in ADDED.items():
         present = catalog.columns(names[table])
         for column in columns:
             if column[0] not in present:
-                db.execute_sql(f"ALTER TABLE {quoted(names[table])} ADD COLUMN {catalog.definition(*column)}")
+                catalog.execute(f"ALTER TABLE {catalog.quoted(names[table])} ADD COLUMN {catalog.definition(*column)}")
                 remember(catalog, names[table], column[0])
 
 
@@ -140,11 +147,32 @@ def down(migrator, db):
     created = db.execute_sql(f"SELECT table_name, column_name FROM {catalog.created}").fetchall()
     for table, column in created:
         if not column:
-            db.execute_sql(f"DROP TABLE IF EXISTS {quoted(table)}")
+            catalog.execute(f"DROP TABLE IF EXISTS {catalog.quoted(table)}")
         elif column in catalog.columns(table):
-            db.execute_sql(f"ALTER TABLE {quoted(table)} DROP COLUMN {quoted(column)}")
+            catalog.execute(f"ALTER TABLE {catalog.quoted(table)} DROP COLUMN {quoted(column)}")
     db.execute_sql(f"DROP TABLE {catalog.created}")
     catalog.drop_schema()
+
+
+def run(db, step, names):
+    """Run the SQL file of this step that stands beside this script, for this database and with the CRM's names."""
+    postgres = isinstance(db, peewee.PostgresqlDatabase)
+    there = {'"leads"': quoted(names["leads"]), '"users"': quoted(names["users"])}
+    if postgres:
+        ((schema,),) = db.execute_sql("SELECT pg_catalog.quote_ident(pg_catalog.current_schema()::text)").fetchall()
+        there["public."] = f"{schema}."
+    text = Path(__file__).with_name(f"{step}.{'postgresql' if postgres else 'sqlite'}.sql").read_text("utf-8")
+    text = re.sub('public[.]|"leads"|"users"', lambda name: there[name[0]], text)
+    if postgres:
+        # The driver reads % as the beginning of a placeholder, and %% as a %.
+        db.execute_sql(text.replace("%", "%%"))
+        return
+    statement = ""
+    for line in text.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.execute_sql(statement)
+            statement = ""
 
 
 def crm_tables(db):
@@ -236,10 +264,8 @@ def table_mismatches(catalog, table, names):
     return problems
 
 
-def unknown_stages(db):
-    rows = db.execute_sql(
-        "SELECT stage, count(*), min(id) FROM close_engine_conversations GROUP BY stage ORDER BY stage"
-    )
+def unknown_stages(catalog):
+    rows = catalog.db.execute_sql(catalog.stages)
     return [
         f"{count} of close_engine_conversations have the unknown stage {stage!r}, for example {example!r}; "
         f"correct them to one of {', '.join(STAGES)}"
@@ -254,6 +280,10 @@ class Postgres:
     exact = True
     mark = "%s"
     created = "close_engine.created"
+    stages = (
+        "SELECT stage, pg_catalog.count(*), pg_catalog.min(id) FROM close_engine_conversations "
+        "GROUP BY stage ORDER BY stage"
+    )
 
     def __init__(self, db):
         self.db = db
@@ -268,14 +298,16 @@ class Postgres:
         # The log of migrations may still be in it.
         empty = """
             SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'
-                AND pg_catalog.obj_description(oid, 'pg_namespace') = %s
+                AND pg_catalog.obj_description(oid, 'pg_namespace'::name) = %s
                 AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class c WHERE c.relnamespace = pg_namespace.oid)
         """
         if self.rows(empty, (MADE_HERE,)):
             self.db.execute_sql("DROP SCHEMA close_engine")
 
     def place(self):
-        ((schema,),) = self.rows("SELECT coalesce(current_schema(), current_setting('search_path'))")
+        ((schema,),) = self.rows(
+            "SELECT coalesce(pg_catalog.current_schema()::text, pg_catalog.current_setting('search_path'::text))"
+        )
         return f" in schema {schema}"
 
     def is_text(self, kind):
@@ -284,8 +316,20 @@ class Postgres:
     def rows(self, query, values=()):
         return self.db.execute_sql(query, values).fetchall()
 
+    def execute(self, statement):
+        # The driver reads % as the beginning of a placeholder, and %% as a %.
+        self.db.execute_sql(statement.replace("%", "%%"))
+
+    def quoted(self, table):
+        ((schema,),) = self.rows("SELECT pg_catalog.quote_ident(pg_catalog.current_schema()::text)")
+        return f"{schema}.{quoted(table)}"
+
     def tables(self):
-        return self.db.get_tables()
+        rows = self.rows(
+            "SELECT tablename FROM pg_catalog.pg_tables WHERE schemaname = pg_catalog.current_schema() "
+            "ORDER BY tablename"
+        )
+        return [name for (name,) in rows]
 
     def columns(self, table):
         rows = self.rows(
@@ -293,7 +337,7 @@ class Postgres:
             SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull,
                    coalesce(pg_catalog.pg_get_expr(d.adbin, d.adrelid), nullif(a.attidentity::text, ''))
             FROM pg_catalog.pg_class c
-            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
             JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
             LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
             WHERE c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum
@@ -303,11 +347,21 @@ class Postgres:
         return {name: (kind, required, default) for name, kind, required, default in rows}
 
     def indexes(self, table):
-        return {
-            index.name: (",".join(index.columns), index.unique)
-            for index in self.db.get_indexes(table)
-            if " WHERE " not in index.sql
-        }
+        rows = self.rows(
+            """
+            SELECT x.relname, i.indisunique, ARRAY(
+                SELECT a.attname FROM pg_catalog.unnest(i.indkey) WITH ORDINALITY AS k (number, place)
+                JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.number ORDER BY k.place
+            )::text[]
+            FROM pg_catalog.pg_index i
+            JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid
+            JOIN pg_catalog.pg_class c ON c.oid = i.indrelid
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
+            WHERE c.relname = %s AND i.indpred IS NULL
+            """,
+            (table,),
+        )
+        return {name: (",".join(columns), unique) for name, unique, columns in rows}
 
     def foreign_keys(self, table):
         rows = self.rows(
@@ -315,7 +369,7 @@ class Postgres:
             SELECT k.conname, a.attname, t.relname, k.confdeltype::text, k.confupdtype::text
             FROM pg_catalog.pg_constraint k
             JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
-            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
             JOIN pg_catalog.pg_class t ON t.oid = k.confrelid
             JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
             WHERE c.relname = %s AND k.contype = 'f'
@@ -333,21 +387,6 @@ class Postgres:
             parts.append(f"DEFAULT {default}")
         return " ".join(parts)
 
-    def create_table(self, table, columns, names):
-        definitions = [self.definition(*column) for column in columns]
-        yield (
-            f"CREATE TABLE {quoted(table)} ({', '.join(definitions)}, "
-            f'CONSTRAINT {quoted(table + "_pkey")} PRIMARY KEY ("id"))'
-        )
-        for index, column, unique in INDEXES[table]:
-            yield f"CREATE {'UNIQUE ' if unique else ''}INDEX {quoted(index)} ON {quoted(table)} ({quoted(column)})"
-        if table == "close_engine_conversations":
-            for constraint, column, target, on_delete in FOREIGN_KEYS:
-                yield (
-                    f"ALTER TABLE {quoted(table)} ADD CONSTRAINT {quoted(constraint)} FOREIGN KEY ({quoted(column)}) "
-                    f'REFERENCES {quoted(names[target])} ("id") ON DELETE {on_delete} ON UPDATE CASCADE'
-                )
-
 
 class Sqlite:
     """What SQLite's catalog says, and how things are made there: the names and nullability of PostgreSQL."""
@@ -355,6 +394,7 @@ class Sqlite:
     exact = False
     mark = "?"
     created = "close_engine_created"
+    stages = "SELECT stage, count(*), min(id) FROM close_engine_conversations GROUP BY stage ORDER BY stage"
 
     def __init__(self, db):
         self.db = db
@@ -370,6 +410,12 @@ class Sqlite:
 
     def is_text(self, kind):
         return not kind.upper().startswith("INT")
+
+    def execute(self, statement):
+        self.db.execute_sql(statement)
+
+    def quoted(self, table):
+        return quoted(table)
 
     def tables(self):
         return [name for name in self.db.get_tables() if not name.startswith(("sqlite_", "close_engine_"))]
@@ -399,16 +445,3 @@ class Sqlite:
         if default is not None:
             parts.append(f"DEFAULT {default.removesuffix('::text')}")
         return " ".join(parts)
-
-    def create_table(self, table, columns, names):
-        definitions = [self.definition(*column) for column in columns]
-        definitions[0] += " PRIMARY KEY"
-        if table == "close_engine_conversations":
-            definitions += [
-                f"CONSTRAINT {quoted(constraint)} FOREIGN KEY ({quoted(column)}) "
-                f'REFERENCES {quoted(names[target])} ("id") ON DELETE {on_delete} ON UPDATE CASCADE'
-                for constraint, column, target, on_delete in FOREIGN_KEYS
-            ]
-        yield f"CREATE TABLE {quoted(table)} ({', '.join(definitions)})"
-        for index, column, unique in INDEXES[table]:
-            yield f"CREATE {'UNIQUE ' if unique else ''}INDEX {quoted(index)} ON {quoted(table)} ({quoted(column)})"

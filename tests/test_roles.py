@@ -131,7 +131,10 @@ def test_nobody_can_make_our_functions_write_for_a_table_of_his_own(owner: Forei
     owner.run(f"GRANT USAGE ON SCHEMA close_engine TO {role}")
     owner.run(f"SET SESSION AUTHORIZATION {role}")
     owner.run("CREATE TEMPORARY TABLE forged (id text, lead_id text, stage text, updated_at timestamp(3))")
-    functions = owner.run("SELECT proname FROM pg_proc WHERE pronamespace = 'close_engine'::regnamespace")
+    functions = owner.run(
+        "SELECT proname FROM pg_proc "
+        "WHERE pronamespace = 'close_engine'::regnamespace AND prorettype = 'trigger'::regtype"
+    )
     assert len(functions) >= 6
     for (function,) in functions:
         with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=function):

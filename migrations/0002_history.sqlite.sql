@@ -1,0 +1,92 @@
+-- The history of stage changes, the table of allowed ones, and since when each active conversation may be silent.
+--
+-- These tables are ours alone. SQLite has no schemas, so they carry the prefix close_engine_.
+
+-- The guard allows exactly these changes; the Python machine has the same table, and a test compares the two.
+CREATE TABLE IF NOT EXISTS close_engine_transitions (
+    machine TEXT NOT NULL,
+    "trigger" TEXT NOT NULL,
+    source TEXT NOT NULL,
+    dest TEXT NOT NULL,
+    PRIMARY KEY (machine, source, dest)
+);
+
+-- The history has no foreign key: it outlives its conversation.
+CREATE TABLE IF NOT EXISTS close_engine_history (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation_id TEXT NOT NULL,
+    lead_id TEXT NOT NULL,
+    "trigger" TEXT NOT NULL,
+    source TEXT,
+    dest TEXT NOT NULL,
+    actor TEXT,
+    reason TEXT,
+    metadata TEXT,
+    "key" TEXT,
+    created_at TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS close_engine_history_conversation_id_idx ON close_engine_history (conversation_id, id);
+-- An idempotency key counts once in a conversation, whoever uses it at the same moment.
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
+    ON close_engine_history (conversation_id, "key") WHERE "key" IS NOT NULL;
+
+-- What the library tells the triggers about the write that it is about to make: SQLite has no settings that end with a
+-- transaction. The library writes row 1; row 2 belongs to the triggers themselves.
+CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2)), context TEXT NOT NULL);
+
+-- A row says only that the lead was not silent before `since`. A stage change does not move it, because that would slow
+-- every change down: the sweep that finds a row due looks into the history.
+CREATE TABLE IF NOT EXISTS close_engine_silence (conversation_id TEXT NOT NULL PRIMARY KEY, since TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS close_engine_silence_since_idx ON close_engine_silence (since);
+
+INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
+    ('conversation', 'start_qualifying', 'INITIATED', 'QUALIFYING'),
+    ('conversation', 'collect_info', 'QUALIFYING', 'COLLECTING_INFO'),
+    ('conversation', 'start_building', 'QUALIFYING', 'BUILDING'),
+    ('conversation', 'start_building', 'COLLECTING_INFO', 'BUILDING'),
+    ('conversation', 'send_preview', 'BUILDING', 'PREVIEW_SENT'),
+    ('conversation', 'send_preview', 'EDIT_LOOP', 'PREVIEW_SENT'),
+    ('conversation', 'request_edits', 'PREVIEW_SENT', 'EDIT_LOOP'),
+    ('conversation', 'request_approval', 'PREVIEW_SENT', 'PENDING_APPROVAL'),
+    ('conversation', 'request_approval', 'EDIT_LOOP', 'PENDING_APPROVAL'),
+    ('conversation', 'withdraw_approval', 'PENDING_APPROVAL', 'PREVIEW_SENT'),
+    ('conversation', 'send_payment_link', 'PREVIEW_SENT', 'PAYMENT_SENT'),
+    ('conversation', 'send_payment_link', 'EDIT_LOOP', 'PAYMENT_SENT'),
+    ('conversation', 'send_payment_link', 'PENDING_APPROVAL', 'PAYMENT_SENT'),
+    ('conversation', 'complete', 'INITIATED', 'COMPLETED'),
+    ('conversation', 'complete', 'QUALIFYING', 'COMPLETED'),
+    ('conversation', 'complete', 'COLLECTING_INFO', 'COMPLETED'),
+    ('conversation', 'complete', 'BUILDING', 'COMPLETED'),
+    ('conversation', 'complete', 'PREVIEW_SENT', 'COMPLETED'),
+    ('conversation', 'complete', 'EDIT_LOOP', 'COMPLETED'),
+    ('conversation', 'complete', 'PENDING_APPROVAL', 'COMPLETED'),
+    ('conversation', 'complete', 'PAYMENT_SENT', 'COMPLETED'),
+    ('conversation', 'complete', 'STALLED', 'COMPLETED'),
+    ('conversation', 'complete', 'CLOSED_LOST', 'COMPLETED'),
+    ('conversation', 'stall', 'INITIATED', 'STALLED'),
+    ('conversation', 'stall', 'QUALIFYING', 'STALLED'),
+    ('conversation', 'stall', 'COLLECTING_INFO', 'STALLED'),
+    ('conversation', 'stall', 'BUILDING', 'STALLED'),
+    ('conversation', 'stall', 'PREVIEW_SENT', 'STALLED'),
+    ('conversation', 'stall', 'EDIT_LOOP', 'STALLED'),
+    ('conversation', 'stall', 'PENDING_APPROVAL', 'STALLED'),
+    ('conversation', 'stall', 'PAYMENT_SENT', 'STALLED'),
+    ('conversation', 'resume', 'STALLED', 'INITIATED'),
+    ('conversation', 'resume', 'STALLED', 'QUALIFYING'),
+    ('conversation', 'resume', 'STALLED', 'COLLECTING_INFO'),
+    ('conversation', 'resume', 'STALLED', 'BUILDING'),
+    ('conversation', 'resume', 'STALLED', 'PREVIEW_SENT'),
+    ('conversation', 'resume', 'STALLED', 'EDIT_LOOP'),
+    ('conversation', 'resume', 'STALLED', 'PENDING_APPROVAL'),
+    ('conversation', 'resume', 'STALLED', 'PAYMENT_SENT'),
+    ('conversation', 'close_lost', 'INITIATED', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'QUALIFYING', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'COLLECTING_INFO', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'BUILDING', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'PREVIEW_SENT', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'EDIT_LOOP', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'PENDING_APPROVAL', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'PAYMENT_SENT', 'CLOSED_LOST'),
+    ('conversation', 'close_lost', 'STALLED', 'CLOSED_LOST'),
+    ('conversation', 'reopen', 'CLOSED_LOST', 'INITIATED')
+ON CONFLICT DO NOTHING;

@@ -1,0 +1,204 @@
+-- The guard: triggers that refuse every stage change outside close_engine.transitions, fill the stamps that a writer
+-- forgot, and write the history. They hold for every writer.
+--
+-- The functions run with their owner's rights, so that the CRM's role needs none on our schema. Their search_path is
+-- fixed, and every function in them is named with its schema, so that no writer can redirect what they call.
+--
+-- `public` stands for the schema of the CRM's tables; the script puts the name of the current schema in its place.
+-- Everything here may run again over what it made before.
+
+-- The moment by which everything of ours is stamped: the clock in UTC, cut to the milliseconds that are stored. A cast to
+-- timestamp(3) would round, and so write a moment that has not been yet. PostgreSQL inlines this function.
+CREATE OR REPLACE FUNCTION close_engine.moment() RETURNS timestamp without time zone
+LANGUAGE sql VOLATILE PARALLEL SAFE
+RETURN pg_catalog.date_trunc('milliseconds', pg_catalog.clock_timestamp() AT TIME ZONE 'UTC');
+
+-- A writer that goes through close_engine leaves a context (who, why, under which key) in a setting. The guard takes it
+-- up only for exactly that write, which it recognises by the row's id, the trigger and the new, later `updated_at`: the
+-- caller's next plain UPDATE in the same transaction must not be recorded under somebody else's name.
+CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    moment timestamp := close_engine.moment();
+    later boolean;
+    context jsonb;
+    fired text;
+BEGIN
+    -- A session elsewhere than in UTC wrote its local now(). A session in UTC is left alone: there the library's own
+    -- version may be the same millisecond, and the library finds its row again by it.
+    IF NEW.updated_at = localtimestamp(3) AND localtimestamp <> current_timestamp AT TIME ZONE 'UTC' THEN
+        NEW.updated_at := pg_catalog.date_trunc('milliseconds', current_timestamp AT TIME ZONE 'UTC');
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        -- The default, or now(): the column rounded it, and it is local time in a session elsewhere than in UTC.
+        IF NEW.created_at = localtimestamp(3) THEN
+            NEW.created_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
+        END IF;
+        IF NOT EXISTS (SELECT FROM close_engine.transitions
+                       WHERE machine = 'conversation' AND NEW.stage IN (source, dest)) THEN
+            RAISE EXCEPTION USING ERRCODE = 'check_violation',
+                MESSAGE = 'close_engine: ' || coalesce(NEW.stage, 'NULL') || ' is no stage';
+        END IF;
+        IF NEW.stage = 'PAYMENT_SENT' THEN
+            NEW.payment_link_sent_at := coalesce(NEW.payment_link_sent_at, moment);
+        ELSIF NEW.stage = 'COMPLETED' THEN
+            NEW.completed_at := coalesce(NEW.completed_at, moment);
+        ELSIF NEW.stage = 'STALLED' THEN
+            NEW.stalled_at := coalesce(NEW.stalled_at, moment);
+        ELSIF NEW.stage = 'CLOSED_LOST' THEN
+            NEW.closed_lost_at := coalesce(NEW.closed_lost_at, moment);
+        END IF;
+        RETURN NEW;
+    END IF;
+
+    IF NEW.id <> OLD.id THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: conversation ' || OLD.id || ' keeps its id, by which its history is found';
+    END IF;
+    later := NEW.updated_at > OLD.updated_at;
+    IF NOT later THEN
+        NEW.updated_at := greatest(moment, OLD.updated_at + interval '1 millisecond');
+    END IF;
+    IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN
+        RETURN NEW;
+    END IF;
+
+    SELECT t.trigger INTO fired FROM close_engine.transitions t
+    WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: conversation ' || OLD.id || ' cannot go from ' || OLD.stage || ' to '
+                || coalesce(NEW.stage, 'NULL'),
+            HINT = 'The allowed stage changes are in close_engine.transitions.';
+    END IF;
+    IF later THEN
+        context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
+        IF coalesce(context ->> 'trigger', fired) <> fired OR coalesce(context ->> 'id', NEW.id) <> NEW.id
+            OR (context ->> 'updated_at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
+            context := NULL;
+        ELSE
+            moment := NEW.updated_at;
+        END IF;
+    END IF;
+
+    -- A column that the writer set keeps what it was set to.
+    CASE fired
+    WHEN 'request_edits' THEN
+        IF NEW.edit_rounds IS NOT DISTINCT FROM OLD.edit_rounds THEN
+            NEW.edit_rounds := OLD.edit_rounds + 1;
+        END IF;
+    WHEN 'send_payment_link' THEN
+        IF NEW.payment_link_sent_at IS NOT DISTINCT FROM OLD.payment_link_sent_at THEN
+            NEW.payment_link_sent_at := moment;
+        END IF;
+    WHEN 'complete' THEN
+        IF NEW.completed_at IS NOT DISTINCT FROM OLD.completed_at THEN
+            NEW.completed_at := moment;
+        END IF;
+    WHEN 'stall' THEN
+        IF NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
+            NEW.stalled_at := moment;
+        END IF;
+    WHEN 'resume' THEN
+        IF NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
+            NEW.stalled_at := NULL;
+        END IF;
+    WHEN 'close_lost' THEN
+        IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
+            NEW.closed_lost_at := moment;
+        END IF;
+    WHEN 'reopen' THEN
+        IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN
+            NEW.closed_lost_at := NULL;
+        END IF;
+        IF NEW.closed_lost_reason IS NOT DISTINCT FROM OLD.closed_lost_reason THEN
+            NEW.closed_lost_reason := NULL;
+        END IF;
+    ELSE
+        NULL; -- the others stamp nothing
+    END CASE;
+
+    INSERT INTO close_engine.history
+        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
+    VALUES (NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
+    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+        DELETE FROM close_engine.silence WHERE conversation_id = NEW.id;
+    ELSIF OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+        INSERT INTO close_engine.silence (conversation_id, since) VALUES (NEW.id, moment)
+        ON CONFLICT (conversation_id) DO UPDATE SET since = EXCLUDED.since;
+    END IF;
+
+    RETURN NEW;
+END
+$body$;
+
+-- The opening is recorded after the INSERT: an INSERT ... ON CONFLICT DO NOTHING that finds its row taken opens nothing.
+CREATE OR REPLACE FUNCTION close_engine.record_opening() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    moment timestamp := close_engine.moment();
+    context jsonb;
+BEGIN
+    context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
+    IF coalesce(context ->> 'trigger', 'open') <> 'open' OR coalesce(context ->> 'id', NEW.id) <> NEW.id
+        OR (context ->> 'updated_at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
+        context := NULL;
+    ELSE
+        moment := NEW.updated_at;
+    END IF;
+
+    INSERT INTO close_engine.history
+        (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
+    VALUES (NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
+    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+        DELETE FROM close_engine.silence WHERE conversation_id = NEW.id;
+    ELSE
+        INSERT INTO close_engine.silence (conversation_id, since) VALUES (NEW.id, moment)
+        ON CONFLICT (conversation_id) DO UPDATE SET since = EXCLUDED.since;
+    END IF;
+
+    RETURN NULL;
+END
+$body$;
+
+CREATE OR REPLACE FUNCTION close_engine.forget_silence() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        DELETE FROM close_engine.silence;
+    ELSE
+        DELETE FROM close_engine.silence WHERE conversation_id = OLD.id;
+    END IF;
+    RETURN NULL;
+END
+$body$;
+
+-- A role that may see our schema could otherwise attach these functions to a table of its own, and forge history.
+REVOKE EXECUTE ON FUNCTION
+    close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_silence() FROM PUBLIC;
+
+-- PostgreSQL fires a table's triggers in the order of their names. The guard comes last (zz), so that it sees the row as
+-- it will be written; the opening is recorded first (aa), before other people's triggers go on from it.
+CREATE OR REPLACE TRIGGER aa_close_engine_opening AFTER INSERT ON public.close_engine_conversations
+    FOR EACH ROW EXECUTE FUNCTION close_engine.record_opening();
+CREATE OR REPLACE TRIGGER zz_close_engine_deletion AFTER DELETE ON public.close_engine_conversations
+    FOR EACH ROW EXECUTE FUNCTION close_engine.forget_silence();
+CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON public.close_engine_conversations
+    FOR EACH ROW EXECUTE FUNCTION close_engine.guard_conversation();
+CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.close_engine_conversations
+    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.forget_silence();
+
+-- Conversations that are here already get one row of history each. This comes after the triggers, whose lock keeps other
+-- writers out until the commit: no change goes unrecorded in between.
+INSERT INTO close_engine.history (conversation_id, lead_id, trigger, dest, created_at)
+SELECT c.id, c.lead_id, 'adopted', c.stage, close_engine.moment() FROM public.close_engine_conversations c
+WHERE NOT EXISTS (SELECT FROM close_engine.history h WHERE h.conversation_id = c.id)
+ORDER BY c.created_at, c.id;
+INSERT INTO close_engine.silence (conversation_id, since)
+SELECT c.id, c.updated_at FROM public.close_engine_conversations c
+WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    AND NOT EXISTS (SELECT FROM close_engine.silence s WHERE s.conversation_id = c.id);

@@ -1,0 +1,182 @@
+-- The guard: triggers that refuse every stage change outside close_engine_transitions, fill the stamps that a writer
+-- forgot, and write the history. They hold for every writer.
+--
+-- A writer that goes through close_engine leaves a context (who, why, under which key) in close_engine_context. The
+-- triggers take it up only for exactly that write, which they recognise by the row's id, the trigger and the new, later
+-- `updated_at`.
+--
+-- SQLite fires triggers in no promised order, so each of them works whether it fires first or last. Everything here may
+-- run again over what it made before.
+
+-- The library finds a row again by the text of its updated_at, so every row must have it in one form. strftime() rounds
+-- text with more than three digits, and a moment is cut, never rounded: the digits are taken off before.
+UPDATE close_engine_conversations SET updated_at = coalesce(
+    strftime('%Y-%m-%d %H:%M:%f', CASE WHEN updated_at GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
+        THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
+            || ltrim(substr(updated_at, instr(updated_at, '.') + 4), '0123456789')
+        ELSE updated_at END),
+    strftime('%Y-%m-%d %H:%M:%f', 'now'))
+WHERE updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', updated_at);
+
+CREATE TRIGGER IF NOT EXISTS close_engine_guard_insert
+BEFORE INSERT ON close_engine_conversations
+WHEN NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                 WHERE machine = 'conversation' AND NEW.stage IN (source, dest))
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this is no stage');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_guard_id
+BEFORE UPDATE OF id ON close_engine_conversations
+WHEN NEW.id IS NOT OLD.id
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: a conversation keeps its id, by which its history is found');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_guard_update
+BEFORE UPDATE OF stage ON close_engine_conversations
+WHEN NEW.stage IS NOT OLD.stage
+    AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                    WHERE machine = 'conversation' AND source = OLD.stage AND dest = NEW.stage)
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this stage change is not in close_engine_transitions');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_opening
+AFTER INSERT ON close_engine_conversations
+BEGIN
+    INSERT INTO close_engine_history
+        (conversation_id, lead_id, "trigger", source, dest, actor, reason, metadata, "key", created_at)
+    SELECT NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
+        json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
+        CASE WHEN context IS NULL THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE NEW.updated_at END
+    FROM (SELECT (SELECT context FROM close_engine_context
+                  WHERE coalesce(json_extract(context, '$.trigger'), 'open') = 'open'
+                      AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+                      AND json_extract(context, '$.updated_at') = NEW.updated_at) AS context);
+
+    DELETE FROM close_engine_silence
+    WHERE conversation_id = NEW.id AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
+    INSERT OR REPLACE INTO close_engine_silence (conversation_id, since)
+    SELECT NEW.id, created_at FROM close_engine_history
+    WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
+    ORDER BY id DESC LIMIT 1;
+
+    UPDATE close_engine_conversations SET
+        payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN strftime('%Y-%m-%d %H:%M:%f', 'now')
+            ELSE payment_link_sent_at END,
+        completed_at = CASE WHEN stage = 'COMPLETED' THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE completed_at END,
+        stalled_at = CASE WHEN stage = 'STALLED' THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE stalled_at END,
+        closed_lost_at = CASE WHEN stage = 'CLOSED_LOST' THEN strftime('%Y-%m-%d %H:%M:%f', 'now')
+            ELSE closed_lost_at END
+    WHERE id = NEW.id AND CASE stage
+        WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
+        WHEN 'STALLED' THEN stalled_at WHEN 'CLOSED_LOST' THEN closed_lost_at ELSE '' END IS NULL;
+
+    UPDATE close_engine_conversations SET updated_at = coalesce(
+        strftime('%Y-%m-%d %H:%M:%f', CASE WHEN updated_at GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
+            THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
+                || ltrim(substr(updated_at, instr(updated_at, '.') + 4), '0123456789')
+            ELSE updated_at END),
+        strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    WHERE id = NEW.id AND updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', updated_at);
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_record
+AFTER UPDATE OF stage ON close_engine_conversations
+WHEN NEW.stage IS NOT OLD.stage
+BEGIN
+    INSERT INTO close_engine_history
+        (conversation_id, lead_id, "trigger", source, dest, actor, reason, metadata, "key", created_at)
+    SELECT NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
+        CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
+        json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
+        CASE WHEN context IS NULL THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE NEW.updated_at END
+    FROM (SELECT t."trigger" AS fired,
+              (SELECT context FROM close_engine_context
+               WHERE coalesce(json_extract(context, '$.trigger'), t."trigger") = t."trigger"
+                   AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+                   AND json_extract(context, '$.updated_at') = NEW.updated_at
+                   AND NEW.updated_at > OLD.updated_at) AS context
+          FROM close_engine_transitions t
+          WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage);
+
+    DELETE FROM close_engine_silence
+    WHERE conversation_id = NEW.id AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
+    INSERT OR REPLACE INTO close_engine_silence (conversation_id, since)
+    SELECT NEW.id, created_at FROM close_engine_history
+    WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        AND OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
+    ORDER BY id DESC LIMIT 1;
+
+    -- Each UPDATE fills a column that the writer left as it was, and only where that changes something: a write in vain
+    -- would move updated_at.
+    UPDATE close_engine_conversations SET edit_rounds = OLD.edit_rounds + 1
+    WHERE id = NEW.id AND NEW.edit_rounds IS OLD.edit_rounds AND edit_rounds IS NOT OLD.edit_rounds + 1
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'request_edits' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET payment_link_sent_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.payment_link_sent_at IS OLD.payment_link_sent_at AND payment_link_sent_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'send_payment_link' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.completed_at IS OLD.completed_at AND completed_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'complete' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET stalled_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at AND stalled_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'stall' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET stalled_at = NULL
+    WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at AND stalled_at IS NOT NULL
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'resume' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET closed_lost_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.closed_lost_at IS OLD.closed_lost_at AND closed_lost_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'close_lost' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET closed_lost_at = NULL
+    WHERE id = NEW.id AND NEW.closed_lost_at IS OLD.closed_lost_at AND closed_lost_at IS NOT NULL
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'reopen' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET closed_lost_reason = NULL
+    WHERE id = NEW.id AND NEW.closed_lost_reason IS OLD.closed_lost_reason AND closed_lost_reason IS NOT NULL
+        AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
+                    AND "trigger" = 'reopen' AND source = OLD.stage AND dest = NEW.stage);
+END;
+
+-- updated_at must be later than before, and in the form by which the library finds the row. Only a row that is being
+-- inserted did not have that form before.
+CREATE TRIGGER IF NOT EXISTS close_engine_version
+AFTER UPDATE ON close_engine_conversations
+WHEN NEW.updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', NEW.updated_at)
+    OR (NEW.updated_at <= OLD.updated_at AND OLD.updated_at IS strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at))
+BEGIN
+    UPDATE close_engine_conversations SET updated_at = max(
+        coalesce(
+            strftime('%Y-%m-%d %H:%M:%f', CASE WHEN updated_at GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
+                THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
+                    || ltrim(substr(updated_at, instr(updated_at, '.') + 4), '0123456789')
+                ELSE updated_at END),
+            strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        CASE WHEN NEW.updated_at <= OLD.updated_at THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE '' END,
+        strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at, '+0.001 seconds'))
+    WHERE id = NEW.id;
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_deletion
+AFTER DELETE ON close_engine_conversations
+BEGIN
+    DELETE FROM close_engine_silence WHERE conversation_id = OLD.id;
+END;
+
+-- Conversations that are here already get one row of history each.
+INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", dest, created_at)
+SELECT c.id, c.lead_id, 'adopted', c.stage, strftime('%Y-%m-%d %H:%M:%f', 'now') FROM close_engine_conversations c
+WHERE NOT EXISTS (SELECT 1 FROM close_engine_history h WHERE h.conversation_id = c.id)
+ORDER BY c.created_at, c.id;
+INSERT INTO close_engine_silence (conversation_id, since)
+SELECT c.id, c.updated_at FROM close_engine_conversations c
+WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    AND NOT EXISTS (SELECT 1 FROM close_engine_silence s WHERE s.conversation_id = c.id);

@@ -1,0 +1,2 @@
+DROP TABLE close_engine.outbox;
+DROP TABLE close_engine.inbox;

@@ -1,0 +1,2 @@
+DROP TABLE close_engine_outbox;
+DROP TABLE close_engine_inbox;

@@ -1,0 +1,55 @@
+-- The outbox, from which messages are sent, and the inbox, which knows what was received already.
+--
+-- They are ours alone, where Prisma does not look. A partial index covers only what still waits, so that it stays as
+-- small as that is, however much was sent before.
+
+CREATE TABLE IF NOT EXISTS close_engine_outbox (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation_id TEXT NOT NULL,
+    lead_id TEXT NOT NULL,
+    topic TEXT NOT NULL,
+    body TEXT,
+    payload TEXT,
+    "trigger" TEXT,
+    approved_by TEXT,
+    submitted_by TEXT,
+    "key" TEXT,
+    status TEXT NOT NULL DEFAULT 'PENDING',
+    created_at TEXT NOT NULL,
+    available_at TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    max_attempts INTEGER NOT NULL DEFAULT 10,
+    leased_by TEXT,
+    sent_at TEXT,
+    provider_id TEXT,
+    last_error TEXT,
+    refusal TEXT
+);
+CREATE INDEX IF NOT EXISTS close_engine_outbox_available_at_idx
+    ON close_engine_outbox (available_at, id) WHERE status = 'PENDING';
+CREATE INDEX IF NOT EXISTS close_engine_outbox_conversation_id_idx
+    ON close_engine_outbox (conversation_id, id) WHERE status = 'PENDING';
+-- At most one message of a conversation is in flight, whatever the workers do.
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_in_flight_key
+    ON close_engine_outbox (conversation_id) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
+CREATE INDEX IF NOT EXISTS close_engine_outbox_leased_idx
+    ON close_engine_outbox (available_at) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
+CREATE INDEX IF NOT EXISTS close_engine_outbox_dead_idx ON close_engine_outbox (id) WHERE status = 'DEAD';
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_key_key
+    ON close_engine_outbox (conversation_id, "key") WHERE "key" IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_provider_id_key
+    ON close_engine_outbox (provider_id) WHERE provider_id IS NOT NULL;
+
+CREATE TABLE IF NOT EXISTS close_engine_inbox (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
+    "key" TEXT NOT NULL,
+    lead_id TEXT NOT NULL,
+    conversation_id TEXT,
+    body TEXT,
+    received_at TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_key_key ON close_engine_inbox (kind, "key");
+-- A conversation is paid for once.
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_conversation_id_key
+    ON close_engine_inbox (conversation_id) WHERE kind = 'payment';

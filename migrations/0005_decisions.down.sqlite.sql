@@ -1,0 +1,13 @@
+DROP TRIGGER IF EXISTS close_engine_action_insert;
+DROP TRIGGER IF EXISTS close_engine_action_update;
+DROP TRIGGER IF EXISTS close_engine_action_expired;
+DROP TRIGGER IF EXISTS close_engine_action_closed;
+DROP TRIGGER IF EXISTS close_engine_action_approved;
+DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
+DROP TRIGGER IF EXISTS close_engine_closing;
+DROP TRIGGER IF EXISTS close_engine_gone;
+DROP TRIGGER IF EXISTS close_engine_unasked;
+DROP INDEX IF EXISTS pending_actions_close_engine_expiry;
+DROP INDEX IF EXISTS pending_actions_close_engine_queue;
+DROP INDEX IF EXISTS close_engine_conversations_stalled;
+DELETE FROM close_engine_transitions WHERE machine = 'action';

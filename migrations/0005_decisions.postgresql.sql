@@ -1,0 +1,163 @@
+-- Decisions on pending actions, and closings: whatever follows from one happens in the same transaction, whoever made it.
+--
+-- A second, small machine in close_engine.transitions: PENDING to APPROVED, REJECTED or EXPIRED. Approving puts the
+-- message into the outbox, once. Rejecting or expiring the last payment link that waits takes its conversation back from
+-- PENDING_APPROVAL. When a conversation closes or is deleted, the texts that still wait for it are withdrawn and its
+-- drafts expire.
+--
+-- A decision locks the action first and then its conversation. A closing goes the other way, so it waits for no action:
+-- otherwise the two would deadlock.
+--
+-- `public` stands for the schema of the CRM's tables; the script puts the name of the current schema in its place.
+-- Everything here may run again over what it made before.
+
+INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
+    ('action', 'approve', 'PENDING', 'APPROVED'),
+    ('action', 'reject', 'PENDING', 'REJECTED'),
+    ('action', 'expire', 'PENDING', 'EXPIRED')
+ON CONFLICT DO NOTHING;
+
+CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    moment timestamp := close_engine.moment();
+    found text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM close_engine.transitions
+                   WHERE machine = 'action' AND NEW.status IN (source, dest)) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: ' || coalesce(NEW.status, 'NULL') || ' is no status of an action';
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        -- The default, or now(): the column rounded it, and it is local time in a session elsewhere than in UTC.
+        IF NEW.created_at = localtimestamp(3) THEN
+            NEW.created_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
+        END IF;
+        RETURN NEW;
+    END IF;
+    IF NEW.status = OLD.status THEN
+        RETURN NEW;
+    END IF;
+    IF NOT EXISTS (SELECT FROM close_engine.transitions
+                   WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: action ' || OLD.id || ' cannot go from ' || OLD.status || ' to ' || NEW.status;
+    END IF;
+    IF NEW.status <> 'APPROVED' THEN
+        RETURN NEW;
+    END IF;
+    IF NEW.approved_at = localtimestamp(3) THEN
+        NEW.approved_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
+    END IF;
+    NEW.approved_at := coalesce(NEW.approved_at, moment);
+    IF OLD.expires_at <= NEW.approved_at THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: action ' || OLD.id || ' has expired';
+    END IF;
+    -- Lock the conversation, so that it cannot close between this check and the commit.
+    SELECT stage INTO found FROM public.close_engine_conversations WHERE id = NEW.conversation_id FOR NO KEY UPDATE;
+    IF coalesce(found, 'deleted') IN ('COMPLETED', 'CLOSED_LOST', 'deleted') THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || OLD.id
+            || ' cannot be approved: its conversation is ' || coalesce(found, 'deleted');
+    END IF;
+    RETURN NEW;
+END
+$body$;
+
+CREATE OR REPLACE FUNCTION close_engine.follow_decision() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    outer_context text := pg_catalog.current_setting('close_engine.context', true);
+    context jsonb := nullif(outer_context, '')::jsonb;
+    version timestamp;
+BEGIN
+    IF NEW.status = 'APPROVED' THEN
+        INSERT INTO close_engine.outbox
+            (conversation_id, lead_id, topic, body, payload, trigger, approved_by, submitted_by, key, created_at,
+             available_at)
+        SELECT NEW.conversation_id, NEW.lead_id, NEW.type, NEW.draft_message, NEW.metadata,
+            CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
+                WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
+                WHEN c.stage = 'INITIATED' THEN 'start_qualifying' END,
+            NEW.approved_by, NEW.metadata ->> 'submittedBy', 'action:' || NEW.id, NEW.approved_at,
+            -- Text that is not a moment, which a foreign writer put there, is no delay.
+            greatest(NEW.approved_at, CASE WHEN NEW.metadata ->> 'sendAfter'
+                ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]+)?$'
+                THEN pg_catalog.date_trunc('milliseconds', (NEW.metadata ->> 'sendAfter')::timestamp) END)
+        FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id
+        ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
+        RETURN NULL;
+    END IF;
+    IF NEW.type <> 'SEND_PAYMENT_LINK' THEN
+        RETURN NULL;
+    END IF;
+    IF coalesce(context ->> 'id', NEW.id) <> NEW.id THEN
+        context := NULL;
+    END IF;
+    SELECT greatest(coalesce((context ->> 'moment')::timestamp, close_engine.moment()),
+            updated_at + interval '1 millisecond')
+        INTO version FROM public.close_engine_conversations
+        WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL' FOR NO KEY UPDATE;
+    IF NOT FOUND OR EXISTS (SELECT FROM public.pending_actions WHERE conversation_id = NEW.conversation_id
+            AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK') THEN
+        RETURN NULL;
+    END IF;
+    PERFORM pg_catalog.set_config('close_engine.context', pg_catalog.jsonb_build_object(
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'updated_at', version,
+        'actor', CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        'reason', context ->> 'reason',
+        'metadata', pg_catalog.jsonb_build_object('action_id', NEW.id, 'status', NEW.status))::text, true);
+    UPDATE public.close_engine_conversations SET stage = 'PREVIEW_SENT', updated_at = version
+    WHERE id = NEW.conversation_id;
+    PERFORM pg_catalog.set_config('close_engine.context', coalesce(outer_context, ''), true);
+    RETURN NULL;
+END
+$body$;
+
+CREATE OR REPLACE FUNCTION close_engine.withdraw_waiting() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    -- NEW is NULL in a DELETE, and so is every comparison with it.
+    over boolean := coalesce(NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage, true);
+    approval_withdrawn boolean := OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT';
+BEGIN
+    IF over THEN
+        UPDATE close_engine.outbox
+        SET status = 'WITHDRAWN', last_error = 'the conversation is ' || coalesce(NEW.stage, 'deleted')
+        WHERE conversation_id = OLD.id AND status = 'PENDING' AND leased_by IS NULL
+            AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
+    END IF;
+    IF over OR approval_withdrawn THEN
+        -- Skip actions that another transaction is deciding.
+        UPDATE public.pending_actions SET status = 'EXPIRED' WHERE id IN (SELECT id FROM public.pending_actions
+            WHERE conversation_id = OLD.id AND status = 'PENDING'
+                AND (over OR type = 'SEND_PAYMENT_LINK') FOR UPDATE SKIP LOCKED);
+    END IF;
+    RETURN NULL;
+END
+$body$;
+
+-- A role that may see our schema could otherwise attach these functions to a table of its own.
+REVOKE EXECUTE ON FUNCTION
+    close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting() FROM PUBLIC;
+
+CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE OF status ON public.pending_actions
+    FOR EACH ROW EXECUTE FUNCTION close_engine.guard_action();
+CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE OF status ON public.pending_actions
+    FOR EACH ROW WHEN (OLD.status = 'PENDING' AND NEW.status <> 'PENDING')
+    EXECUTE FUNCTION close_engine.follow_decision();
+-- The condition is wider than what the function acts on: PostgreSQL prepares it anew for every statement, so a short one
+-- is cheaper.
+CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE OF stage ON public.close_engine_conversations
+    FOR EACH ROW WHEN (OLD.stage = 'PENDING_APPROVAL' OR NEW.stage IN ('COMPLETED', 'CLOSED_LOST'))
+    EXECUTE FUNCTION close_engine.withdraw_waiting();
+CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON public.close_engine_conversations
+    FOR EACH ROW EXECUTE FUNCTION close_engine.withdraw_waiting();
+
+-- Partial indexes let the sweeps find their rows without reading a table.
+CREATE INDEX IF NOT EXISTS pending_actions_close_engine_expiry
+    ON public.pending_actions (expires_at) WHERE status = 'PENDING';
+CREATE INDEX IF NOT EXISTS pending_actions_close_engine_queue
+    ON public.pending_actions (created_at, id) WHERE status = 'PENDING';
+CREATE INDEX IF NOT EXISTS close_engine_conversations_stalled
+    ON public.close_engine_conversations (stalled_at) WHERE stage = 'STALLED';

@@ -1,0 +1,136 @@
+-- Decisions on pending actions, and closings: whatever follows from one happens in the same transaction, whoever made it.
+--
+-- A second, small machine in close_engine_transitions: PENDING to APPROVED, REJECTED or EXPIRED. Approving puts the
+-- message into the outbox, once. Rejecting or expiring the last payment link that waits takes its conversation back from
+-- PENDING_APPROVAL. When a conversation closes or is deleted, the texts that still wait for it are withdrawn and its
+-- drafts expire.
+--
+-- Everything here may run again over what it made before.
+
+INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
+    ('action', 'approve', 'PENDING', 'APPROVED'),
+    ('action', 'reject', 'PENDING', 'REJECTED'),
+    ('action', 'expire', 'PENDING', 'EXPIRED')
+ON CONFLICT DO NOTHING;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_insert
+BEFORE INSERT ON pending_actions
+WHEN NOT EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'action' AND NEW.status IN (source, dest))
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this is no status of an action');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_update
+BEFORE UPDATE OF status ON pending_actions
+WHEN NEW.status IS NOT OLD.status
+    AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                    WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status)
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: an action that is decided stays so');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_expired
+BEFORE UPDATE OF status ON pending_actions
+WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
+    AND OLD.expires_at <= coalesce(NEW.approved_at, strftime('%Y-%m-%d %H:%M:%f', 'now'))
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this action has expired');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_closed
+BEFORE UPDATE OF status ON pending_actions
+WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
+    AND NOT EXISTS (SELECT 1 FROM close_engine_conversations
+                    WHERE id = NEW.conversation_id AND stage NOT IN ('COMPLETED', 'CLOSED_LOST'))
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: the conversation of this action has closed');
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_approved
+AFTER UPDATE OF status ON pending_actions
+WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
+BEGIN
+    UPDATE pending_actions SET approved_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND approved_at IS NULL;
+
+    -- strftime() knows text that is not a moment by NULL: what a foreign writer put there in another form is no delay.
+    -- It rounds text with more than three digits, and a moment is cut, never rounded: the digits are taken off before.
+    INSERT INTO close_engine_outbox
+        (conversation_id, lead_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", created_at,
+         available_at)
+    SELECT NEW.conversation_id, NEW.lead_id, NEW.type, NEW.draft_message, NEW.metadata,
+        CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
+            WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
+            WHEN stage = 'INITIATED' THEN 'start_qualifying' END,
+        NEW.approved_by, json_extract(NEW.metadata, '$.submittedBy'), 'action:' || NEW.id, approved_at,
+        max(approved_at, coalesce(
+            strftime('%Y-%m-%d %H:%M:%f', CASE WHEN send_after GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
+                THEN substr(send_after, 1, instr(send_after, '.') + 3)
+                    || ltrim(substr(send_after, instr(send_after, '.') + 4), '0123456789')
+                ELSE send_after END),
+            approved_at))
+    FROM (SELECT c.stage, json_extract(NEW.metadata, '$.sendAfter') AS send_after,
+              coalesce(NEW.approved_at, strftime('%Y-%m-%d %H:%M:%f', 'now')) AS approved_at
+          FROM close_engine_conversations c WHERE c.id = NEW.conversation_id);
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_withdrawn
+AFTER UPDATE OF status ON pending_actions
+WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.type = 'SEND_PAYMENT_LINK'
+    AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = NEW.conversation_id
+                    AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK')
+    AND EXISTS (SELECT 1 FROM close_engine_conversations
+                WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL')
+BEGIN
+    -- The way back is recorded under the name of whoever decided, if the library left a context for this decision.
+    INSERT OR REPLACE INTO close_engine_context
+    SELECT 2, json_object(
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id,
+        'updated_at', max(coalesce(json_extract(context, '$.moment'), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+            (SELECT strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds') FROM close_engine_conversations
+             WHERE id = NEW.conversation_id)),
+        'actor', CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
+        'reason', json_extract(context, '$.reason'),
+        'metadata', json_object('action_id', NEW.id, 'status', NEW.status))
+    FROM (SELECT (SELECT context FROM close_engine_context
+                  WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id) AS context);
+    UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
+        updated_at = (SELECT json_extract(context, '$.updated_at') FROM close_engine_context WHERE id = 2)
+    WHERE id = NEW.conversation_id;
+    DELETE FROM close_engine_context WHERE id = 2;
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_closing
+AFTER UPDATE OF stage ON close_engine_conversations
+WHEN NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage
+BEGIN
+    UPDATE close_engine_outbox SET status = 'WITHDRAWN', last_error = 'the conversation is ' || NEW.stage
+    WHERE conversation_id = OLD.id AND status = 'PENDING' AND leased_by IS NULL
+        AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
+    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_gone
+AFTER DELETE ON close_engine_conversations
+BEGIN
+    UPDATE close_engine_outbox SET status = 'WITHDRAWN', last_error = 'the conversation is deleted'
+    WHERE conversation_id = OLD.id AND status = 'PENDING' AND leased_by IS NULL
+        AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
+    UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_unasked
+AFTER UPDATE OF stage ON close_engine_conversations
+WHEN OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT'
+BEGIN
+    UPDATE pending_actions SET status = 'EXPIRED'
+    WHERE conversation_id = OLD.id AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK';
+END;
+
+-- Partial indexes let the sweeps find their rows without reading a table.
+CREATE INDEX IF NOT EXISTS pending_actions_close_engine_expiry
+    ON pending_actions (expires_at) WHERE status = 'PENDING';
+CREATE INDEX IF NOT EXISTS pending_actions_close_engine_queue
+    ON pending_actions (created_at, id) WHERE status = 'PENDING';
+CREATE INDEX IF NOT EXISTS close_engine_conversations_stalled
+    ON close_engine_conversations (stalled_at) WHERE stage = 'STALLED';
