@@ -117,8 +117,9 @@ def outbox_line() -> OutboxLine:
     message, ahead, moment = OutboxMessage, OutboxMessage.alias(), now()
     pending = message.status == MessageStatus.PENDING
     leased = message.leased_by.is_null(False)
-    in_flight = peewee.fn.COUNT(message.id).filter(leased & (message.available_at > moment))
-    counted: Any = message.select(peewee.fn.COUNT(message.id), in_flight).where(pending).tuples()
+    function = current().dialect.function
+    in_flight = function("count", message.id).filter(leased & (message.available_at > moment))
+    counted: Any = message.select(function("count", message.id), in_flight).where(pending).tuples()
     count, leased_now = counted.get()
     # As `claim` sees it: of each conversation the oldest is next, unless another of its messages is in flight.
     waits_behind = ahead.select(peewee.SQL("1")).where(
@@ -133,15 +134,15 @@ def outbox_line() -> OutboxLine:
         .order_by(message.available_at, message.id)
         .first()
     )
-    dead = message.select().where(message.status == MessageStatus.DEAD).count()
+    dead = current().count(message.select().where(message.status == MessageStatus.DEAD))
     return OutboxLine(count, leased_now, dead, next_one and moment - next_one.available_at)
 
 
 def _approval_lines(moment: datetime) -> list[ApprovalLine]:
-    action = PendingAction
+    action, function = PendingAction, current().dialect.function
     waiting: Any = (
         pending_actions()
-        .select(action.type, peewee.fn.COUNT(action.id), peewee.fn.MIN(action.created_at))
+        .select(action.type, function("count", action.id), function("min", action.created_at))
         .group_by(action.type)
         .order_by(action.type)
     )
@@ -150,7 +151,8 @@ def _approval_lines(moment: datetime) -> list[ApprovalLine]:
 
 def _stage_lines(moment: datetime) -> list[StageLine]:
     model = CloseEngineConversation
-    counted: Any = model.select(model.stage, peewee.fn.COUNT(model.stage)).group_by(model.stage).tuples()
+    count = current().dialect.function("count", model.stage)
+    counted: Any = model.select(model.stage, count).group_by(model.stage).tuples()
     counts: dict[Stage, int] = dict.fromkeys(Stage, 0) | dict(counted)
     many = [stage for stage in ACTIVE_STAGES if counts[stage] > EXACT]
     few = [stage for stage in ACTIVE_STAGES if 0 < counts[stage] <= EXACT]

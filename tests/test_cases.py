@@ -8,27 +8,40 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
+import peewee
+import psycopg2
 import pytest
 from celery import Celery
 
+import close_engine
 from close_engine import (
     ActionStatus,
     ActionType,
     AutonomyLevel,
     CloseEngineConversation,
+    EntryPoint,
     MessageStatus,
     OutboxMessage,
     PendingAction,
     Stage,
     errors,
+    outbox,
     submit,
 )
-from close_engine.testing import MovableClock
-from tests.foreign import ForeignWriter
+from close_engine.board import pipeline
+from close_engine.database.postgresql import POSTGRES
+from close_engine.schema import directory, downgrade, migration_sql, rows_at_stake, status
+from close_engine.testing import MovableClock, bring_to, new_lead
+from tests.calls import unqualified
+from tests.crm import query
+from tests.foreign import ForeignWriter, moment
+from tests.servers import execute, new_name, postgres_database
 from tests.workers import LINK, claimed
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
@@ -265,3 +278,318 @@ def test_f9_an_approval_asked_for_by_the_crm_names_its_own_author(
     close_engine_clock.move(timedelta(minutes=1))
 
     assert claimed().submitted_by == "the CRM"
+
+
+# -- D13: rounded moments ------------------------------------------------------------------------------------------
+
+#: Refuse a row with a stamp that has not been yet. What names a moment to come is left out, and so is a version that is
+#: one millisecond later than the last.
+REFUSE_THE_FUTURE = """
+CREATE FUNCTION refuse_the_future() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE stamp record;
+BEGIN
+    FOR stamp IN SELECT key, value::timestamp AS at FROM jsonb_each_text(to_jsonb(NEW))
+        WHERE key ~ '(_at|since)$' AND key NOT IN ('expires_at', 'available_at') AND value IS NOT NULL
+    LOOP
+        IF stamp.at > clock_timestamp() AT TIME ZONE 'UTC' AND NOT (stamp.key = 'updated_at' AND TG_OP = 'UPDATE'
+            AND stamp.at = (to_jsonb(OLD) ->> 'updated_at')::timestamp + interval '1 millisecond') THEN
+            RAISE 'in the future: %% of %%: %%', stamp.key, TG_TABLE_NAME, stamp.at;
+        END IF;
+    END LOOP;
+    RETURN NEW;
+END
+$$;
+"""
+STAMPED = [
+    *("close_engine_conversations", "pending_actions"),
+    *("close_engine.history", "close_engine.silence", "close_engine.outbox"),
+]
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
+def test_d13_no_stamp_lies_in_the_future(zone: str, foreign_postgres: ForeignWriter) -> None:
+    """A cast to timestamp(3) rounds, so that every second stamp was up to half a millisecond ahead of the clock. Here a
+    trigger that fires after ours compares each stamp with the clock, a hundred times each."""
+    writer = foreign_postgres
+    writer.run(REFUSE_THE_FUTURE)
+    for table in STAMPED:
+        writer.run(
+            f"CREATE TRIGGER zzz_refuse_the_future BEFORE INSERT OR UPDATE ON {table} "
+            "FOR EACH ROW EXECUTE FUNCTION refuse_the_future()"
+        )
+    writer.run(f"SET timezone = '{zone}'")
+    updated_at = ", updated_at = now()" if zone != "UTC" else ""
+    for number in range(100):
+        conversation = writer.insert(("STALLED", "COMPLETED", "CLOSED_LOST", "PAYMENT_SENT")[number % 4])
+        conversation = writer.insert("QUALIFYING")
+        for stage in ("STALLED", "PREVIEW_SENT", "PAYMENT_SENT", "CLOSED_LOST", "INITIATED", "QUALIFYING"):
+            writer.run(
+                f"UPDATE close_engine_conversations SET stage = %s{updated_at} WHERE id = %s", stage, conversation
+            )
+        for decided in ("status = 'APPROVED'", "status = 'APPROVED', approved_at = now()", "status = 'REJECTED'"):
+            writer.run(
+                "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message) "
+                "VALUES (%s, %s, 'l', 'SEND_PAYMENT_LINK', 'Hi')",
+                f"{conversation} {decided}",
+                conversation,
+            )
+            writer.run(f"UPDATE pending_actions SET {decided} WHERE id = %s", f"{conversation} {decided}")
+        writer.update(conversation, stage="COMPLETED")
+    assert len(writer.run("SELECT id FROM close_engine.outbox")) == 200
+
+
+def test_d13_the_moment_is_cut(foreign_postgres: ForeignWriter) -> None:
+    """close_engine.moment() is what everything is stamped by: never later than the clock, in whole milliseconds."""
+    foreign_postgres.run("SET timezone = 'Asia/Tokyo'")
+    assert foreign_postgres.run(
+        "SELECT count(*), bool_and(ours <= clock AND ours = ours::timestamp(3) AND clock < ours + interval '1 minute') "
+        "FROM (SELECT close_engine.moment() AS ours, clock_timestamp() AT TIME ZONE 'UTC' AS clock "
+        "FROM generate_series(1, 10000) OFFSET 0) AS moments"
+    ) == [(10000, True)]
+
+
+def test_d13_the_default_of_an_action_means_now_in_every_timezone(foreign_postgres: ForeignWriter) -> None:
+    """CURRENT_TIMESTAMP in a session elsewhere than in UTC is local time: it made an action hours too old or young."""
+    for zone in ("UTC", "Asia/Tokyo", "America/Los_Angeles"):
+        foreign_postgres.run(f"SET timezone = '{zone}'")
+        foreign_postgres.run(
+            "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message) "
+            "VALUES (%s, 'c', 'l', 'SEND_MESSAGE', 'Hi')",
+            zone,
+        )
+        ((age,),) = foreign_postgres.run(
+            "SELECT close_engine.moment() - created_at FROM pending_actions WHERE id = %s", zone
+        )
+        assert timedelta(0) <= age < timedelta(minutes=1), zone
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("2999-01-01 10:00:00.123999", "2999-01-01 10:00:00.123"),
+        ("2999-01-01T10:00:00.9999", "2999-01-01 10:00:00.999"),
+        ("2999-01-01 10:00:00.5", "2999-01-01 10:00:00.500"),
+        ("2999-01-01 10:00:00", "2999-01-01 10:00:00.000"),
+    ],
+)
+def test_d13_send_after_is_cut(foreign: ForeignWriter, given: str, stored: str) -> None:
+    """`sendAfter` with more than three digits was rounded up, on SQLite as well."""
+    conversation = foreign.insert("QUALIFYING")
+    foreign.run(
+        "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, metadata) "
+        "VALUES ('a', %s, 'l', 'SEND_MESSAGE', 'Hi', %s)",
+        conversation,
+        f'{{"sendAfter": "{given}"}}',
+    )
+    foreign.run("UPDATE pending_actions SET status = 'APPROVED' WHERE id = 'a'")
+    ((available_at,),) = foreign.run("SELECT available_at FROM close_engine.outbox")
+    assert moment(available_at) == moment(stored)
+
+
+def test_d13_send_after_is_understood_whatever_a_session_makes_of_backslashes(foreign_postgres: ForeignWriter) -> None:
+    """With standard_conforming_strings off the pattern for `sendAfter` lost its backslashes: nothing was delayed."""
+    conversation = foreign_postgres.insert("QUALIFYING")
+    foreign_postgres.run("SET standard_conforming_strings = off; SET escape_string_warning = off")
+    foreign_postgres.run(
+        "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, metadata) "
+        "VALUES ('a', %s, 'l', 'SEND_MESSAGE', 'Hi', %s)",
+        conversation,
+        '{"sendAfter": "2999-01-01 10:00:00.500"}',
+    )
+    foreign_postgres.run("UPDATE pending_actions SET status = 'APPROVED' WHERE id = 'a'")
+    assert foreign_postgres.run("SELECT available_at::text FROM close_engine.outbox") == [("2999-01-01 10:00:00.5",)]
+
+
+# -- G3: calls that somebody else can answer ------------------------------------------------------------------------
+
+
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """Collect every statement that the library sends."""
+    statements: list[str] = []
+    execute_sql = peewee.Database.execute_sql
+
+    def note_and_execute(database: peewee.Database, sql: str, params: Any = None) -> Any:
+        statements.append(sql)
+        return execute_sql(database, sql, params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peewee.Database, "execute_sql", note_and_execute)
+        yield statements
+
+
+def work() -> None:
+    """About all that this library does."""
+    assert close_engine.migrate(standalone=True)
+    assert close_engine.verify() == []
+    for stage in Stage:
+        conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY, key="k", actor="worker-7")
+        bring_to(conversation, stage)
+        conversation.record(questions=["budget"], data={"budget": 900})
+        conversation.history()
+    stalled = close_engine.open_conversation(new_lead(), EntryPoint.REP_CLOSE)
+    stalled.stall()
+    assert close_engine.receive(stalled.lead_id, "SM1", "Hi").resumed
+    assert close_engine.receive(stalled.lead_id, "SM1", "Hi").duplicate
+    stalled.reload()
+    asked = close_engine.open_conversation(new_lead(autonomy_level=AutonomyLevel.MANUAL), EntryPoint.SMS_REPLY)
+    for decide in (PendingAction.approve, PendingAction.reject):
+        action = close_engine.submit(asked, ActionType.SEND_MESSAGE, "Hello", key=decide.__name__, actor="worker-7")
+        assert isinstance(action, PendingAction)
+        assert len(close_engine.pending_actions(asked)) == 1
+        decide(action, by="dana")
+        asked.reload()
+    pipeline()
+    for message in outbox.claim(limit=10):
+        message.sent(f"provider {message.id}")
+    outbox.enqueue(stalled, "build_site", payload={"a": 1}, key="k")
+    for message in outbox.claim(limit=10):
+        message.extend(timedelta(minutes=1))
+        message.give_up("no such number")
+        outbox.requeue(message)
+    for message in outbox.claim(limit=10):
+        message.retry("later")
+    paid = close_engine.open_conversation(new_lead(), EntryPoint.PREVIEW_CTA)
+    bring_to(paid, Stage.PAYMENT_SENT)
+    close_engine.record_payment(paid.lead_id, "pay_1")
+    close_engine.sweep()
+    close_engine.stall_silent(after=timedelta(days=-1))
+    close_engine.lose_stalled(after=timedelta(days=-1))
+    list(close_engine.CloseEngineConversation.in_stage_longer_than(Stage.BUILDING, timedelta(0)))
+    assert all(migration.applied_at for migration in status())
+    assert rows_at_stake("0001_conversations")
+    assert downgrade("0001_conversations")
+    assert migration_sql()
+
+
+def test_g3_every_function_that_the_library_calls_is_named_with_its_schema(server: str) -> None:
+    """Where anybody may create in `public`, a function there with better matching arguments ran with the rights of
+    whoever worked or migrated."""
+    with postgres_database(server) as url, overheard() as statements:
+        database = close_engine.connect(url)
+        work()
+        database.close()
+    called = {name for sql in statements for name in unqualified(sql)}
+    assert called == set()
+    assert len(statements) > 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        POSTGRES.sample("silence", 5),
+        POSTGRES.merged_list("a"),
+        POSTGRES.merged_mapping("a"),
+        *(path.read_text() for path in sorted(directory().glob("*.postgresql.sql"))),
+    ],
+)
+def test_g3_every_function_in_our_sql_is_named_with_its_schema(text: str) -> None:
+    """As above, for what no walk is sure to run."""
+    assert unqualified(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("SELECT currval('s')", ["currval"]),
+        ("SELECT COUNT(1) FROM (SELECT 1) AS q", ["COUNT"]),
+        ("SELECT pg_catalog.count(*), min (id) FROM t", ["min"]),
+        ('SELECT "count"(1)', ["quoted"]),
+        ("SELECT 1 WHERE x IN (SELECT now()) AND (y) -- and(z)", ["now"]),
+        ("CREATE INDEX i ON t (lower(x))", ["lower"]),
+        ("SELECT 1 FROM a JOIN b ON fits(a.x, b.x)", ["fits"]),
+        ("INSERT INTO t (a) VALUES (pg_catalog.upper('f(x)')) ON CONFLICT (a) DO NOTHING", []),
+        ("CREATE TABLE IF NOT EXISTS t (a timestamp(3), UNIQUE (a))", []),
+        ("BEGIN IF EXISTS (SELECT) THEN PERFORM set_config('a', 'b', true); END IF; END", ["set_config"]),
+        ("SELECT coalesce(nullif(a, ''), greatest(b, c)) FROM pg_catalog.unnest(x) AS k (number)", []),
+    ],
+)
+def test_g3_an_unqualified_call_is_found(text: str, found: list[str]) -> None:
+    """What finds them must be seen to find them."""
+    assert unqualified(text) == found
+
+
+#: Signatures that match our arguments better than PostgreSQL's own, or as well.
+HOSTILE = [
+    *("currval(text)", "pg_advisory_xact_lock(integer)", "hashtext(name)", "set_config(text, text, boolean)"),
+    *("count(integer)", "count(text)", "count(bigint)", "min(text)", "min(bigint)", "min(timestamp)"),
+    *("array_agg(name)", "unnest(int2vector)", "quote_ident(name)", "quote_ident(text)", "format_type(oid, integer)"),
+    *("obj_description(oid, text)", "obj_description(oid, name)", "current_setting(name)", "current_setting(text)"),
+    *("jsonb_typeof(jsonb)", "jsonb_agg(jsonb)", "jsonb_array_elements(jsonb)", "date_trunc(text, timestamp)"),
+    *("jsonb_build_object(text, text, text, text)", "pg_get_indexdef(oid, integer, boolean)", "clock_timestamp()"),
+    *("generate_subscripts(int2vector, integer)", "current_schema()", "to_char(timestamp, text)", "now()"),
+]
+
+
+def test_g3_what_anybody_made_in_public_is_never_called(server: str, role: str) -> None:
+    """A role with no right but to create in `public` makes functions that answer in place of PostgreSQL's."""
+    with postgres_database(server) as url:
+        execute(url, f"GRANT CREATE ON SCHEMA public TO {role}")
+        made = [
+            f"CREATE FUNCTION public.{signature} RETURNS bigint LANGUAGE plpgsql AS "
+            f"$$BEGIN RAISE 'called by %: {signature}', current_user; END$$"
+            for signature in HOSTILE
+        ]
+        execute(url, *(f"SET SESSION AUTHORIZATION {role}; {function}" for function in made))
+        with pytest.raises(psycopg2.errors.RaiseException, match=r"called by \w+: count\(integer\)"):
+            query(url, "SELECT count(1)")
+
+        database = close_engine.connect(url)
+        work()  # each of them raises
+        database.close()
+        execute(url, f"DROP OWNED BY {role}")
+
+
+@pytest.fixture
+def role(server: str) -> Iterator[str]:
+    """A new role that can do nothing; given up after the databases it has rights in."""
+    name = new_name()
+    execute(server, f"CREATE ROLE {name} LOGIN")
+    yield name
+    execute(server, f"DROP ROLE {name}")
+
+
+# -- G9: names -----------------------------------------------------------------------------------------------------
+
+ODD = {
+    "leads": "50% of {leads}",
+    "users": "it's \"users\" \\ %s 'public.'",
+    "clients": "%(clients)s $body$ -- public.x\n;",
+}
+
+
+@pytest.mark.parametrize("schema", ["public", '100% "{crm}" \\ -- public.'])
+def test_g9_odd_names_survive_migrating(server: str, schema: str) -> None:
+    """A `%` in the name of a table or a schema was an IndexError: the driver took it for a placeholder."""
+    with postgres_database(server) as url, postgres_database(server) as other:
+        for each in (url, other):
+            quoted = schema.replace('"', '""')
+            query(each, f'CREATE SCHEMA IF NOT EXISTS "{quoted}"')
+        close_engine.connect(f"{url}&schema={quote(schema)}", **ODD)
+        script = ";\n".join(migration_sql(standalone=True))
+        assert close_engine.migrate(standalone=True)
+        assert migration_sql() == []
+        writer = ForeignWriter(psycopg2.connect(url))
+        writer.run('SET search_path = "' + quoted.replace("%", "%%") + '"')
+        leads = '"50% of {leads}"'.replace("%", "%%")
+        writer.run(f"INSERT INTO {leads} (id) VALUES (%s)", "l")
+        writer.run(
+            "INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, updated_at) "
+            "VALUES ('c', 'l', 'SMS_REPLY', 'PREVIEW_SENT', now())"
+        )
+        writer.run(
+            "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message) "
+            "VALUES ('a', 'c', 'l', 'SEND_MESSAGE', 'Hi')"
+        )
+        writer.run("UPDATE pending_actions SET status = 'APPROVED'")
+        writer.run("UPDATE close_engine_conversations SET stage = 'CLOSED_LOST'")
+        assert writer.run("SELECT status FROM close_engine.outbox") == [("WITHDRAWN",)]
+        writer.connection.commit()
+        writer.connection.close()
+        assert downgrade("0001_conversations")
+
+        query(other, f'SET search_path = "{quoted}"; {script}')
+        database = close_engine.connect(f"{other}&schema={quote(schema)}", **ODD)
+        assert close_engine.migrate() == []
+        assert len(downgrade("0001_conversations")) == 5
+        database.close()

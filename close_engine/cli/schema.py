@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from typing import Annotated
 
 import typer
 
 from close_engine import schema
-from close_engine.cli.app import command, open_database
+from close_engine.cli.app import command, in_seconds, open_database
 from close_engine.cli.terminal import console, table
 from close_engine.errors import CloseEngineError, SchemaError
+from close_engine.schema.migrations import LOCK_TIMEOUT
+
+LockTimeout = Annotated[timedelta, in_seconds("How long to wait for another process that migrates.", 300)]
 
 
 @command()
@@ -21,15 +25,16 @@ def migrate(
         typer.Option("--standalone", help="First make minimal leads, users and clients tables, where there is no CRM."),
     ] = False,
     sql: Annotated[bool, typer.Option("--sql", help="Only print the statements, as a script; change nothing.")] = False,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
     """Apply the pending migrations, all of them or none. Many machines may do so at once."""
     if sql:
         open_database(context, missing="pretend" if standalone else "refuse")
-        statements = schema.migration_sql(standalone=standalone)
+        statements = schema.migration_sql(standalone=standalone, lock_timeout=lock_timeout)
         print(";\n\n".join(["BEGIN", *statements, "COMMIT"]) + ";" if statements else "-- Nothing is pending.")
         return
     open_database(context, missing="make" if standalone else "refuse")
-    applied = schema.migrate(standalone=standalone)
+    applied = schema.migrate(standalone=standalone, lock_timeout=lock_timeout)
     print("\n".join(f"Applied {name}." for name in applied) or "Nothing to do: every migration is applied.")
 
 
@@ -40,15 +45,16 @@ def downgrade(
         str | None, typer.Argument(help="Go back through this migration; without it, take back the newest alone.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, even where data would be lost.")] = False,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
     """Take migrations back. Asks first where that drops data."""
     open_database(context)
-    lost = {} if yes else schema.rows_at_stake(target)
+    lost = {} if yes else schema.rows_at_stake(target, lock_timeout=lock_timeout)
     if lost and not _confirmed(
         "This drops the rows of " + ", ".join(f"{name} ({count})" for name, count in lost.items())
     ):
         raise CloseEngineError("Nothing was taken back; with --yes it is, without asking.")
-    reverted = schema.downgrade(target)
+    reverted = schema.downgrade(target, lock_timeout=lock_timeout)
     print("\n".join(f"Took back {name}." for name in reverted) or "Nothing to do: no migration is applied.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import peewee
@@ -16,6 +17,12 @@ __all__ = ["Dialect"]
 
 class Dialect:
     """What differs between databases, stated once: one subclass a database."""
+
+    #: What the SQL files of the migrations are called after.
+    name: str
+
+    #: What stands before the name of one of the database's own functions.
+    builtin = ""
 
     #: What Peewee's `atomic()` is given where a transaction begins.
     begin: tuple[str, ...] = ()
@@ -30,6 +37,12 @@ class Dialect:
     def sql(self, text: str) -> str:
         """The statement in this database's words: `%s` for a value, `{history}` for our tables."""
         raise NotImplementedError
+
+    def function(self, name: str, *arguments: Any) -> peewee.Function:
+        """A call of one of the database's own functions, for a query of Peewee's."""
+        # Peewee knows by the plain name which results are not values of the column.
+        coerce = name not in peewee.Function.no_coerce_functions
+        return peewee.Function(self.builtin + name, arguments, coerce=coerce)
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
         """Text of the one statement that changes a stage; `execute_guarded` runs it."""
@@ -90,8 +103,21 @@ class Dialect:
         """Inside a transaction: whether it would be rolled back even if it were told to commit."""
         return False
 
-    def exclusive(self, database: peewee.Database) -> None:
-        """Inside a transaction: wait until no other process migrates this database."""
+    @contextmanager
+    def limit_wait(self, database: peewee.Database, timeout: timedelta) -> Iterator[None]:
+        """Around a transaction that migrates: limit how long its beginning waits, if that is where it waits.
+
+        Raises:
+            SchemaError: another process wrote for all of that time.
+        """
+        yield
+
+    def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
+        """Inside a transaction: wait until no other process migrates this database.
+
+        Raises:
+            SchemaError: another process held the lock for all of that time.
+        """
         raise NotImplementedError
 
     def create_schema(self, database: peewee.Database) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import peewee
 
-from close_engine.database.catalog import Catalog, Column, ForeignKey, Trigger
+from close_engine.database.catalog import Catalog, Column, ForeignKey, Index, Trigger
 from close_engine.database.dialect import Dialect
 from close_engine.database.provenance import Provenance, Write
+from close_engine.errors import SchemaError
 
 __all__ = ["POSTGRES", "Postgres", "PostgresCatalog"]
 
@@ -23,6 +25,15 @@ _MADE_HERE = "Made by the migrations of close_engine, and dropped with them."
 
 #: Type in DDL to how PostgreSQL prints it, where that is not the same in lower case.
 _PRINTED = {"BIGSERIAL": "bigint", "SERIAL": "integer", "TIMESTAMP(3)": "timestamp(3) without time zone"}
+
+#: The advisory lock that whoever migrates holds.
+_MIGRATIONS = "pg_catalog.hashtext('close_engine.migrate'::text)::bigint"
+
+#: The SQLSTATE of a lock that was not given within lock_timeout.
+_LOCK_NOT_AVAILABLE = "55P03"
+
+#: The most milliseconds that lock_timeout takes.
+_LONGEST_WAIT = 2**31 - 1
 
 _ACTIONS = {"a": "NO ACTION", "c": "CASCADE", "d": "SET DEFAULT", "n": "SET NULL", "r": "RESTRICT"}
 
@@ -35,27 +46,47 @@ class PostgresCatalog(Catalog):
     def columns(self, table: str, schema: str | None = None) -> dict[str, Column]:
         rows = self.database.execute_sql(
             """
-            SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
-                coalesce(pg_get_expr(d.adbin, d.adrelid), nullif(a.attidentity::text, ''))
-            FROM pg_class c
-            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = coalesce(%s, current_schema())
-            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-            LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+            SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                coalesce(pg_catalog.pg_get_expr(d.adbin, d.adrelid), nullif(a.attidentity::text, ''))
+            FROM pg_catalog.pg_class c
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                AND n.nspname = coalesce(%s::name, pg_catalog.current_schema())
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
             WHERE c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum
             """,
             (schema, table),
         ).fetchall()
         return {name: Column(type_, required, default) for name, type_, required, default in rows}
 
+    def indexes(self, table: str, schema: str | None = None) -> dict[str, Index]:
+        rows = self.database.execute_sql(
+            """
+            SELECT x.relname, i.indisunique, i.indpred IS NOT NULL, ARRAY(
+                SELECT coalesce(a.attname::text, 'an expression')
+                FROM pg_catalog.unnest(i.indkey) WITH ORDINALITY AS k (number, place)
+                LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.number ORDER BY k.place
+            )
+            FROM pg_catalog.pg_index i
+            JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid
+            JOIN pg_catalog.pg_class c ON c.oid = i.indrelid
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                AND n.nspname = coalesce(%s::name, pg_catalog.current_schema())
+            WHERE c.relname = %s
+            """,
+            (schema, table),
+        ).fetchall()
+        return {name: Index(tuple(columns), unique, partial) for name, unique, partial, columns in rows}
+
     def foreign_keys(self, table: str) -> list[ForeignKey]:
         rows = self.database.execute_sql(
             """
             SELECT k.conname, a.attname, t.relname, k.confdeltype::text, k.confupdtype::text
-            FROM pg_constraint k
-            JOIN pg_class c ON c.oid = k.conrelid
-            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
-            JOIN pg_class t ON t.oid = k.confrelid
-            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
+            FROM pg_catalog.pg_constraint k
+            JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
+            JOIN pg_catalog.pg_class t ON t.oid = k.confrelid
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
             WHERE c.relname = %s AND k.contype = 'f'
             """,
             (table,),
@@ -71,10 +102,10 @@ class PostgresCatalog(Catalog):
             SELECT t.tgname, t.tgenabled IN ('O', 'A'),
                 t.tgtype & 1 > 0 AND t.tgtype & 2 > 0 AND t.tgtype & (4 | 16) > 0, -- each row, before, insert or update
                 p.prosecdef AND 'search_path=pg_catalog, pg_temp' = ANY (p.proconfig)
-            FROM pg_trigger t
-            JOIN pg_class c ON c.oid = t.tgrelid
-            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
-            JOIN pg_proc p ON p.oid = t.tgfoid
+            FROM pg_catalog.pg_trigger t
+            JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
+            JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
             WHERE c.relname = %s AND NOT t.tgisinternal ORDER BY t.tgname
             """,
             (table,),
@@ -94,6 +125,11 @@ _SET_CONTEXT = "pg_catalog.set_config('close_engine.context'::text, %s::text, tr
 
 class Postgres(Dialect):
     """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
+
+    name = "postgresql"
+
+    # A role that may create in `public` could put a better match for an unqualified call there.
+    builtin = "pg_catalog."
 
     catalog = PostgresCatalog
 
@@ -145,24 +181,36 @@ class Postgres(Dialect):
         return f"= ANY (ARRAY({query}))"
 
     def sample(self, table: str, every: int) -> str:
-        return self.sql(f"SELECT * FROM {{{table}}} TABLESAMPLE BERNOULLI ({100 / every}) REPEATABLE (0)")
+        return self.sql(f"SELECT * FROM {{{table}}} TABLESAMPLE pg_catalog.bernoulli ({100 / every}) REPEATABLE (0)")
 
     def merged_list(self, column: str) -> str:
         return (
-            "(SELECT jsonb_agg(element ORDER BY place) FROM (SELECT element, min(place) AS place FROM "
-            f"jsonb_array_elements(CASE jsonb_typeof({column}) WHEN 'array' THEN {column} ELSE '[]' END || %s::jsonb) "
+            "(SELECT pg_catalog.jsonb_agg(element ORDER BY place) "
+            "FROM (SELECT element, pg_catalog.min(place) AS place FROM pg_catalog.jsonb_array_elements("
+            f"CASE pg_catalog.jsonb_typeof({column}) WHEN 'array' THEN {column} ELSE '[]' END || %s::jsonb) "
             "WITH ORDINALITY AS elements (element, place) GROUP BY element) AS merged)"
         )
 
     def merged_mapping(self, column: str) -> str:
-        return f"CASE jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
+        return f"CASE pg_catalog.jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
 
     def failed(self, database: peewee.Database) -> bool:
         # The driver knows it, without a round trip; 3 is libpq's PQTRANS_INERROR.
         return bool(database.connection().info.transaction_status == 3)
 
-    def exclusive(self, database: peewee.Database) -> None:
-        database.execute_sql("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+    def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
+        ((before,),) = database.execute_sql("SELECT pg_catalog.current_setting('lock_timeout'::text)").fetchall()
+        milliseconds = min(max(1, round(timeout.total_seconds() * 1000)), _LONGEST_WAIT)
+        try:
+            # A savepoint, so that the transaction lives on and can ask who holds the lock.
+            with database.atomic():
+                _set_lock_timeout(database, f"{milliseconds}ms")
+                database.execute_sql(f"SELECT pg_catalog.pg_advisory_xact_lock({_MIGRATIONS})")
+                _set_lock_timeout(database, before)
+        except peewee.OperationalError as error:
+            if getattr(getattr(error, "orig", None), "pgcode", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            raise SchemaError(_who_migrates(database, timeout)) from error
 
     def create_schema(self, database: peewee.Database) -> None:
         # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
@@ -173,10 +221,43 @@ class Postgres(Dialect):
 
     def drop_schema(self, database: peewee.Database) -> None:
         found = database.execute_sql(
-            "SELECT obj_description(oid, 'pg_namespace') FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"
+            "SELECT pg_catalog.obj_description(oid, 'pg_namespace'::name) FROM pg_catalog.pg_namespace "
+            "WHERE nspname = 'close_engine'"
         )
         if found.fetchall() == [(_MADE_HERE,)]:
             database.execute_sql("DROP SCHEMA close_engine")
+
+
+def _set_lock_timeout(database: peewee.Database, value: str) -> None:
+    database.execute_sql("SELECT pg_catalog.set_config('lock_timeout'::text, %s::text, true)", (value,))
+
+
+def _who_migrates(database: peewee.Database, timeout: timedelta) -> str:
+    """The sentence that says who holds the lock of migrations; what a role may not see is left out."""
+    holders = database.execute_sql(
+        f"""
+        SELECT l.pid, a.usename, pg_catalog.to_char(
+            coalesce(a.xact_start, a.backend_start) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'::text)
+        FROM pg_catalog.pg_locks l
+        JOIN pg_catalog.pg_database d ON d.oid = l.database AND d.datname = pg_catalog.current_database()
+        LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+        WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+            AND (l.classid::bigint << 32) | l.objid::bigint = {_MIGRATIONS} AND l.pid IS NOT NULL
+        ORDER BY l.pid
+        """
+    ).fetchall()
+    waited = f"Nothing was changed: the lock of migrations was not to be had for {timeout.total_seconds():g} seconds."
+    if not holders:
+        return f"{waited} Nobody that can be seen holds it now: run it again."
+    named = " and ".join(
+        f"process {pid}{f' of the role {role}' * bool(role)}{f', since {since} UTC' * bool(since)}"
+        for pid, role, since in holders
+    )
+    end = "; ".join(f"SELECT pg_catalog.pg_terminate_backend({pid})" for pid, *_ in holders)
+    return (
+        f"{waited} It is held by {named}. If that migrates, wait for it: run this again, or with a longer lock_timeout "
+        f"(--lock-timeout). If not, end it: {end}."
+    )
 
 
 POSTGRES = Postgres()

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import peewee
@@ -19,11 +20,15 @@ from close_engine.database.catalog import Catalog, ForeignKey, Trigger
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import dump_json
 from close_engine.database.provenance import Provenance, Write
+from close_engine.errors import SchemaError
 
 __all__ = ["SQLITE", "Sqlite", "SqliteCatalog", "WalConnection"]
 
 #: Seconds that a connection to SQLite waits for another's lock.
 _SQLITE_WAITS = 60
+
+#: The most milliseconds that PRAGMA busy_timeout takes.
+_LONGEST_WAIT = 2**31 - 1
 
 
 class SqliteCatalog(Catalog):
@@ -46,6 +51,8 @@ class SqliteCatalog(Catalog):
 
 class Sqlite(Dialect):
     """SQLite: our tables carry a prefix, the context is a row that lives for the one write it belongs to."""
+
+    name = "sqlite"
 
     #: Take the write lock at once: a transaction that reads first may be refused it later.
     begin = ("IMMEDIATE",)
@@ -108,7 +115,24 @@ class Sqlite(Dialect):
     def prepare(self, database: peewee.Database) -> None:
         database.register_function(_merge_json, "close_engine_merge", 2)  # type: ignore[attr-defined]
 
-    def exclusive(self, database: peewee.Database) -> None:
+    @contextmanager
+    def limit_wait(self, database: peewee.Database, timeout: timedelta) -> Iterator[None]:
+        ((before,),) = database.execute_sql("PRAGMA busy_timeout").fetchall()
+        milliseconds = min(max(1, round(timeout.total_seconds() * 1000)), _LONGEST_WAIT)
+        database.execute_sql(f"PRAGMA busy_timeout = {milliseconds}")
+        try:
+            yield
+        except peewee.OperationalError as error:
+            if str(error) != "database is locked":
+                raise
+            raise SchemaError(
+                f"Nothing was changed: another process has been writing to this SQLite file for "
+                f"{timeout.total_seconds():g} seconds. End it, or wait longer with lock_timeout (--lock-timeout)."
+            ) from error
+        finally:
+            database.execute_sql(f"PRAGMA busy_timeout = {before}")
+
+    def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
         """BEGIN IMMEDIATE holds the file already."""
 
 

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta, timezone
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from close_engine.database.binding import current
 from close_engine.database.url import connect
 from close_engine.demo.provider import Provider
 from close_engine.demo.report import Handover
@@ -81,7 +82,7 @@ def hand_over(
 
 def _unsent(messages: list[int]) -> int:
     waiting = OutboxMessage.id.in_(messages) & (OutboxMessage.status == MessageStatus.PENDING)
-    return OutboxMessage.select().where(waiting).count()
+    return current().count(OutboxMessage.select().where(waiting))
 
 
 def _serve(

@@ -17,6 +17,7 @@ The models say what there must be; the database's catalog and its rows say what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,9 @@ from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog, Column, ForeignKey, Index
 from close_engine.database.fields import EnumField
-from close_engine.database.postgresql import PostgresCatalog
-from close_engine.database.sqlite import SqliteCatalog
 from close_engine.machine import ACTION_TRANSITIONS, pairs
 from close_engine.models import BaseModel, Client, Lead, StageChange, User
-from close_engine.schema.migrations import status
+from close_engine.schema.migrations import directory, status
 
 __all__ = ["Check", "checks", "verify"]
 
@@ -71,56 +70,6 @@ class Helper:
     columns: tuple[str, ...]
     migrations: tuple[str, ...]
 
-
-#: The triggers that there must be, by catalog.
-_GUARDS: dict[type[Catalog], tuple[Guard, ...]] = {
-    PostgresCatalog: (
-        Guard(
-            "close_engine_conversations",
-            "0003_guard",
-            (
-                "aa_close_engine_opening",
-                "zz_close_engine_deletion",
-                "zz_close_engine_guard",
-                "zz_close_engine_truncation",
-            ),
-        ),
-        Guard("close_engine_conversations", "0005_decisions", ("zz_close_engine_closing", "zz_close_engine_gone")),
-        Guard("pending_actions", "0005_decisions", ("zz_close_engine_guard", "zz_close_engine_decision")),
-    ),
-    SqliteCatalog: (
-        Guard(
-            "close_engine_conversations",
-            "0003_guard",
-            (
-                "close_engine_deletion",
-                "close_engine_guard_id",
-                "close_engine_guard_insert",
-                "close_engine_guard_update",
-                "close_engine_opening",
-                "close_engine_record",
-                "close_engine_version",
-            ),
-        ),
-        Guard(
-            "close_engine_conversations",
-            "0005_decisions",
-            ("close_engine_closing", "close_engine_gone", "close_engine_unasked"),
-        ),
-        Guard(
-            "pending_actions",
-            "0005_decisions",
-            (
-                "close_engine_action_approved",
-                "close_engine_action_closed",
-                "close_engine_action_expired",
-                "close_engine_action_insert",
-                "close_engine_action_update",
-                "close_engine_action_withdrawn",
-            ),
-        ),
-    ),
-}
 
 #: Our tables that no model stands for, by name.
 _HELPERS = {
@@ -167,7 +116,7 @@ def checks() -> list[Check]:
     made = [Check("migrations", found)]
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
     made.append(Check("tables of our own", list(_helper_problems(catalog))))
-    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in _GUARDS[type(catalog)]]
+    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in _guards()]
     made.append(Check("allowed stage changes", list(_transition_problems(catalog, "conversation", pairs()))))
     made.append(Check("allowed decisions", list(_transition_problems(catalog, "action", ACTION_TRANSITIONS))))
     made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
@@ -176,6 +125,24 @@ def checks() -> list[Check]:
     if {StageChange, CloseEngineConversation} <= readable:
         made.append(Check("history", list(_history_problems())))
     return made
+
+
+#: A trigger in a SQL file of the migrations: its name and its table.
+_TRIGGER = re.compile(
+    r"^CREATE (?:OR REPLACE )?TRIGGER (?:IF NOT EXISTS )?(\w+)\s[^;]*?\sON (?:public\.)?(\w+)", re.MULTILINE
+)
+
+
+def _guards() -> Iterator[Guard]:
+    """The triggers that there must be: those that the migrations make on this database."""
+    kind = current().dialect.name
+    for script in sorted(directory().glob("[0-9]*.py")):
+        file = script.with_name(f"{script.stem}.{kind}.sql")
+        made: dict[str, list[str]] = {}
+        for trigger, table in _TRIGGER.findall(file.read_text("utf-8")):
+            made.setdefault(table, []).append(trigger)
+        for table, triggers in made.items():
+            yield Guard(table, script.stem, tuple(triggers))
 
 
 def _missing_columns(catalog: Catalog, model: type[BaseModel]) -> list[Any]:
@@ -345,9 +312,10 @@ def _unknown_words(model: type[BaseModel]) -> Iterator[str]:
         if isinstance(field, EnumField):
             words = [str(word.value) for word in field.words]
             marks = ", ".join(["%s"] * len(words))
+            builtin = current().dialect.builtin
             # Past the field, which would refuse to give such a word back.
             strange = _rows(
-                f'SELECT "{field.column_name}", count(*), min("{primary_key}") FROM {table} '
+                f'SELECT "{field.column_name}", {builtin}count(*), {builtin}min("{primary_key}") FROM {table} '
                 f'WHERE "{field.column_name}" NOT IN ({marks}) GROUP BY 1 ORDER BY 1',
                 words,
             )
@@ -365,7 +333,7 @@ def _reference_problems() -> Iterator[str]:
     for key in CloseEngineConversation._meta.refs:
         column, target = key.column_name, key.rel_model._meta.table_name
         dangling = _rows(
-            f"SELECT count(*) OVER (), c.id, c.{column} FROM close_engine_conversations c "
+            f"SELECT {current().dialect.builtin}count(*) OVER (), c.id, c.{column} FROM close_engine_conversations c "
             f"LEFT JOIN {_quoted(key.rel_model)} t ON t.id = c.{column} "
             f"WHERE c.{column} IS NOT NULL AND t.id IS NULL ORDER BY c.id LIMIT 1"
         )
@@ -377,9 +345,9 @@ def _reference_problems() -> Iterator[str]:
 
 
 def _history_problems() -> Iterator[str]:
-    history = _name(StageChange)
+    history, counted = _name(StageChange), f"{current().dialect.builtin}count(*) OVER ()"
     unrecorded = _rows(
-        "SELECT count(*) OVER (), c.id, c.stage FROM close_engine_conversations c "
+        f"SELECT {counted}, c.id, c.stage FROM close_engine_conversations c "
         "WHERE NOT EXISTS (SELECT 1 FROM {history} h WHERE h.conversation_id = c.id) ORDER BY c.id LIMIT 1"
     )
     for count, example, stage in unrecorded:
@@ -388,7 +356,8 @@ def _history_problems() -> Iterator[str]:
             f"{stage}: they were written past the guard; insert a row with the trigger 'adopted' for each."
         )
     differing = _rows(
-        "SELECT count(*) OVER (), id, stage, dest FROM (SELECT c.id, c.stage, (SELECT h.dest FROM {history} h "
+        f"SELECT {counted}, id, stage, dest FROM (SELECT c.id, c.stage, "
+        "(SELECT h.dest FROM {history} h "
         "WHERE h.conversation_id = c.id ORDER BY h.id DESC LIMIT 1) AS dest FROM close_engine_conversations c) newest "
         "WHERE stage <> dest ORDER BY id LIMIT 1"
     )
