@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psycopg2
 import pytest
 
 import close_engine
@@ -49,6 +52,27 @@ def test_migrate_applies_what_is_pending_and_then_has_nothing_to_do(empty_url: s
     assert again == Result(0, "Nothing to do: every migration is applied.\n", "")
     close_engine.connect(empty_url)
     assert close_engine.verify() == []
+
+
+def test_migrating_and_back_wait_only_so_long_for_another_process(empty_url: str) -> None:
+    run("migrate", "--standalone", "--database", empty_url)
+    with closing(connection_that_migrates(empty_url)):
+        for command in (["migrate", "--standalone"], ["downgrade"], ["migrate", "--standalone", "--sql"]):
+            told = refused(*command, "--lock-timeout", "0.02", "--database", empty_url)
+            assert re.match("Nothing was changed: .* 0.02 seconds", told)
+            assert "--lock-timeout" in told
+    assert "it must be longer than nothing" in refused("downgrade", "--lock-timeout", "0", "--database", empty_url)
+
+
+def connection_that_migrates(url: str) -> Any:
+    """A connection that keeps everybody from migrating until it is closed."""
+    if url.startswith("sqlite"):
+        file = sqlite3.connect(urlsplit(url).path[1:], isolation_level=None)
+        file.execute("BEGIN IMMEDIATE")
+        return file
+    connection = psycopg2.connect(url)
+    connection.cursor().execute("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+    return connection
 
 
 def test_migrate_without_a_crm_says_what_is_missing_and_names_standalone(empty_url: str) -> None:

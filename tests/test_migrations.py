@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import peewee
+import psycopg2
 import pytest
 
 import close_engine
@@ -22,6 +26,7 @@ from close_engine import (
     AutonomyLevel,
     CloseEngineConversation,
     EntryPoint,
+    InvalidValue,
     Lead,
     SchemaError,
     Stage,
@@ -797,3 +802,123 @@ def test_what_prisma_made_is_not_at_stake(pushed_url: str) -> None:
         close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY)
 
         assert rows_at_stake(SCRIPTS[0]) == {"close_engine.history": 1}
+
+
+# -- the lock ------------------------------------------------------------------------------------------------------
+
+SOON = timedelta(milliseconds=20)
+
+
+@pytest.fixture
+def held(empty_url: str) -> Iterator[Any]:
+    """A connection of somebody else's that keeps everybody from migrating."""
+    if empty_url.startswith("sqlite"):
+        holder = sqlite3.connect(empty_url.removeprefix("sqlite:///"), isolation_level=None)
+        holder.execute("PRAGMA journal_mode = wal")
+        holder.execute("BEGIN IMMEDIATE")
+    else:
+        holder = psycopg2.connect(empty_url)
+        holder.cursor().execute("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+    yield holder
+    holder.close()
+
+
+WAITING: dict[str, Callable[[timedelta], object]] = {
+    "migrate": lambda timeout: close_engine.migrate(standalone=True, lock_timeout=timeout),
+    "migration_sql": lambda timeout: migration_sql(standalone=True, lock_timeout=timeout),
+    "downgrade": lambda timeout: downgrade(lock_timeout=timeout),
+    "rows_at_stake": lambda timeout: rows_at_stake(lock_timeout=timeout),
+}
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_whoever_waits_too_long_for_the_lock_is_told_who_holds_it(empty_url: str, held: Any, what: str) -> None:
+    with bound(empty_url) as database:
+        with pytest.raises(SchemaError) as caught:
+            WAITING[what](SOON)
+
+        told = str(caught.value)
+        if empty_url.startswith("sqlite"):
+            held.rollback()
+            assert told == (
+                "Nothing was changed: another process has been writing to this SQLite file for 0.02 seconds. "
+                "End it, or wait longer with lock_timeout (--lock-timeout)."
+            )
+            assert database.execute_sql("PRAGMA busy_timeout").fetchone() == (60000,)
+        else:
+            pid = held.info.backend_pid
+            assert told.startswith(
+                "Nothing was changed: the lock of migrations was not to be had for 0.02 seconds. It is held by process "
+                f"{pid} of the role postgres, since 20"
+            )
+            assert told.endswith(f"If not, end it: SELECT pg_catalog.pg_terminate_backend({pid}).")
+            database.execute_sql(re.findall(r"SELECT pg_catalog.*\)", told)[0])
+        assert not database.in_transaction()
+        WAITING[what](timedelta(minutes=1))
+
+
+def test_the_sessions_own_lock_timeout_is_kept(postgres: peewee.Database, postgres_url: str) -> None:
+    shown = "SHOW lock_timeout"
+    postgres.execute_sql("SET lock_timeout = '7s'")
+    with close_engine.atomic():
+        rows_at_stake()
+        assert postgres.execute_sql(shown).fetchone() == ("7s",)
+        holder = psycopg2.connect(postgres_url)
+        holder.cursor().execute("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+        with pytest.raises(SchemaError, match="lock of migrations"):
+            rows_at_stake(lock_timeout=SOON)
+        holder.close()
+        assert postgres.execute_sql(shown).fetchone() == ("7s",)
+    assert postgres.execute_sql(shown).fetchone() == ("7s",)
+
+
+def test_a_holder_of_another_role_is_named_as_far_as_it_can_be_seen(server: str, role: str) -> None:
+    with postgres_database(server) as url:
+        execute(url, CRM, f"GRANT CREATE ON SCHEMA public TO {role}")
+        holder = psycopg2.connect(url)
+        holder.cursor().execute("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
+        with bound(url.replace("//postgres:@", f"//{role}:@")), pytest.raises(SchemaError) as caught:
+            close_engine.migrate(lock_timeout=SOON)
+        holder.close()
+        assert re.search(r"held by process \d+ of the role postgres\. If that migrates, wait", str(caught.value))
+        execute(url, f"DROP OWNED BY {role}")
+
+
+def test_all_who_share_the_lock_are_named(postgres_url: str) -> None:
+    holders = [psycopg2.connect(postgres_url) for _ in range(2)]
+    for holder in holders:
+        holder.cursor().execute("SELECT pg_advisory_xact_lock_shared(hashtext('close_engine.migrate'))")
+    with bound(postgres_url), pytest.raises(SchemaError) as caught:
+        downgrade(lock_timeout=SOON)
+    for holder in holders:
+        assert f"pg_terminate_backend({holder.info.backend_pid})" in str(caught.value)
+        holder.close()
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_a_lock_timeout_is_longer_than_nothing(empty_url: str, what: str) -> None:
+    with bound(empty_url):
+        for timeout in (timedelta(0), timedelta(seconds=-1)):
+            with pytest.raises(InvalidValue, match="it must be longer than nothing"):
+                WAITING[what](timeout)
+
+
+def test_a_very_long_lock_timeout_is_taken(empty_url: str) -> None:
+    with bound(empty_url):
+        assert close_engine.migrate(standalone=True, lock_timeout=timedelta.max) == SCRIPTS
+
+
+# -- in a transaction of the caller's ------------------------------------------------------------------------------
+
+
+def test_downgrade_is_refused_where_a_transaction_is_open(crm_url: str) -> None:
+    with bound(crm_url) as database:
+        close_engine.migrate()
+        before = everything(crm_url)
+        for transaction in (close_engine.atomic, database.atomic):
+            with transaction():
+                with pytest.raises(SchemaError, match=r"Nothing was changed: .* End the transaction first\."):
+                    downgrade(SCRIPTS[0])
+                assert rows_at_stake(SCRIPTS[0]) == {}
+        assert everything(crm_url) == before
+        assert downgrade(SCRIPTS[0]) == SCRIPTS[::-1]

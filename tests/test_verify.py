@@ -20,8 +20,9 @@ from close_engine import (
     User,
 )
 from close_engine.approvals import PendingAction
+from close_engine.database.binding import current
 from close_engine.schema import directory, status
-from close_engine.schema.checks import Check, checks
+from close_engine.schema.checks import Check, checks, guards
 from close_engine.testing import bring_to
 from tests.crm import everything
 from tests.servers import execute, postgres_database
@@ -580,6 +581,19 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
         f"words in {TABLE}",
         "words in leads",
     } <= set(subjects)
+
+
+def test_every_trigger_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
+    tables = [TABLE, "pending_actions"]
+    there = {(table, name) for table in tables for name in current().dialect.catalog(database).triggers(table)}
+
+    assert {(guard.table, name) for guard in guards() for name in guard.triggers} == there
+    assert [(guard.table, guard.migration) for guard in guards()] == [
+        (TABLE, "0003_guard"),
+        ("pending_actions", "0005_decisions"),
+        (TABLE, "0005_decisions"),
+    ]
+    assert len(there) == (8 if isinstance(database, peewee.PostgresqlDatabase) else 16)
 
 
 def test_a_database_without_anything_has_one_problem_and_stays_empty(empty_url: str) -> None:

@@ -116,7 +116,7 @@ def checks() -> list[Check]:
     made = [Check("migrations", found)]
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
     made.append(Check("tables of our own", list(_helper_problems(catalog))))
-    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in _guards()]
+    made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in guards()]
     made.append(Check("allowed stage changes", list(_transition_problems(catalog, "conversation", pairs()))))
     made.append(Check("allowed decisions", list(_transition_problems(catalog, "action", ACTION_TRANSITIONS))))
     made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
@@ -133,7 +133,7 @@ _TRIGGER = re.compile(
 )
 
 
-def _guards() -> Iterator[Guard]:
+def guards() -> Iterator[Guard]:
     """The triggers that there must be: those that the migrations make on this database."""
     kind = current().dialect.name
     for script in sorted(directory().glob("[0-9]*.py")):
