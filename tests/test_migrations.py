@@ -804,6 +804,18 @@ def test_what_prisma_made_is_not_at_stake(pushed_url: str) -> None:
         assert rows_at_stake(SCRIPTS[0]) == {"close_engine.history": 1}
 
 
+# -- the SQL files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(directory().glob("*.sql")), ids=lambda file: file.name)
+def test_a_file_is_whole_and_its_comments_hold_nothing_that_is_replaced(file: Path) -> None:
+    """What a name has after a newline would no longer be in the comment."""
+    text = file.read_text()
+    assert sqlite3.complete_statement(text)
+    comments = "".join(re.findall(r"--.*", text))
+    assert [name for name in ("public.", '"leads"', '"users"', "%") if name in comments] == []
+
+
 # -- the lock ------------------------------------------------------------------------------------------------------
 
 SOON = timedelta(milliseconds=20)
