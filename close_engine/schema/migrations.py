@@ -244,8 +244,8 @@ def _check_timeout(lock_timeout: timedelta) -> None:
 def _alone(binding: Binding, lock_timeout: timedelta) -> Iterator[atomic]:
     """A transaction in which no other process migrates this database."""
     _check_timeout(lock_timeout)
-    limit_wait = binding.dialect.limit_wait(binding.database, lock_timeout)
-    with _schema_errors(), limit_wait, atomic() as transaction:
+    # What fails at the commit is not told as SchemaError: whether anything was changed is then not known.
+    with binding.dialect.limit_wait(binding.database, lock_timeout), atomic() as transaction, _schema_errors():
         binding.dialect.lock_migrations(binding.database, lock_timeout)
         yield transaction
 
