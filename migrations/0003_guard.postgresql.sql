@@ -74,7 +74,7 @@ BEGIN
     IF later THEN
         context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
         IF coalesce(context ->> 'trigger', fired) <> fired OR coalesce(context ->> 'id', NEW.id) <> NEW.id
-            OR (context ->> 'updated_at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
+            OR (context ->> 'at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
             context := NULL;
         ELSE
             moment := NEW.updated_at;
@@ -143,7 +143,7 @@ DECLARE
 BEGIN
     context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
     IF coalesce(context ->> 'trigger', 'open') <> 'open' OR coalesce(context ->> 'id', NEW.id) <> NEW.id
-        OR (context ->> 'updated_at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
+        OR (context ->> 'at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
         context := NULL;
     ELSE
         moment := NEW.updated_at;

@@ -54,7 +54,7 @@ BEGIN
     FROM (SELECT (SELECT context FROM close_engine_context
                   WHERE coalesce(json_extract(context, '$.trigger'), 'open') = 'open'
                       AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
-                      AND json_extract(context, '$.updated_at') = NEW.updated_at) AS context);
+                      AND json_extract(context, '$.at') = NEW.updated_at) AS context);
 
     DELETE FROM close_engine_silence
     WHERE conversation_id = NEW.id AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
@@ -97,7 +97,7 @@ BEGIN
               (SELECT context FROM close_engine_context
                WHERE coalesce(json_extract(context, '$.trigger'), t."trigger") = t."trigger"
                    AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
-                   AND json_extract(context, '$.updated_at') = NEW.updated_at
+                   AND json_extract(context, '$.at') = NEW.updated_at
                    AND NEW.updated_at > OLD.updated_at) AS context
           FROM close_engine_transitions t
           WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage);

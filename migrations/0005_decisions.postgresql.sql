@@ -94,7 +94,7 @@ BEGIN
     IF coalesce(context ->> 'id', NEW.id) <> NEW.id THEN
         context := NULL;
     END IF;
-    SELECT greatest(coalesce((context ->> 'moment')::timestamp, close_engine.moment()),
+    SELECT greatest(coalesce((context ->> 'at')::timestamp, close_engine.moment()),
             updated_at + interval '1 millisecond')
         INTO version FROM public.close_engine_conversations
         WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL' FOR NO KEY UPDATE;
@@ -103,7 +103,7 @@ BEGIN
         RETURN NULL;
     END IF;
     PERFORM pg_catalog.set_config('close_engine.context', pg_catalog.jsonb_build_object(
-        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'updated_at', version,
+        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'at', version,
         'actor', CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         'reason', context ->> 'reason',
         'metadata', pg_catalog.jsonb_build_object('action_id', NEW.id, 'status', NEW.status))::text, true);

@@ -86,7 +86,7 @@ BEGIN
     INSERT OR REPLACE INTO close_engine_context
     SELECT 2, json_object(
         'trigger', 'withdraw_approval', 'id', NEW.conversation_id,
-        'updated_at', max(coalesce(json_extract(context, '$.moment'), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        'at', max(coalesce(json_extract(context, '$.at'), strftime('%Y-%m-%d %H:%M:%f', 'now')),
             (SELECT strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds') FROM close_engine_conversations
              WHERE id = NEW.conversation_id)),
         'actor', CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
@@ -95,7 +95,7 @@ BEGIN
     FROM (SELECT (SELECT context FROM close_engine_context
                   WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id) AS context);
     UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
-        updated_at = (SELECT json_extract(context, '$.updated_at') FROM close_engine_context WHERE id = 2)
+        updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
     WHERE id = NEW.conversation_id;
     DELETE FROM close_engine_context WHERE id = 2;
 END;
