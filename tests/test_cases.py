@@ -551,7 +551,7 @@ def role(server: str) -> Iterator[str]:
 
 # -- G9: names -----------------------------------------------------------------------------------------------------
 
-ODD = {
+ODD: dict[str, Any] = {
     "leads": "50% of {leads}",
     "users": "it's \"users\" \\ %s 'public.'",
     "clients": "%(clients)s $body$ -- public.x\n;",
