@@ -20,3 +20,7 @@ fi
 grep --quiet -e --standalone refusal
 close-engine migrate --standalone && close-engine demo --leads 40
 close-engine verify
+# The oldest version of what runs the transition table decides as the newest does.
+pip install --quiet --quiet --disable-pip-version-check transitions==0.9.0
+close-engine demo --leads 40 >oldest
+grep --quiet 'The history replays' oldest
