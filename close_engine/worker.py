@@ -1,13 +1,14 @@
-"""A worker for people with no queue of their own: claims messages, sends them, reports, and sweeps on a timer.
+"""A worker that needs no queue server: it claims messages, sends them, records the results, and sweeps on a timer.
 
-    worker = Worker(send)                               # send(message) returns the provider's id of the message
-    worker.run()                                        # until worker.stop(), which lets it finish what it is sending
+    worker = Worker(send)                               # send(message) returns the provider's id for the message
+    worker.run()                                        # until worker.stop(); the message being sent is finished
 
-`send` raises `CannotBeSent` for what will never succeed; any other error is tried again later. It is called once for
-each lease, and again after a crash in mid-send: hand `message.send_key` to the provider as its idempotency key.
+`send` raises `CannotBeSent` if a message can never be delivered. After any other error, the message is tried again
+later. `send` is called once per lease, and again if a worker dies in the middle of a send: pass `message.send_key` to
+the provider as its idempotency key.
 
-A database that restarts is waited for: a message that was sent meanwhile is recorded as soon as it is back. One line
-is logged for each event, under the name `close_engine.worker`.
+If the database restarts, the worker waits for it. What it has sent meanwhile is recorded as soon as the database is
+back. One line is logged per event, under the name `close_engine.worker`.
 
 >>> from close_engine import connect, migrate
 >>> database = connect("sqlite:///:memory:")
@@ -53,23 +54,33 @@ __all__ = ["Sender", "Worker", "load_sender", "print_sender"]
 logger = logging.getLogger(__name__)
 
 Sender = Callable[[OutboxMessage], "str | None"]
-"""Sends a message and returns the provider's id of it, or None if the provider gives none."""
+"""A function that sends a message and returns the provider's id for it, or None if it has none."""
 
 
 def print_sender(message: OutboxMessage) -> None:
-    """The built-in sender: prints what it would send."""
+    """Print what would be sent. This is the built-in sender.
+
+    Args:
+        message: OutboxMessage.
+    """
     print(f"{message.topic} to lead {message.lead_id}: {message.body or message.payload}", flush=True)
 
 
 def load_sender(name: str) -> Sender:
-    """The sender that `module:function` names; the current directory is searched, too.
+    """Import a sender by name. The current directory is searched too.
+
+    Args:
+        name: str, as `module:function`.
+
+    Returns:
+        the function.
 
     Raises:
-        ConfigurationError: there is no such thing, or it cannot be called.
+        ConfigurationError: there is no such module or function, or it cannot be called.
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise ConfigurationError(f"The sender {name!r} must be given as module:function.")
+        raise ConfigurationError(f"The sender {name!r} must have the form module:function.")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -83,20 +94,20 @@ def load_sender(name: str) -> Sender:
 
 
 class Worker:
-    """Sends what the outbox holds, one message after the other.
+    """Send the messages in the outbox, one after the other.
 
     Args:
-        send: the sender.
-        name: how its leases are marked, and the actor in the history; no two workers may share one. The default is
+        send: the sender, a function of one OutboxMessage.
+        name: str, the owner of its leases and the actor in the history. No two workers may share one; the default is
             unique.
-        limit: how many messages it claims at once.
-        lease: for how long; it is extended while the worker lives, and ends that long after it died.
-        idle: how long it waits when there is nothing to send, or the database is away.
-        sweep: what it runs every `sweep_every`; None for no sweeps.
-        sweep_every: how often, beginning when it starts.
+        limit: int, how many messages to claim at once, at least 1.
+        lease: timedelta, how long its messages stay leased if it dies. While it lives, it extends its leases.
+        idle: timedelta, how long to wait when there is nothing to send or the database is down.
+        sweep: the function that sweeps, or None to turn sweeps off.
+        sweep_every: timedelta, how often to sweep. The first sweep runs when the worker starts.
 
     Raises:
-        InvalidValue: it could never work like this.
+        InvalidValue: `limit` is less than 1, or a timedelta is not greater than zero.
     """
 
     def __init__(
@@ -114,7 +125,7 @@ class Worker:
             raise InvalidValue("limit", limit, "it must be at least 1")
         for option, duration in {"lease": lease, "idle": idle, "sweep_every": sweep_every}.items():
             if duration <= timedelta(0):
-                raise InvalidValue(option, str(duration), "it must be longer than nothing")
+                raise InvalidValue(option, str(duration), "it must be greater than zero")
         self.send = send
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
         self.limit = limit
@@ -125,21 +136,24 @@ class Worker:
         self._checked = False
         self._next_sweep: datetime | None = None
         self._stopping = False
-        # Unlike an Event, it may be put to from a signal handler that interrupts the wait for it.
+        # A signal handler may put to a SimpleQueue while the same thread waits for it. It must not set an Event.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def stop(self) -> None:
-        """Let it finish the message it is sending, give back the others, and return; from any thread or signal."""
+        """Ask the worker to stop: it finishes the message it is sending, releases the others and returns.
+
+        It can be called from any thread or signal handler.
+        """
         self._stopping = True
         self._wake.put(None)
 
     def run(self) -> None:
-        """Work until it is stopped.
+        """Send and sweep until `stop` is called. If the database is down, wait for it.
 
         Raises:
             SchemaError: the database is not migrated.
-            peewee.PeeweeException: it was stopped while the database is away, and could not record, for as long as a
-                lease is, what came of a message. Otherwise it waits for the database.
+            peewee.PeeweeException: `stop` was called while the database was down, and the result of a message could
+                not be recorded within the length of a lease; or the database raised another kind of error.
         """
         logger.info("started worker=%s", self.name)
         while not self._stopping:
@@ -154,14 +168,14 @@ class Worker:
         logger.info("stopped worker=%s", self.name)
 
     def run_until_empty(self) -> int:
-        """Send whatever can be sent now, as from a cron job: what waits for its time, or failed, is left for later.
+        """Send everything that can be sent now, for example from a cron job. Messages that are not due are left.
 
         Returns:
-            how many messages were claimed.
+            int, how many messages were claimed.
 
         Raises:
             SchemaError: the database is not migrated.
-            peewee.PeeweeException: it cannot be reached.
+            peewee.PeeweeException: the database cannot be reached.
         """
         claimed = 0
         while not self._stopping and (count := self.run_once()):
@@ -169,14 +183,14 @@ class Worker:
         return claimed
 
     def run_once(self) -> int:
-        """Sweep if it is time, and send what can be sent now, up to `limit` messages.
+        """Sweep if it is time, then claim up to `limit` messages and send them.
 
         Returns:
-            how many messages were claimed.
+            int, how many messages were claimed.
 
         Raises:
             SchemaError: the database is not migrated.
-            peewee.PeeweeException: it cannot be reached.
+            peewee.PeeweeException: the database cannot be reached.
         """
         messages = self._claim()
         self._deliver(messages)
@@ -185,7 +199,9 @@ class Worker:
     def _claim(self) -> list[OutboxMessage]:
         if not self._checked:
             if missing := pending():
-                raise SchemaError(f"The database lacks {', '.join(missing)}: run close-engine migrate first.")
+                raise SchemaError(
+                    f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate."
+                )
             self._checked = True
         if self.sweep is not None and (self._next_sweep is None or now() >= self._next_sweep):
             self._next_sweep = now() + self.sweep_every
@@ -198,11 +214,11 @@ class Worker:
         except Exception as error:
             if is_transient(error):
                 raise
-            # A hook of the user's failed. It will be swept again, and those who wait for messages need not wait for it.
+            # A user's hook failed. The next sweep tries again; meanwhile, messages go on being sent.
             logger.exception("sweep failed worker=%s", self.name)
             return
         if any(vars(swept).values()):
-            counts = " ".join(f"{what}={len(ids)}" for what, ids in vars(swept).items())
+            counts = " ".join(f"{kind}={len(ids)}" for kind, ids in vars(swept).items())
             logger.info("swept worker=%s %s", self.name, counts)
 
     def _deliver(self, messages: Sequence[OutboxMessage]) -> None:
@@ -219,7 +235,7 @@ class Worker:
         except CannotBeSent as error:
             self._report("failed", message, partial(message.give_up, error))
         except Exception as error:
-            logger.debug("the sender failed worker=%s message=%s", self.name, message.id, exc_info=True)
+            logger.debug("sender failed worker=%s message=%s", self.name, message.id, exc_info=True)
             self._report("failed", message, partial(message.retry, error))
         else:
             self._record(message, provider_id)
@@ -232,22 +248,22 @@ class Worker:
                 raise
             logger.exception("recording failed worker=%s %s", self.name, _described(message))
             if message.status is not MessageStatus.SENT:
-                # It did leave. Whatever is wrong with what the sender returned, sending it again would not help.
+                # The message was sent, so it must not be sent again, even if the sender returned an unusable id.
                 self._report("sent", message, partial(message.give_up, error))
 
     def _report(self, event: str, message: OutboxMessage, report: Callable[[], OutboxMessage]) -> None:
-        """Write what came of a message, however long the database takes to come back."""
-        until = now() + self.lease
+        """Record the result of a message. If the database is down, wait until it is back."""
+        give_up_at = now() + self.lease
         while True:
             try:
                 report()
             except peewee.PeeweeException as error:
-                if self._stopping and now() >= until:
+                if self._stopping and now() >= give_up_at:
                     logger.error("unrecorded worker=%s %s: it was %s", self.name, _described(message), event)
                     raise
                 self._reconnect(error)
             except (LeaseLost, MessageNotFound) as error:
-                if not self._recorded_before(error):
+                if not self._is_already_recorded(error):
                     logger.error("lost worker=%s %s: %s", self.name, _described(message), error)
                     return
                 break
@@ -260,13 +276,13 @@ class Worker:
             event, level = "dead", logging.ERROR
         logger.log(level, "%s worker=%s %s%s", event, self.name, _described(message), f" why={why!r}" if why else "")
 
-    def _recorded_before(self, error: LeaseLost | MessageNotFound) -> bool:
-        """Whether this very report was committed already, just before the connection broke."""
+    def _is_already_recorded(self, error: LeaseLost | MessageNotFound) -> bool:
+        """Whether this report was committed before, and only the connection broke afterwards."""
         return isinstance(error, LeaseLost) and error.status is MessageStatus.SENT and error.leased_by == self.name
 
     @contextmanager
     def _kept_leased(self, messages: Sequence[OutboxMessage]) -> Iterator[None]:
-        """Extend the leases of these messages from another thread, which has its own connection."""
+        """Extend the leases of these messages from a thread that has its own connection."""
         if not messages:
             yield
             return
@@ -283,20 +299,20 @@ class Worker:
                 try:
                     OutboxMessage.update(available_at=now() + self.lease).where(held).execute()
                 except peewee.PeeweeException as error:
-                    # It beats again; what cannot be reached by then the report will say.
+                    # The next beat tries again. If the lease is lost by then, recording the result reports it.
                     logger.warning("heartbeat failed worker=%s: %s", self.name, first_line(error))
                 database.close()
 
-        heart = threading.Thread(target=extend, name=f"{self.name} heartbeat", daemon=True)
-        heart.start()
+        heartbeat = threading.Thread(target=extend, name=f"{self.name} heartbeat", daemon=True)
+        heartbeat.start()
         try:
             yield
         finally:
             done.set()
-            heart.join()
+            heartbeat.join()
 
     def _reconnect(self, error: peewee.PeeweeException) -> None:
-        """Drop the broken connection, and wait a moment before the next; any other error is raised again."""
+        """Close a broken connection and wait before the next attempt. Raise any other error again."""
         if not is_transient(error):
             raise error
         logger.warning("database unreachable worker=%s: %s", self.name, first_line(error))

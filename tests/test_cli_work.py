@@ -237,10 +237,10 @@ def test_a_worker_that_is_told_to_stop_ends_what_it_sends_and_gives_the_rest_bac
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--sender", "send"), "The sender 'send' must be given as module:function."),
+        (("--sender", "send"), "The sender 'send' must have the form module:function."),
         (("--sender", "no_such_module:send"), "The sender 'no_such_module:send' cannot be imported"),
         (("--limit", "0"), "limit cannot be 0: it must be at least 1"),
-        (("--lease", "0"), "lease cannot be '0:00:00': it must be longer than nothing"),
+        (("--lease", "0"), "lease cannot be '0:00:00': it must be greater than zero"),
     ],
 )
 def test_a_worker_that_could_not_work_is_refused(messages: list[OutboxMessage], arguments: Any, sentence: str) -> None:

@@ -789,7 +789,9 @@ def run_once(worker: Worker) -> None:
 def test_a_database_that_is_not_migrated_is_refused(way: Callable[[Worker], None], empty_url: str) -> None:
     database = close_engine.connect(empty_url)
 
-    with pytest.raises(SchemaError, match=r"lacks 0001_conversations, .*: run close-engine migrate first") as refusal:
+    with pytest.raises(
+        SchemaError, match=r"not migrated \(0001_conversations, .* pending\): run close-engine migrate"
+    ) as refusal:
         way(worker_with(print_sender))
     database.close()
 
@@ -800,9 +802,9 @@ def test_a_database_that_is_not_migrated_is_refused(way: Callable[[Worker], None
     ("options", "sentence"),
     [
         ({"limit": 0}, "limit cannot be 0: it must be at least 1."),
-        ({"lease": timedelta(0)}, "lease cannot be '0:00:00': it must be longer than nothing."),
-        ({"idle": timedelta(seconds=-1)}, "idle cannot be '-1 day, 23:59:59': it must be longer than nothing."),
-        ({"sweep_every": timedelta(0)}, "sweep_every cannot be '0:00:00': it must be longer than nothing."),
+        ({"lease": timedelta(0)}, "lease cannot be '0:00:00': it must be greater than zero."),
+        ({"idle": timedelta(seconds=-1)}, "idle cannot be '-1 day, 23:59:59': it must be greater than zero."),
+        ({"sweep_every": timedelta(0)}, "sweep_every cannot be '0:00:00': it must be greater than zero."),
     ],
 )
 def test_a_worker_that_could_not_work_is_refused(options: dict[str, Any], sentence: str) -> None:
@@ -844,9 +846,9 @@ def test_a_sender_is_loaded_by_its_name_also_from_the_current_directory(
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("agency", "The sender 'agency' must be given as module:function."),
-        (":send", "The sender ':send' must be given as module:function."),
-        ("agency:", "The sender 'agency:' must be given as module:function."),
+        ("agency", "The sender 'agency' must have the form module:function."),
+        (":send", "The sender ':send' must have the form module:function."),
+        ("agency:", "The sender 'agency:' must have the form module:function."),
         ("no.such:send", "The sender 'no.such:send' cannot be imported: No module named 'no'."),
         ("json:send", "The sender 'json:send' cannot be called: json has no function send."),
         ("json:__name__", "The sender 'json:__name__' cannot be called: json has no function __name__."),
