@@ -1,4 +1,4 @@
-"""Fixtures for the tests of those who use this library, and for its own.
+"""Pytest fixtures for your tests. The tests of this library use them too.
 
 In your `conftest.py`:
 
@@ -15,7 +15,7 @@ and in a test:
         fake_sender.deliver()
         assert [message.body for message in fake_sender.sent] == ["Hello!"]
 
-`close_engine_database` is a migrated SQLite file of the test's own; override the fixture to test on another database.
+`close_engine_database` gives each test its own migrated SQLite file. Override the fixture to test on another database.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 #: The triggers that lead from INITIATED to each stage.
-_WAY: dict[Stage, tuple[str, ...]] = {
+_PATHS: dict[Stage, tuple[str, ...]] = {
     Stage.INITIATED: (),
     Stage.QUALIFYING: ("start_qualifying",),
     Stage.COLLECTING_INFO: ("start_qualifying", "collect_info"),
@@ -64,7 +64,11 @@ _WAY: dict[Stage, tuple[str, ...]] = {
 
 
 class MovableClock:
-    """A clock that stands still until it is moved: pass it to `close_engine.bind` or use `close_engine_clock`."""
+    """A clock that only moves when a test moves it. Pass it to `close_engine.bind`, or use `close_engine_clock`.
+
+    Args:
+        now: datetime with a timezone, the time to start at; the default is the current time.
+    """
 
     def __init__(self, now: datetime | None = None) -> None:
         self.now = now or datetime.now(timezone.utc)
@@ -73,17 +77,24 @@ class MovableClock:
         return self.now
 
     def move(self, by: timedelta) -> datetime:
-        """Move it and return the new moment."""
+        """Move the clock.
+
+        Args:
+            by: timedelta, negative to move it back.
+
+        Returns:
+            datetime, the new time.
+        """
         self.now += by
         return self.now
 
 
 class FakeSender:
-    """A sender that remembers what it was given.
+    """A sender that records messages instead of sending them.
 
     Attributes:
-        sent: the messages, in the order in which they were sent.
-        failures: errors to raise at the next calls, instead of sending.
+        sent: list of OutboxMessage, in the order in which they were sent.
+        failures: list of exceptions to raise at the next calls, one per call, instead of sending.
     """
 
     def __init__(self) -> None:
@@ -97,29 +108,29 @@ class FakeSender:
         return f"fake:{message.send_key}"
 
     def deliver(self) -> int:
-        """Send whatever the outbox holds that can be sent now.
+        """Run a worker with this sender until nothing more can be sent now.
 
         Returns:
-            how many messages were claimed for it.
+            int, how many messages were claimed.
         """
         return Worker(self, name="fake sender", sweep=None).run_until_empty()
 
 
 @pytest.fixture
 def fake_sender() -> FakeSender:
-    """A sender that remembers what it was given, and delivers what the outbox holds."""
+    """A sender that records messages instead of sending them."""
     return FakeSender()
 
 
 @pytest.fixture
 def close_engine_clock() -> MovableClock:
-    """The clock that `close_engine_database` is bound with."""
+    """The clock of `close_engine_database`."""
     return MovableClock()
 
 
 @pytest.fixture
 def close_engine_database(tmp_path: Path, close_engine_clock: MovableClock) -> Iterator[peewee.Database]:
-    """A migrated database of the test's own, bound to the models."""
+    """A migrated database for this test only, bound to the models."""
     database = connect(f"sqlite:///{tmp_path}/close_engine.db", clock=close_engine_clock)
     migrate(standalone=True)
     yield database
@@ -127,13 +138,29 @@ def close_engine_database(tmp_path: Path, close_engine_clock: MovableClock) -> I
 
 
 def new_lead(phone: str | None = "+15550100", **values: Any) -> Lead:
-    """Write a lead, with a phone number unless told otherwise."""
+    """Create a lead.
+
+    Args:
+        phone: str, or None for a lead without a phone number.
+        values: other columns of the lead.
+
+    Returns:
+        the Lead.
+    """
     return Lead.create(phone=phone, **values)
 
 
 def bring_to(conversation: CloseEngineConversation, stage: Stage) -> CloseEngineConversation:
-    """Lead an INITIATED conversation to a stage through the real triggers."""
-    for trigger in _WAY[stage]:
+    """Bring an INITIATED conversation to a stage by firing the real triggers.
+
+    Args:
+        conversation: CloseEngineConversation, INITIATED.
+        stage: Stage to bring it to.
+
+    Returns:
+        the same conversation.
+    """
+    for trigger in _PATHS[stage]:
         conversation.fire(
             trigger,
             reason="no answer" if trigger == "close_lost" else None,
@@ -145,9 +172,9 @@ def bring_to(conversation: CloseEngineConversation, stage: Stage) -> CloseEngine
 
 @pytest.fixture
 def conversation_in(close_engine_database: peewee.Database) -> Callable[..., CloseEngineConversation]:
-    """A factory: `conversation_in(Stage.BUILDING)` is a conversation that came there through the real triggers.
+    """A factory: `conversation_in(Stage.BUILDING)` opens a conversation and fires the real triggers to get there.
 
-    `autonomy_level=` sets the level of its lead, any other argument a column of the lead.
+    `autonomy_level=` sets the lead's autonomy level, any other argument a column of the lead.
     """
 
     def make(
