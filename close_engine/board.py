@@ -1,9 +1,9 @@
-"""The board: how many conversations stand where and for how long, what waits for a human, what the outbox holds.
+"""The board: conversations and time in each stage, drafts that wait for approval, the state of the outbox.
 
-    board = pipeline()                                  # plain numbers, for a dashboard of your own
+    board = pipeline()                                  # plain numbers, for your own dashboard
 
-It answers within a second at a million conversations: it counts along indexes, and asks the history when its stage was
-entered only of so many conversations. Where that makes a number an approximation, it says so.
+It takes less than a second with a million conversations: counts use indexes, and the history is read for a limited
+number of conversations only. Numbers that are therefore approximate are marked as such.
 
 >>> from close_engine.database.url import connect
 >>> from close_engine.schema.migrations import migrate
@@ -34,9 +34,9 @@ from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
 __all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "outbox_line", "pipeline"]
 
-#: As many conversations of an active stage are all looked at; where there are more, a sample is.
+#: An active stage with more conversations than this is sampled.
 EXACT = 1000
-#: About how many conversations are in that sample, of all active stages together.
+#: The approximate size of that sample, for all active stages together.
 SAMPLE = 5000
 
 
@@ -45,11 +45,13 @@ class StageLine:
     """One stage.
 
     Attributes:
-        count: number of conversations in it.
-        median: how long half of them have been in it, as a timedelta; None where there are none, or it is an end.
-        longest: how long one of them has been in it.
-        sampled: whether these two come from a sample: the median is then an approximation, and others may have been
-            in it for longer than the longest.
+        stage: Stage.
+        count: int, number of conversations in it.
+        median: timedelta, the median time that they have been in it; None if there are none, or if the stage is
+            COMPLETED or CLOSED_LOST.
+        longest: timedelta, the longest time that one of them has been in it; None as for `median`.
+        sampled: bool, whether these times come from a sample. If so, `median` is an approximation and `longest` a
+            lower bound.
     """
 
     stage: Stage
@@ -61,11 +63,12 @@ class StageLine:
 
 @dataclass(frozen=True)
 class ApprovalLine:
-    """What waits for a human.
+    """The drafts of one type that wait for approval.
 
     Attributes:
-        waiting: number of pending actions of this type that have not expired.
-        oldest: how long the oldest has waited, as a timedelta.
+        type: ActionType.
+        waiting: int, number of pending actions that have not expired.
+        oldest: timedelta, how long the oldest has been waiting.
     """
 
     type: ActionType
@@ -75,13 +78,13 @@ class ApprovalLine:
 
 @dataclass(frozen=True)
 class OutboxLine:
-    """What the outbox holds.
+    """The state of the outbox.
 
     Attributes:
-        pending: number of messages that are still to be sent, now or later.
-        in_flight: number of those among them that a worker has.
-        dead: number of messages that were given up.
-        lag: how long the oldest message that can be sent now has waited to be, as a timedelta; None where none can.
+        pending: int, number of messages that still have to be sent, now or later.
+        in_flight: int, number of those that a worker has leased now.
+        dead: int, number of messages that were given up.
+        lag: timedelta, how long the oldest message that can be sent now has been due; None if there is none.
     """
 
     pending: int
@@ -95,9 +98,10 @@ class Pipeline:
     """The board at one moment.
 
     Attributes:
-        at: the moment, in UTC.
-        stages: list of StageLine, one for each Stage, in order.
-        approvals: list of ApprovalLine, of the types that wait.
+        at: datetime, in UTC.
+        stages: list of StageLine, one per Stage, in order.
+        approvals: list of ApprovalLine, one per type that has drafts waiting.
+        outbox: OutboxLine.
     """
 
     at: datetime
@@ -107,13 +111,21 @@ class Pipeline:
 
 
 def pipeline() -> Pipeline:
-    """Everything on the board, as plain numbers."""
+    """Read the whole board.
+
+    Returns:
+        the Pipeline, as plain numbers.
+    """
     moment = now()
     return Pipeline(moment, _stage_lines(moment), _approval_lines(moment), outbox_line())
 
 
 def outbox_line() -> OutboxLine:
-    """What the outbox holds, as plain numbers."""
+    """Read the state of the outbox.
+
+    Returns:
+        the OutboxLine, as plain numbers.
+    """
     message, ahead, moment = OutboxMessage, OutboxMessage.alias(), now()
     pending = message.status == MessageStatus.PENDING
     leased = message.leased_by.is_null(False)
@@ -121,7 +133,7 @@ def outbox_line() -> OutboxLine:
     in_flight = function("count", message.id).filter(leased & (message.available_at > moment))
     counted: Any = message.select(function("count", message.id), in_flight).where(pending).tuples()
     count, leased_now = counted.get()
-    # As `claim` sees it: of each conversation the oldest is next, unless another of its messages is in flight.
+    # The same rule as in `claim`: the oldest message of a conversation is next, unless another one is in flight.
     waits_behind = ahead.select(peewee.SQL("1")).where(
         (ahead.conversation_id == message.conversation_id)
         & (ahead.status == MessageStatus.PENDING)
@@ -172,7 +184,7 @@ def _stage_lines(moment: datetime) -> list[StageLine]:
 
 
 def _stalled_line(count: int, moment: datetime) -> StageLine:
-    """The conversation says itself since when it is stalled, and a partial index has that in order."""
+    """Read the times in STALLED from `stalled_at`, which a partial index keeps in order, instead of the history."""
     model = CloseEngineConversation
     ordered = (
         model.select(model.stalled_at)
@@ -186,7 +198,7 @@ def _stalled_line(count: int, moment: datetime) -> StageLine:
 
 
 def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, datetime]]:
-    """When conversations in these stages entered them: the newest row of the history of each says so."""
+    """Return when conversations entered these stages: the time of each one's newest history row."""
     model = CloseEngineConversation
     newest = (
         StageChange.select(StageChange.created_at)
@@ -196,7 +208,7 @@ def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, date
     )
     query: Any = model.select(model.stage, newest.alias("entered")).where(model.stage.in_(stages))
     if one_of > 1:
-        # All active conversations stand in `silence`, which is narrow, and no others.
+        # Sample from `silence`: it holds exactly the active conversations, and its rows are small.
         dialect = current().dialect
         chosen = f"SELECT conversation_id FROM ({dialect.sample('silence', one_of)}) AS chosen"
         query = query.where(peewee.NodeList((model.id, peewee.SQL(dialect.ids_of(chosen)))))
