@@ -28,7 +28,7 @@ from close_engine.database.binding import now
 from close_engine.database.fields import create_id
 from close_engine.demo.mistakes import MISTAKES, Mistake
 from close_engine.demo.place import temporary_database
-from close_engine.demo.play import LEAST_LEADS, Demo
+from close_engine.demo.play import MIN_LEADS, Demo
 from close_engine.demo.report import Report
 from close_engine.errors import StageConflict
 from close_engine.inbox import receive
@@ -36,7 +36,7 @@ from close_engine.machine import TRIGGERS
 from tests.command_line import COMMAND, as_user, postgres_role, process, run
 from tests.crm import catalog, query
 
-FEW = str(LEAST_LEADS)
+FEW = str(MIN_LEADS)
 
 
 @pytest.fixture(params=["sqlite-file", "postgresql"])
@@ -49,7 +49,7 @@ def beside(request: pytest.FixtureRequest, tmp_path: Path, server: str) -> Itera
             yield as_user(request.getfixturevalue("postgres_url"), name, password)
 
 
-def play(url: str, leads: int = LEAST_LEADS, seed: int = 1) -> Report:
+def play(url: str, leads: int = MIN_LEADS, seed: int = 1) -> Report:
     """A whole performance."""
     with Demo(url, leads, seed) as demo:
         assert sum(1 for _ in demo.run()) == demo.total
@@ -71,7 +71,7 @@ def test_even_few_leads_show_every_stage_trigger_and_mistake(beside: str) -> Non
         fired = {trigger: StageChange.select().where(StageChange.trigger == trigger).count() for trigger in TRIGGERS}
 
     assert report.problems == []
-    assert report.conversations == LEAST_LEADS
+    assert report.conversations == MIN_LEADS
     assert {line.stage: line.now for line in report.stages} == stored
     assert {trigger: count for trigger, count in report.triggers.items() if trigger != "open"} == fired
     assert min(*stored.values(), *fired.values(), *report.refused.values(), *report.repeated.values()) > 0
@@ -93,9 +93,9 @@ def test_even_few_leads_show_every_way_of_a_draft_and_of_a_message_at_every_leve
     assert set(report.repeated) == {"opening", "draft", "approval", "inbound text", "payment"}
     assert min(report.corrected, report.unanswered) > 0
     full, semi, manual = report.levels
-    assert min(full.paid, semi.paid, manual.paid, full.at_once, semi.at_once, semi.approved, manual.approved) > 0
-    assert (full.approved, manual.at_once) == (0, 0)
-    assert sum(line.at_once + line.approved for line in report.levels) == sum(
+    assert min(full.paid, semi.paid, manual.paid, full.unapproved, semi.unapproved, semi.approved, manual.approved) > 0
+    assert (full.approved, manual.unapproved) == (0, 0)
+    assert sum(line.unapproved + line.approved for line in report.levels) == sum(
         one.sent_at is not None for one in messages
     )
 
@@ -136,22 +136,22 @@ def test_the_same_seed_tells_the_same_story_on_every_database(beside: str) -> No
 
 
 def test_it_needs_enough_leads() -> None:
-    with pytest.raises(ConfigurationError, match=f"at least {LEAST_LEADS} leads"):
-        Demo("sqlite:///:memory:", LEAST_LEADS - 1, 1)
+    with pytest.raises(ConfigurationError, match=f"at least {MIN_LEADS} leads"):
+        Demo("sqlite:///:memory:", MIN_LEADS - 1, 1)
 
 
 def test_a_mistake_that_is_not_refused_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    harmless = Mistake("does nothing wrong", StageConflict, lambda turn: None)
+    harmless = Mistake("doing nothing wrong", StageConflict, lambda turn: None)
     monkeypatch.setattr("close_engine.demo.play.MISTAKES", (harmless,))
 
     with temporary_database() as url:
         problems = play(url).problems
 
-    assert set(problems) == {"It was not refused that somebody does nothing wrong."}
+    assert set(problems) == {"This mistake was not refused: doing nothing wrong."}
 
 
 def test_messages_that_are_not_what_the_provider_knows_are_problems(beside: str) -> None:
-    with temporary_database(beside) as url, Demo(url, LEAST_LEADS, 1) as demo:
+    with temporary_database(beside) as url, Demo(url, MIN_LEADS, 1) as demo:
         for _ in demo.run():
             pass
         sent = OutboxMessage.select().where(OutboxMessage.sent_at.is_null(False))
@@ -164,9 +164,9 @@ def test_messages_that_are_not_what_the_provider_knows_are_problems(beside: str)
         OutboxMessage.update(forgotten).where(OutboxMessage.id == last.id).execute()
         problems = demo.report().problems
 
-    assert f"{last.send_key} was sent 1 times and is recorded 0 times." in problems
+    assert f"{last.send_key} was delivered 1 times, but recorded 0 times." in problems
     assert any(f"{last.id}" in problem and "is still leased by" in problem for problem in problems)
-    assert any("was sent before an older one of its conversation" in problem for problem in problems)
+    assert any("was sent before an older message of its conversation" in problem for problem in problems)
 
 
 def test_what_is_done_twice_where_it_is_reported_twice_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_what_is_done_twice_where_it_is_reported_twice_is_a_problem(monkeypatch:
         problems = play(url).problems
 
     assert problems
-    assert all(problem.startswith("The same inbound text was processed again: Received(") for problem in problems)
+    assert all(problem.startswith("The same inbound text was processed twice: Received(") for problem in problems)
 
 
 def test_what_should_have_expired_and_has_not_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_what_should_have_expired_and_has_not_is_a_problem(monkeypatch: pytest.M
 
 
 def test_a_worker_process_that_dies_by_itself_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
-    with temporary_database() as url, Demo(url, LEAST_LEADS, 1) as demo:
+    with temporary_database() as url, Demo(url, MIN_LEADS, 1) as demo:
         steps = demo.run()
         for _ in range(demo.total - 1):
             next(steps)
@@ -208,7 +208,7 @@ def test_an_error_that_is_not_the_mistakes_own_is_not_swallowed(monkeypatch: pyt
 
 
 def test_a_history_that_does_not_lead_to_the_stored_stage_is_a_problem(beside: str) -> None:
-    with temporary_database(beside) as url, Demo(url, LEAST_LEADS, 1) as demo:
+    with temporary_database(beside) as url, Demo(url, MIN_LEADS, 1) as demo:
         for _ in demo.run():
             pass
         first = StageChange.select().where(StageChange.trigger == "start_qualifying").first()
@@ -229,10 +229,10 @@ def test_the_command_shows_the_pipeline_and_leaves_nothing_behind(beside: str) -
     assert (result.code, result.err) == (0, "")
     listed = {line[0] for line in result.lines if line}
     assert {stage.value for stage in Stage} <= listed
-    assert all(mistake.what in result.out for mistake in MISTAKES)
+    assert all(mistake.description in result.out for mistake in MISTAKES)
     assert result.out.startswith("\nPipeline")
-    assert "was killed (SIGKILL) in the middle of sending one, a SEND_PREVIEW" in " ".join(result.out.split())
-    assert result.out.endswith("was sent as often as is recorded, and verify finds nothing wrong.\n")
+    assert "was killed (SIGKILL) in the middle of sending a SEND_PREVIEW" in " ".join(result.out.split())
+    assert result.out.endswith("was sent exactly as often as recorded, and verify finds nothing wrong.\n")
     assert databases(beside) == there
     assert tables == (catalog(beside) if beside.startswith("postgres") else {})
 
@@ -242,7 +242,7 @@ def test_the_command_tells_of_what_must_not_be(monkeypatch: pytest.MonkeyPatch) 
 
     result = run("demo", "--leads", FEW)
 
-    assert (result.code, result.err) == (1, "The demo found what must not be:\n  - The moon is missing.\n")
+    assert (result.code, result.err) == (1, "The demo found problems:\n  - The moon is missing.\n")
     assert "verify finds nothing wrong" not in result.out
 
 
@@ -261,7 +261,7 @@ def test_a_server_that_allows_no_temporary_database_is_a_sentence(postgres_url: 
         result = run("demo", "--database", as_user(postgres_url, name, password))
 
     assert (result.code, result.out) == (1, "")
-    assert "permission denied to create database. Use a role with CREATEDB, or leave --database out" in result.err
+    assert "permission denied to create database. Use a role with CREATEDB, or omit --database" in result.err
     assert password not in result.err
 
 
@@ -270,7 +270,7 @@ def test_a_server_that_allows_no_temporary_database_is_a_sentence(postgres_url: 
     [
         (
             "postgresql://ana:s3cret@127.0.0.1:1/crm",
-            "beside postgresql://ana:***@127.0.0.1:1/crm: connection to server",
+            "next to postgresql://ana:***@127.0.0.1:1/crm: connection to server",
         ),
         ("sqlite:////no/such/place/mine.db", "in /no/such/place: No such file or directory."),
     ],
@@ -279,7 +279,7 @@ def test_a_place_that_cannot_be_used_is_a_sentence(url: str, sentence: str) -> N
     result = run("demo", "--database", url)
 
     assert (result.code, result.out) == (1, "")
-    assert f"The demo cannot make a temporary database {sentence}" in result.err
+    assert f"The demo cannot create a temporary database {sentence}" in result.err
 
 
 def test_interrupted_it_leaves_nothing_behind(beside: str) -> None:

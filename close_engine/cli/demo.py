@@ -1,4 +1,4 @@
-"""The demonstration."""
+"""The demo: run it and print its report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from close_engine.cli.app import command, option
 from close_engine.cli.terminal import console, duration, table
 from close_engine.demo.place import temporary_database
-from close_engine.demo.play import LEAST_LEADS, Demo
+from close_engine.demo.play import MIN_LEADS, Demo
 from close_engine.demo.report import Report
 from close_engine.errors import SchemaError
 from close_engine.stages import ActionStatus, ActionType, MessageStatus
@@ -22,40 +22,45 @@ from close_engine.stages import ActionStatus, ActionType, MessageStatus
 @command()
 def demo(
     context: typer.Context,
-    leads: Annotated[int, typer.Option(min=LEAST_LEADS, help="How many leads to take through it.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same seed tells the same stories.")] = 1,
+    leads: Annotated[int, typer.Option(metavar="NUMBER", min=MIN_LEADS, help="How many leads to simulate.")] = 200,
+    seed: Annotated[int, typer.Option(metavar="NUMBER", help="The same seed tells the same stories.")] = 1,
 ) -> None:
-    """Take leads through conversations as they happen, in a temporary database, and show what came out.
+    """Simulate leads and their conversations in a temporary database, and report the outcome.
 
-    The database is a SQLite file; --database has it made on another server, or in another directory, instead. No
-    database that is there already is touched.
+    The database is a SQLite file. With --database, it is created on that
+    server, or next to that file. No existing database is touched.
     """
     progress = console(stderr=True)
     with (
         temporary_database(option(context, "database")) as url,
-        Demo(url, leads, seed) as play,
+        Demo(url, leads, seed) as simulation,
     ):
         steps = track(
-            play.run(), "Playing", play.total, console=progress, transient=True, disable=not progress.is_terminal
+            simulation.run(),
+            "Running",
+            simulation.total,
+            console=progress,
+            transient=True,
+            disable=not progress.is_terminal,
         )
         for _ in steps:
             pass
-        report = play.report()
+        report = simulation.report()
     pipeline, triggers, levels, approvals, outbox, refused = _tables(report)
-    beside = [Columns([pipeline, triggers], padding=(0, 4)), levels, Columns([approvals, outbox], padding=(0, 4))]
-    for part in (*beside, refused, _summary(report), str(report.handover)):
+    tables = [Columns([pipeline, triggers], padding=(0, 4)), levels, Columns([approvals, outbox], padding=(0, 4))]
+    for part in (*tables, refused, _summary(report), str(report.handover)):
         console().print("", part, sep="\n")
     if report.problems:
-        raise SchemaError("The demo found what must not be:", report.problems)
+        raise SchemaError("The demo found problems:", report.problems)
     console().print(
-        "\nThe history replays to every stored stage, every message was sent as often as is recorded, and verify finds "
-        "nothing wrong.",
+        "\nThe history replays to every stored stage, every message was sent exactly as often as recorded, and verify "
+        "finds nothing wrong.",
         style="green",
     )
 
 
 def _tables(report: Report) -> Iterator[Table]:
-    """The report as tables for a console."""
+    """Lay out the report as tables."""
     numbers = ("now", "entered", "median stay")
     pipeline = table("stage", *numbers, title="Pipeline", numbers=numbers)
     for line in report.stages:
@@ -65,23 +70,23 @@ def _tables(report: Report) -> Iterator[Table]:
     for trigger, count in report.triggers.items():
         fired.add_row(trigger, str(count))
     yield fired
-    counts = ("conversations", "paid", "sent at once", "sent when approved")
+    counts = ("conversations", "paid", "sent without approval", "sent after approval")
     levels = table("level", *counts, title="Autonomy", numbers=counts)
     for level in report.levels:
         levels.add_row(
-            level.level.value, str(level.conversations), str(level.paid), str(level.at_once), str(level.approved)
+            level.level.value, str(level.conversations), str(level.paid), str(level.unapproved), str(level.approved)
         )
     yield levels
     yield _crossed("Approvals", "draft", report.approvals, ActionStatus)
     yield _crossed("Outbox", "message", report.outbox, MessageStatus)
-    refused = table("a worker", "times", "error", title="Refused", numbers=("times",))
+    refused = table("mistake", "times", "error", title="Refused", numbers=("times",))
     for mistake, count in report.refused.items():
-        refused.add_row(mistake.what, str(count), mistake.refusal.__name__)
+        refused.add_row(mistake.description, str(count), mistake.refusal.__name__)
     yield refused
 
 
 def _crossed(title: str, rows: str, counts: dict[tuple[Any, Any], int], statuses: Iterable[Any]) -> Table:
-    """Counts by type and status."""
+    """Lay out counts by type and status."""
     columns = [status.lower() for status in statuses]
     crossed = table(rows, *columns, title=title, numbers=columns)
     for type in ActionType:
@@ -90,11 +95,16 @@ def _crossed(title: str, rows: str, counts: dict[tuple[Any, Any], int], statuses
 
 
 def _summary(report: Report) -> str:
-    """What the tables do not say."""
-    again = ", ".join(f"{count} {what}s" for what, count in sorted(report.repeated.items()))
+    """Describe what the tables do not show."""
+    repeated = ", ".join(_counted(count, event) for event, count in sorted(report.repeated.items()))
     return (
-        f"{report.conversations} conversations with {sum(report.triggers.values())} recorded changes; from the opening "
-        f"to the payment, it took {duration(report.closing)} (median). {sum(report.refused.values())} mistakes were "
-        f"made and refused. Reported twice and processed once: {again}. {report.corrected} drafts were corrected by "
-        f"the human who approved them; {report.unanswered} times the provider did not answer, and was asked again."
+        f"{report.conversations} conversations with {sum(report.triggers.values())} recorded stage changes. The median "
+        f"time from opening to payment is {duration(report.closing)}. {sum(report.refused.values())} mistakes were "
+        f"made on purpose and refused. Reported twice but processed once: {repeated}. Humans corrected "
+        f"{_counted(report.corrected, 'draft')} while approving. The provider did not answer "
+        f"{_counted(report.unanswered, 'time')} and was asked again."
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,1 +1,1 @@
-"""What `close-engine demo` plays: leads of a temporary database taken through conversations, in simulated time."""
+"""The simulation behind `close-engine demo`: leads and their conversations, in a temporary database."""

@@ -1,4 +1,4 @@
-"""What the tables say in the end, and whether it is what was played."""
+"""Report the final state of the tables, and check that it matches the run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from close_engine.outbox import OutboxMessage
 from close_engine.schema.checks import verify
 from close_engine.stages import AutonomyLevel, MessageStatus, Stage
 
-__all__ = ["Played", "audit"]
+__all__ = ["Tally", "audit"]
 
 
 @dataclass
-class Played:
-    """What only the performance itself knows.
+class Tally:
+    """Counts that the tables do not hold.
 
     Attributes:
-        refused: Mistake to how often it was made and refused.
-        repeated: what was reported again and changed nothing, to how often.
-        unanswered: how often the provider did not answer.
-        corrected: how many drafts a human changed as he approved them.
-        problems: list of str, a sentence each.
+        refused: Mistake to the number of times it was made and refused.
+        repeated: event to the number of times it was reported again and changed nothing.
+        unanswered: number of times the provider did not answer.
+        corrected: number of drafts that a human changed while approving them.
+        problems: list of str, one sentence each.
     """
 
     refused: Counter[Mistake] = field(default_factory=Counter)
@@ -41,9 +41,18 @@ class Played:
     problems: list[str] = field(default_factory=list)
 
 
-def audit(played: Played, provider: Provider, handover: Handover) -> Report:
-    """What the tables say in the end, and every way in which they are not what was played."""
-    problems = list(played.problems)
+def audit(tally: Tally, provider: Provider, handover: Handover) -> Report:
+    """Report the final state of the tables, and every way in which it does not match the run.
+
+    Args:
+        tally: Tally of the run.
+        provider: Provider that delivered the messages.
+        handover: Handover, the result of leaving the last messages to worker processes.
+
+    Returns:
+        the Report, including its problems.
+    """
+    problems = list(tally.problems)
     stays: dict[Stage, list[float]] = {stage: [] for stage in Stage}
     opened: dict[str, datetime] = {}
     closing: list[float] = []
@@ -67,24 +76,24 @@ def audit(played: Played, provider: Provider, handover: Handover) -> Report:
     for conversation in stored:
         if replayed[conversation.id].dest is not conversation.stage:
             problems.append(f"The history of {conversation.id} does not lead to {conversation.stage}.")
-    there = Counter(conversation.stage for conversation in stored)
+    now = Counter(conversation.stage for conversation in stored)
     messages = list(OutboxMessage.select().order_by(OutboxMessage.id))
     problems += _message_problems(messages, provider)
     actions = list(PendingAction.select())
     return Report(
         conversations=len(stored),
         stages=[
-            StageLine(stage, there[stage], entered[stage], _median(stays[stage]) if stays[stage] else None)
+            StageLine(stage, now[stage], entered[stage], _median(stays[stage]) if stays[stage] else None)
             for stage in Stage
         ],
         levels=[_level_line(level, stored, messages) for level in AutonomyLevel],
         triggers={trigger: triggers[trigger] for trigger in ("open", *TRIGGERS)},
         approvals=Counter((action.type, action.status) for action in actions),
-        corrected=played.corrected,
+        corrected=tally.corrected,
         outbox=Counter((message.topic, message.status) for message in messages),
-        refused={mistake: played.refused[mistake] for mistake in MISTAKES},
-        repeated=dict(played.repeated),
-        unanswered=played.unanswered,
+        refused={mistake: tally.refused[mistake] for mistake in MISTAKES},
+        repeated=dict(tally.repeated),
+        unanswered=tally.unanswered,
         handover=handover,
         closing=_median(closing),
         problems=problems + verify(),
@@ -92,16 +101,16 @@ def audit(played: Played, provider: Provider, handover: Handover) -> Report:
 
 
 def _message_problems(messages: list[OutboxMessage], provider: Provider) -> Iterator[str]:
-    """Compare what the outbox records with what the provider did."""
+    """Compare the outbox with what the provider delivered."""
     recorded = Counter(message.send_key for message in messages if message.status is MessageStatus.SENT)
     delivered = Counter(dict.fromkeys(provider.texts, 1))
     for key in recorded - delivered | delivered - recorded:
-        yield f"{key} was sent {delivered[key]} times and is recorded {recorded[key]} times."
+        yield f"{key} was delivered {delivered[key]} times, but recorded {recorded[key]} times."
     newest: dict[str, datetime] = {}
     for message in messages:
         sent_at = message.sent_at or newest.get(message.conversation_id)
         if sent_at and sent_at < newest.setdefault(message.conversation_id, sent_at):
-            yield f"{message!r} was sent before an older one of its conversation."
+            yield f"{message!r} was sent before an older message of its conversation."
         if message.status is MessageStatus.PENDING and message.leased_by:
             yield f"{message!r} is still leased by {message.leased_by}."
         if sent_at:

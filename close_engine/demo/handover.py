@@ -1,4 +1,4 @@
-"""The last messages are left to two worker processes, one of which is killed in mid-send."""
+"""Leave the last messages to two worker processes, and kill one of them in the middle of a send."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from close_engine.worker import Worker
 
 __all__ = ["LEASE", "hand_over"]
 
-#: For how long the worker processes have a message.
+#: How long the worker processes lease a message.
 LEASE = timedelta(minutes=1)
 
 
@@ -37,12 +37,18 @@ def hand_over(
     """Leave the last messages to two worker processes, and kill the one that is sending the preview.
 
     Args:
-        url: the database.
-        provider: delivers what the workers send.
-        preview: the message in whose sending a worker is killed.
-        others: the other messages.
-        moment: the simulated time.
-        set_clock: sets the simulated time of this process.
+        url: str, the URL of the database.
+        provider: Provider that delivers the workers' messages.
+        preview: OutboxMessage during whose send a worker is killed.
+        others: list of OutboxMessage, the rest.
+        moment: datetime, the simulated time.
+        set_clock: function that sets the simulated time of this process.
+
+    Returns:
+        the Handover.
+
+    Raises:
+        CloseEngineError: a worker process died by itself.
     """
     last = [message.id for message in (preview, *others)]
     context = multiprocessing.get_context("spawn")
@@ -50,11 +56,11 @@ def hand_over(
     workers: dict[Connection, Any] = {}
     try:
         for name in ("worker-5", "worker-6"):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(url, name, clock, theirs), name=name, daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_work, args=(url, name, clock, child_end), name=name, daemon=True)
             process.start()
-            theirs.close()
-            workers[ours] = process
+            child_end.close()
+            workers[parent_end] = process
         killed = _serve(provider, workers, lambda: _unsent(last) == 1, preview.send_key)
         moment += LEASE + timedelta(seconds=1)
         set_clock(moment)
@@ -86,12 +92,12 @@ def _unsent(messages: list[int]) -> int:
 
 
 def _serve(
-    provider: Provider, workers: dict[Connection, Any], done: Callable[[], bool], deadly: str | None = None
+    provider: Provider, workers: dict[Connection, Any], done: Callable[[], bool], kill_at: str | None = None
 ) -> str:
-    """Be the provider of these workers; kill the one that asks for the deadly text, while it waits for the answer.
+    """Act as the provider of these workers. Kill the one that asks to send `kill_at` while it waits for the answer.
 
     Returns:
-        its name.
+        the name of the killed worker, or an empty string.
     """
     killed = ""
     while not done():
@@ -103,7 +109,7 @@ def _serve(
                 died = workers[connection]
                 raise CloseEngineError(f"The process {died.name} died unexpectedly.") from None
             provider_id = provider.send(key)
-            if key == deadly:
+            if key == kill_at:
                 process = workers.pop(connection)
                 process.kill()
                 process.join()
@@ -113,14 +119,14 @@ def _serve(
     return killed
 
 
-def _end_with_parent() -> None:  # pragma: no cover - in a process of its own
+def _end_with_parent() -> None:  # pragma: no cover - runs in the worker process
     if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)
 
 
 def _work(url: str, name: str, clock: Any, provider: Connection) -> None:  # pragma: no cover - as above
-    """A worker in a process of its own, whose provider is at the other end of a pipe, as is who sets its clock."""
+    """Run a worker in this process, with the provider at the other end of a pipe and the clock in shared memory."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connect(url, clock=lambda: datetime.fromtimestamp(clock.value, timezone.utc))
 
@@ -129,6 +135,6 @@ def _work(url: str, name: str, clock: Any, provider: Connection) -> None:  # pra
         return str(provider.recv())
 
     worker = Worker(send, name=name, limit=1, lease=LEASE, idle=timedelta(seconds=0.02), sweep=None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
     worker.run()

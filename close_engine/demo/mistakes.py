@@ -1,4 +1,4 @@
-"""The mistakes that are made on purpose in the demonstration, each of which must be refused."""
+"""The mistakes that the demo makes on purpose. Each must be refused."""
 
 from __future__ import annotations
 
@@ -36,62 +36,64 @@ __all__ = ["MISTAKES", "Mistake", "Turn"]
 
 @dataclass
 class Turn:
-    """What one step of a conversation leaves for a mistake to be made with.
+    """The situation after one step of a conversation, in which a mistake can be made.
 
     Attributes:
-        conversation: as it is after the step.
-        outdated: as it was in the memory of another worker before the step.
+        random: the demo's random numbers.
+        role: the lead's Role.
+        conversation: CloseEngineConversation, as it is after the step.
+        stale: another worker's copy of it, loaded before the step.
     """
 
     random: Random
     role: Role
     conversation: CloseEngineConversation
-    outdated: CloseEngineConversation
+    stale: CloseEngineConversation
 
-    def out_of_reach(self) -> list[Stage]:
-        """The stages that no trigger leads to from here."""
+    def unreachable_stages(self) -> list[Stage]:
+        """Return the stages that no trigger leads to from here."""
         stage = self.conversation.stage
         return [other for other in Stage if other is not stage and trigger_between(stage, other) is None]
 
-    def is_outdated(self) -> bool:
-        """Whether the other worker has something to act on that is no longer so."""
-        return self.outdated.stage in ACTIVE_STAGES and self.outdated.updated_at != self.conversation.updated_at
+    def has_stale_copy(self) -> bool:
+        """Whether the other worker's copy is outdated, but still active, so that the worker would act on it."""
+        return self.stale.stage in ACTIVE_STAGES and self.stale.updated_at != self.conversation.updated_at
 
-    def undone(self) -> PendingAction | None:
-        """An action that was rejected or has expired."""
+    def closed_action(self) -> PendingAction | None:
+        """Return the lead's action if it was rejected or has expired."""
         action = self.role.action
         return action if action and action.status in (ActionStatus.REJECTED, ActionStatus.EXPIRED) else None
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What must not happen, tried on purpose.
+    """Something that must not happen, attempted on purpose.
 
     Attributes:
-        what: what a worker does wrong.
-        refusal: the error that it must get.
-        make: does it.
-        possible: whether it can be made now.
+        description: what a worker does wrong, as in "sending a message twice".
+        refusal: the exception class that it must get.
+        make: function that makes the mistake.
+        is_possible: function that says if the mistake can be made now.
     """
 
-    what: str
+    description: str
     refusal: type[Exception]
     make: Callable[[Turn], object]
-    possible: Callable[[Turn], object] = lambda turn: True
+    is_possible: Callable[[Turn], object] = lambda turn: True
 
 
-def _fire_elsewhere(turn: Turn) -> object:
+def _fire_wrong_trigger(turn: Turn) -> object:
     allowed = triggers_from(turn.conversation.stage)
     return turn.conversation.fire(turn.random.choice([name for name in TRIGGERS if name not in allowed]))
 
 
 def _assign_stage(turn: Turn) -> None:
-    turn.conversation.stage = turn.random.choice(turn.out_of_reach())
+    turn.conversation.stage = turn.random.choice(turn.unreachable_stages())
 
 
-def _write_past_the_library(turn: Turn) -> None:
+def _write_bypassing_the_library(turn: Turn) -> None:
     table = peewee.Table("close_engine_conversations", _database=current().database)
-    stage = turn.random.choice(turn.out_of_reach())
+    stage = turn.random.choice(turn.unreachable_stages())
     table.update(stage=stage.value).where(table.c.id == turn.conversation.id).execute()
 
 
@@ -99,8 +101,8 @@ def _text_without_a_phone(turn: Turn) -> object:
     return open_conversation(Lead.create(phone=None), EntryPoint.REP_CLOSE)
 
 
-def _approve_what_is_undone(turn: Turn) -> None:
-    if action := turn.undone():
+def _approve_closed_action(turn: Turn) -> None:
+    if action := turn.closed_action():
         action.approve(by="ben")
 
 
@@ -110,55 +112,59 @@ def _report_again(turn: Turn) -> None:
 
 
 MISTAKES = (
-    Mistake("fires a trigger that the stage does not have", TransitionNotAllowed, _fire_elsewhere),
+    Mistake("firing a trigger that the stage does not allow", TransitionNotAllowed, _fire_wrong_trigger),
     Mistake(
-        "gives a lead up without a reason",
+        "giving up a lead without a reason",
         ConditionNotMet,
         lambda turn: turn.conversation.fire("close_lost"),
         lambda turn: "close_lost" in triggers_from(turn.conversation.stage),
     ),
     Mistake(
-        "sends a payment link without the approval it needs",
+        "sending a payment link without the approval it needs",
         ConditionNotMet,
         lambda turn: turn.conversation.send_payment_link("https://pay.example.com/too-early"),
         lambda turn: turn.conversation.stage is Stage.PENDING_APPROVAL,
     ),
     Mistake(
-        "books a payment of somebody who was sent no payment link",
+        "recording a payment although no payment link was sent",
         PaymentUnmatched,
         lambda turn: record_payment(turn.conversation.lead_id, key=create_id()),
         lambda turn: turn.conversation.payment_link_sent_at is None,
     ),
     Mistake(
-        "acts on what another worker has changed",
+        "acting on a stale copy of a conversation",
         StageConflict,
-        lambda turn: turn.outdated.stall(),
-        Turn.is_outdated,
+        lambda turn: turn.stale.stall(),
+        Turn.has_stale_copy,
     ),
     Mistake(
-        "sends a reply that was drafted before the lead's last words",
+        "sending a reply that was drafted before the lead's latest text",
         StageConflict,
-        lambda turn: submit(turn.outdated, ActionType.SEND_MESSAGE, "As I said:"),
-        Turn.is_outdated,
+        lambda turn: submit(turn.stale, ActionType.SEND_MESSAGE, "As I said:"),
+        Turn.has_stale_copy,
     ),
     Mistake(
-        "texts a lead whose conversation has closed",
+        "texting a lead whose conversation is closed",
         ConversationClosed,
         lambda turn: submit(turn.conversation, ActionType.SEND_MESSAGE, "One more thing:"),
         lambda turn: turn.conversation.stage in CLOSED_STAGES,
     ),
-    Mistake("approves what was rejected or has expired", ActionDecided, _approve_what_is_undone, Turn.undone),
-    Mistake("reports on a message that was sent already", LeaseLost, _report_again, lambda turn: turn.role.sent),
     Mistake(
-        "uses the key of one event for another",
+        "approving a draft that was rejected or has expired", ActionDecided, _approve_closed_action, Turn.closed_action
+    ),
+    Mistake("reporting a message as failed after it was sent", LeaseLost, _report_again, lambda turn: turn.role.sent),
+    Mistake(
+        "using the key of one event for another",
         KeyReused,
         lambda turn: turn.conversation.fire("stall", key=f"lead-{turn.role.number}"),
     ),
-    Mistake("assigns the stage by hand", StageAssignmentRefused, _assign_stage, Turn.out_of_reach),
-    Mistake("writes the stage past the library", peewee.IntegrityError, _write_past_the_library, Turn.out_of_reach),
-    Mistake("texts a lead without a phone number", LeadHasNoPhone, _text_without_a_phone),
+    Mistake("assigning the stage directly", StageAssignmentRefused, _assign_stage, Turn.unreachable_stages),
     Mistake(
-        "opens a conversation with a lead that has paid",
+        "writing the stage with raw SQL", peewee.IntegrityError, _write_bypassing_the_library, Turn.unreachable_stages
+    ),
+    Mistake("texting a lead without a phone number", LeadHasNoPhone, _text_without_a_phone),
+    Mistake(
+        "opening a conversation with a lead who has paid",
         ConversationCompleted,
         lambda turn: open_conversation(turn.conversation.lead_id, EntryPoint.PREVIEW_CTA),
         lambda turn: turn.conversation.stage is Stage.COMPLETED,

@@ -1,4 +1,4 @@
-"""Where the demonstration is played: a temporary database, beside the one that a URL names."""
+"""The temporary database that the demo runs in, created next to the database that a URL names."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ __all__ = ["temporary_database"]
 
 @contextmanager
 def temporary_database(url: str | None = None) -> Iterator[str]:
-    """A database for the length of a block, beside the one that a URL names, which is not touched.
+    """Create a temporary database for the length of a block, next to the one that a URL names.
 
     Args:
-        url: of a SQLite file, in whose directory a temporary one is made; or of a PostgreSQL database, on whose server
-            one is created and dropped. The default is a SQLite file in the system's directory for temporary files.
+        url: str, the URL of an existing database, which is not touched. For SQLite, the temporary file is created in
+            the same directory; for PostgreSQL, a temporary database is created on the same server. The default is a
+            SQLite file in the system's temporary directory.
 
     Yields:
-        its URL.
+        str, the URL of the temporary database.
 
     Raises:
-        ConfigurationError: it cannot be made there.
+        ConfigurationError: the database cannot be created there.
     """
     if url is None or url.startswith("sqlite"):
         file = urlsplit(url or "").path[1:]
-        place = None if file in ("", ":memory:") else Path(file).parent
+        parent = None if file in ("", ":memory:") else Path(file).parent
         try:
-            directory = tempfile.TemporaryDirectory(prefix="close_engine_demo_", dir=place)
+            directory = tempfile.TemporaryDirectory(prefix="close_engine_demo_", dir=parent)
         except OSError as error:
             raise ConfigurationError(
-                f"The demo cannot make a temporary database in {place or tempfile.gettempdir()}: {error.strerror}."
+                f"The demo cannot create a temporary database in {parent or tempfile.gettempdir()}: {error.strerror}."
             ) from error
         with directory as name:
             yield f"sqlite:///{name}/demo.db"
@@ -50,8 +51,8 @@ def temporary_database(url: str | None = None) -> Iterator[str]:
             server.execute_sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
         except peewee.DatabaseError as error:
             raise ConfigurationError(
-                f"The demo cannot make a temporary database beside {without_password(url)}: "
-                f"{one_line(error)}. Use a role with CREATEDB, or leave --database out for SQLite."
+                f"The demo cannot create a temporary database next to {without_password(url)}: "
+                f"{one_line(error)}. Use a role with CREATEDB, or omit --database to use SQLite."
             ) from error
         parts = urlsplit(url)
         yield f"{parts.scheme}://{parts.netloc}/{name}?{parts.query}"

@@ -1,4 +1,4 @@
-"""The provider of texts in the demonstration."""
+"""The demo's SMS provider."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["Provider"]
 
 
 class Provider:
-    """Delivers texts: one for each key, however often it is asked under the same.
+    """Deliver texts: one per idempotency key, no matter how often it is asked.
 
     Attributes:
-        texts: key to the id of the one text.
-        asked: key to how often it was asked.
+        texts: dict of key to the id of its text.
+        asked: Counter of the requests for each key.
     """
 
     def __init__(self) -> None:
@@ -20,6 +20,13 @@ class Provider:
         self.asked: Counter[str] = Counter()
 
     def send(self, key: str) -> str:
-        """Deliver a text, and return its id."""
+        """Deliver a text, unless one with this key was delivered before.
+
+        Args:
+            key: str, the idempotency key.
+
+        Returns:
+            str, the text's id.
+        """
         self.asked[key] += 1
         return self.texts.setdefault(key, f"SM{len(self.texts):06}")

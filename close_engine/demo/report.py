@@ -1,4 +1,4 @@
-"""What came out of the demonstration, and how it is told.
+"""The results of the demo.
 
 >>> end = Handover(5, "SEND_PREVIEW", attempts=2, asked=2, texts=1, exit_code=0, killed="worker-1", survivor="worker-2")
 >>> str(end).partition(". ")[0]
@@ -18,12 +18,13 @@ __all__ = ["Handover", "LevelLine", "Report", "StageLine"]
 
 @dataclass(frozen=True)
 class StageLine:
-    """One stage in the end.
+    """One stage at the end of the run.
 
     Attributes:
+        stage: Stage.
         now: number of conversations in it.
-        entered: how often it was entered.
-        stay: median of the times that conversations stayed in it before they left it; None where none left it.
+        entered: number of times it was entered.
+        stay: timedelta, the median time that conversations spent in it before leaving; None if none left.
     """
 
     stage: Stage
@@ -37,31 +38,33 @@ class LevelLine:
     """One autonomy level.
 
     Attributes:
-        conversations: number of them.
-        paid: how many of them are COMPLETED.
-        at_once: number of messages that were sent without a human's look.
-        approved: number of those that a human had approved.
+        level: AutonomyLevel.
+        conversations: number of conversations.
+        paid: number of those that are COMPLETED.
+        unapproved: number of messages sent without approval.
+        approved: number of messages sent after a human approved them.
     """
 
     level: AutonomyLevel
     conversations: int
     paid: int
-    at_once: int
+    unapproved: int
     approved: int
 
 
 @dataclass(frozen=True)
 class Handover:
-    """The end, with two worker processes.
+    """The end of the run, left to two worker processes.
 
     Attributes:
-        messages: how many they were left.
-        topic: what the message was in whose sending one was killed.
-        killed, survivor: the workers' names.
-        attempts: how often that message was claimed.
-        asked: how often the provider was asked to send it.
-        texts: how often the lead got it.
-        exit_code: of the survivor, who was told to stop when all was sent.
+        messages: number of messages left to them.
+        topic: str, the topic of the message during whose send a worker was killed.
+        attempts: number of times that message was claimed.
+        asked: number of times the provider was asked to send it.
+        texts: number of times the lead received it.
+        exit_code: int, the survivor's exit status after it was asked to stop.
+        killed: str, the name of the killed worker.
+        survivor: str, the name of the other worker.
     """
 
     messages: int
@@ -76,29 +79,31 @@ class Handover:
     def __str__(self) -> str:
         return (
             f"The last {self.messages} messages were left to two worker processes. {self.killed} was killed (SIGKILL) "
-            f"in the middle of sending one, a {self.topic}; its lease ran out, and {self.survivor} sent it: "
-            f"{self.attempts} attempts, recorded once. The provider was asked {self.asked} times, under the same key, "
-            f"and the lead got {self.texts} text. Told to stop, {self.survivor} ended with {self.exit_code}."
+            f"in the middle of sending a {self.topic}. Its lease ran out, and {self.survivor} sent the message: "
+            f"{self.attempts} attempts, recorded once. The provider was asked {self.asked} times, with the same key, "
+            f"and the lead got {self.texts} text. When asked to stop, {self.survivor} exited with status "
+            f"{self.exit_code}."
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out of it.
+    """The results of a run.
 
     Attributes:
-        conversations: number of them.
-        stages: list of StageLine, one for each Stage, in order.
-        levels: list of LevelLine, one for each AutonomyLevel.
-        triggers: trigger to how often it was fired.
-        approvals: (ActionType, ActionStatus) to number of actions.
-        corrected: how many of those that were approved a human had changed.
-        outbox: (topic, MessageStatus) to number of messages.
-        refused: Mistake to how often it was made and refused.
-        repeated: what was reported again and changed nothing, to how often.
-        unanswered: how often the provider did not answer, so that the message was tried again.
-        closing: median of the time from the opening to the payment.
-        problems: list of str, a sentence each: what is not as it must be.
+        conversations: number of conversations.
+        stages: list of StageLine, one per Stage, in order.
+        levels: list of LevelLine, one per AutonomyLevel.
+        triggers: dict of trigger to the number of times it was fired.
+        approvals: dict of (ActionType, ActionStatus) to the number of actions.
+        corrected: number of drafts that a human changed while approving them.
+        outbox: dict of (topic, MessageStatus) to the number of messages.
+        refused: dict of Mistake to the number of times it was made and refused.
+        repeated: dict of event to the number of times it was reported again and changed nothing.
+        unanswered: number of times the provider did not answer, so that the message was tried again.
+        handover: Handover.
+        closing: timedelta, the median time from opening to payment.
+        problems: list of str, one sentence for everything that is wrong.
     """
 
     conversations: int

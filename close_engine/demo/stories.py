@@ -1,4 +1,4 @@
-"""What the demonstration is made of: the stories, and what becomes of each lead in its own.
+"""The stories that the demo tells, and the state of each lead in its story.
 
 >>> [story.meaning for story in STORIES if "expire" in story.verbs]
 ['nobody approves the link in time']
@@ -17,18 +17,20 @@ from close_engine.models import Lead
 from close_engine.outbox import OutboxMessage
 from close_engine.stages import AutonomyLevel
 
-__all__ = ["CAST", "STILL_THERE", "STORIES", "Role", "Story"]
+__all__ = ["CAST", "STILL_ACTIVE", "STORIES", "Role", "Story"]
 
 
 @dataclass(frozen=True)
 class Story:
-    """How a conversation goes.
+    """The course of a conversation.
 
     Attributes:
-        weight: how often it happens, beside the others.
-        verbs: what happens, in order; see `VERBS` in `play`.
-        hours_left: how many hours before the demonstration ends the last of it happens: the least and the most.
-        reachable: whether the lead has a number that can be texted.
+        meaning: str, what happens in a few words.
+        weight: how often it is told, relative to the others.
+        autonomy_level: AutonomyLevel of the lead.
+        verbs: tuple of str, what happens, in order; see `VERBS` in `play`.
+        hours_left: the minimum and maximum number of hours between its last event and the end of the demo.
+        reachable: whether the lead's number can receive texts.
     """
 
     meaning: str
@@ -44,10 +46,10 @@ def _story(meaning: str, weight: int, autonomy_level: AutonomyLevel, verbs: str,
 
 
 _FULL, _SEMI, _MANUAL = AutonomyLevel
-#: Long enough to be stalled, and to be lost as well.
+#: Hours until the end of the demo: long enough to be stalled, and long enough to be lost.
 _SILENT, _SILENT_FOR_GOOD = (80, 200), (260, math.inf)
 #: Too short for anything to be stalled or expired.
-STILL_THERE = (0.5, 20)
+STILL_ACTIVE = (0.5, 20)
 
 STORIES = (
     _story("pays at once", 20, _FULL, "hello answer build preview link pay"),
@@ -74,29 +76,33 @@ STORIES = (
         "hello correct answer build preview reject preview approve link reject link correct pay",
     ),
     _story("is silent", 5, _MANUAL, "hello approve answer build preview approve", _SILENT),
-    _story("waits for a first text", 4, _MANUAL, "hello", STILL_THERE),
-    _story("is asked", 4, _FULL, "hello answer", STILL_THERE),
-    _story("is asked more", 4, _FULL, "hello answer dig", STILL_THERE),
-    _story("waits for the site", 6, _FULL, "hello answer build", STILL_THERE),
-    _story("looks at the site", 5, _SEMI, "hello answer build preview", STILL_THERE),
-    _story("waits for changes", 4, _MANUAL, "hello approve answer build preview approve change", STILL_THERE),
-    _story("waits for a link", 5, _SEMI, "hello answer build preview link", STILL_THERE),
-    _story("is about to pay", 5, _FULL, "hello answer build preview link", STILL_THERE),
+    _story("waits for a first text", 4, _MANUAL, "hello", STILL_ACTIVE),
+    _story("is asked", 4, _FULL, "hello answer", STILL_ACTIVE),
+    _story("is asked more", 4, _FULL, "hello answer dig", STILL_ACTIVE),
+    _story("waits for the site", 6, _FULL, "hello answer build", STILL_ACTIVE),
+    _story("looks at the site", 5, _SEMI, "hello answer build preview", STILL_ACTIVE),
+    _story("waits for changes", 4, _MANUAL, "hello approve answer build preview approve change", STILL_ACTIVE),
+    _story("waits for a link", 5, _SEMI, "hello answer build preview link", STILL_ACTIVE),
+    _story("is about to pay", 5, _FULL, "hello answer build preview link", STILL_ACTIVE),
 )
 
-#: Who is there even among few: every story, and a second who waits for the site when it is sent to the first.
+#: The stories that are told even with few leads: every one, and a second lead who waits for the site.
 CAST = [*STORIES, next(story for story in STORIES if story.meaning == "waits for the site")]
 
 
 @dataclass
 class Role:
-    """What has become of one lead.
+    """One lead, and the state of its story.
 
     Attributes:
-        moments: when each verb of the story happens.
-        drafts: how many were submitted.
-        action: the newest that waits, or waited, for a human.
-        sent: the newest message that was sent.
+        number: int, unique per lead.
+        story: Story.
+        moments: list of datetime, when each verb of the story happens.
+        lead: Lead, set when the conversation is opened.
+        conversation: CloseEngineConversation, set when it is opened.
+        drafts: number of drafts submitted.
+        action: the newest PendingAction.
+        sent: the newest OutboxMessage that was sent.
     """
 
     number: int
