@@ -102,7 +102,7 @@ def test_what_was_sampled_is_labelled(
     (printed,) = (text for text in shown().splitlines() if text.startswith("QUALIFYING"))
     assert f"~ {many.median / HOUR:.1f} h" in printed
     assert ">= " in printed
-    assert "~ approximated, >= at least: from a sample" in shown()
+    assert "~ approximate, >= at least: estimated from a sample" in shown()
 
 
 def test_what_was_not_sampled_is_not_labelled(conversation_in: Any) -> None:
@@ -178,5 +178,5 @@ def test_a_live_board_is_drawn_again_and_again(conversation_in: Any, monkeypatch
 
 
 def test_a_live_board_that_would_never_rest_is_refused(database: Any) -> None:
-    with pytest.raises(InvalidValue, match="every cannot be '0:00:00': it must be longer than nothing"):
+    with pytest.raises(InvalidValue, match="every cannot be '0:00:00': it must be greater than zero"):
         watch(Console(file=io.StringIO()), every=timedelta(0))

@@ -78,7 +78,7 @@ def test_actions_lists_what_waits_for_approval(action: PendingAction) -> None:
 
 def test_actions_may_be_narrowed_to_a_type(action: PendingAction) -> None:
     assert action.id in run("actions", "--type", "SEND_PAYMENT_LINK").out
-    assert run("actions", "--type", "SEND_MESSAGE") == Result(0, "Nothing waits for approval.\n", "")
+    assert run("actions", "--type", "SEND_MESSAGE") == Result(0, "Nothing is waiting for approval.\n", "")
     assert run("actions", "--type", "SEND_FLOWERS").code == 2
 
 
@@ -94,8 +94,10 @@ def test_approve_puts_it_into_the_outbox_once(action: PendingAction, database: A
 
     close_engine.bind(database)
     (message,) = OutboxMessage.select()
-    assert first == Result(0, f"Action {action.id!r} is approved: message {message.id} of the outbox.\n", "")
-    assert again.out == (f"Action {action.id!r} was approved by dana already: message {message.id} of the outbox.\n")
+    assert first == Result(0, f"Action {action.id!r} is approved. It is message {message.id} in the outbox.\n", "")
+    assert (
+        again.out == f"Action {action.id!r} was already approved by dana. It is message {message.id} in the outbox.\n"
+    )
     assert (message.body, message.approved_by) == ("Here it is:", "dana")
 
 
@@ -104,7 +106,7 @@ def test_reject_takes_the_conversation_back_once(action: PendingAction, database
     again = run("reject", action.id, "--by", "ana")
 
     assert first == Result(0, f"Action {action.id!r} is rejected.\n", "")
-    assert again == Result(0, f"Action {action.id!r} was rejected by dana already.\n", "")
+    assert again == Result(0, f"Action {action.id!r} was already rejected by dana.\n", "")
     close_engine.bind(database)
     assert stage_of(action) is Stage.PREVIEW_SENT
     assert OutboxMessage.select().count() == 0
@@ -133,10 +135,10 @@ def test_outbox_shows_counts_the_lag_and_what_is_dead(messages: list[OutboxMessa
     result = run("outbox")
 
     assert (result.code, result.err) == (0, "")
-    assert ["to", "be", "sent", "1"] in result.lines
-    assert ["of", "them", "in", "flight", "0"] in result.lines
+    assert ["pending", "1"] in result.lines
+    assert ["of", "which", "in", "flight", "0"] in result.lines
     assert ["dead", "1"] in result.lines
-    assert any(line[:5] == ["the", "next", "one", "waits", "for"] and line[6] == "s" for line in result.lines)
+    assert any(line[:4] == ["next", "one", "waiting", "for"] and line[5] == "s" for line in result.lines)
     (dead,) = (line for line in result.out.splitlines() if "no such" in line)
     assert dead.split()[:4] == [str(messages[0].id), "SEND_MESSAGE", messages[0].lead_id, "1"]
     assert "\x1b" not in dead
@@ -147,7 +149,7 @@ def test_requeue_puts_a_dead_message_back(messages: list[OutboxMessage], databas
 
     result = run("outbox", "requeue", str(dead.id))
 
-    assert result == Result(0, f"Message {dead.id} is to be sent again.\n", "")
+    assert result == Result(0, f"Message {dead.id} will be sent again.\n", "")
     close_engine.bind(database)
     assert OutboxMessage.get_by_id(dead.id).status is MessageStatus.PENDING
     assert "only a DEAD one can be put back" in refused("outbox", "requeue", str(dead.id))
@@ -178,7 +180,7 @@ def test_sweep_says_what_it_moved(action: PendingAction, conversation_in: Any, c
     swept, again = run("sweep"), run("sweep")
 
     assert swept.out == (
-        "Conversations stalled: 1, lost: 0. Actions expired: 1. Messages taken back from dead workers: 0.\n"
+        "Conversations stalled: 1, lost: 0. Actions expired: 1. Messages released from dead workers: 0.\n"
     )
     assert "stalled: 0, lost: 0. Actions expired: 0." in again.out
 
@@ -255,7 +257,7 @@ def test_what_is_no_number_of_seconds_cannot_be_understood(seconds: str) -> None
     result = run("worker", "--lease", seconds)
 
     assert (result.code, result.out) == (2, "")
-    assert "is no number of seconds." in result.err
+    assert "is not a number of seconds." in result.err
 
 
 def worker(database_url: str, *arguments: str) -> subprocess.Popen[str]:

@@ -1,6 +1,6 @@
-"""The command `close-engine`: one short function per command, in a file for each family of them. Nobody imports it."""
+"""The command `close-engine`: one function per command, one file per group of commands. Nothing else imports it."""
 
-# Importing a family registers its commands; the help lists them in this order.
+# Importing a file registers its commands. The help lists them in this order.
 from close_engine.cli import schema, conversations, approvals, messages, board, demo  # noqa: F401, I001
 from close_engine.cli.app import main
 

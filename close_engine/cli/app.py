@@ -1,9 +1,10 @@
-"""The command line itself: the options that every command takes, the database, and how a run ends.
+"""The parts that all commands share: common options, opening the database, error handling and exit status.
 
     close-engine --database postgresql://user:password@host/name status
 
-The options of `close-engine` itself may stand before the command or behind it. An error is a sentence on standard
-error and exit status 1. Run in a pipe or without a terminal, everything is plain text and as wide as it needs to be.
+The options of `close-engine` itself can be given before or after the command. An error prints one sentence to standard
+error and exits with status 1. Without a terminal, for example in a pipe, output is plain text, as wide as it needs to
+be.
 """
 
 from __future__ import annotations
@@ -27,44 +28,54 @@ from close_engine.errors import CloseEngineError, ConfigurationError, SchemaErro
 from close_engine.schema.migrations import pending
 from close_engine.version import __version__
 
-__all__ = ["Command", "Group", "app", "command", "in_seconds", "main", "open_database", "open_migrated", "option"]
+__all__ = [
+    "Command",
+    "Group",
+    "app",
+    "command",
+    "in_seconds",
+    "main",
+    "open_database",
+    "open_migrated",
+    "option",
+]
 
 
-class _SharesOptions:
-    """Takes the options of `close-engine` itself, too."""
+class _AcceptsSharedOptions:
+    """Also accept the options of `close-engine` itself."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         shared = [option for option in ctx.find_root().command.params if not option.expose_value]
         return [*super().get_params(ctx), *shared]  # type: ignore[misc]
 
 
-class Command(_SharesOptions, TyperCommand):
-    """A command."""
+class Command(_AcceptsSharedOptions, TyperCommand):
+    """A command that also takes the shared options."""
 
 
-class Group(_SharesOptions, TyperGroup):
-    """A command that has commands below it."""
+class Group(_AcceptsSharedOptions, TyperGroup):
+    """A command with subcommands."""
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 command = partial(app.command, cls=Command)
 
 
-def _note(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> None:
-    """Keep a shared option, wherever it stood."""
-    noted = context.find_root().ensure_object(dict)
+def _store(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> None:
+    """Store a shared option in the root context, no matter where on the command line it was given."""
+    stored = context.find_root().ensure_object(dict)
     if value is not None:
-        noted[parameter.name] = value
+        stored[parameter.name] = value
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"close-engine {__version__}")
         raise typer.Exit
 
 
 def _shared(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=text, callback=_note, expose_value=False, show_default=False)
+    return typer.Option(name, metavar=metavar, help=text, callback=_store, expose_value=False, show_default=False)
 
 
 @app.callback()
@@ -74,37 +85,53 @@ def options(
         _shared(
             "--database",
             "URL",
-            "postgresql://user:password@host/name or sqlite:///file.db; without it the environment variable "
-            f"CLOSE_ENGINE_DATABASE, and without that {DEFAULT_URL}.",
+            "postgresql://user:password@host/name or sqlite:///file.db. The default is the environment variable "
+            f"CLOSE_ENGINE_DATABASE; if that is not set, {DEFAULT_URL}.",
         ),
     ] = None,
     leads: Annotated[
-        str | None, _shared("--leads-table", "NAME", "The CRM's table of leads (CLOSE_ENGINE_LEADS_TABLE, or leads).")
+        str | None,
+        _shared("--leads-table", "NAME", "The CRM's leads table; default CLOSE_ENGINE_LEADS_TABLE, or leads."),
     ] = None,
     users: Annotated[
-        str | None, _shared("--users-table", "NAME", "The CRM's table of users (CLOSE_ENGINE_USERS_TABLE, or users).")
+        str | None,
+        _shared("--users-table", "NAME", "The CRM's users table; default CLOSE_ENGINE_USERS_TABLE, or users."),
     ] = None,
     clients: Annotated[
         str | None,
-        _shared("--clients-table", "NAME", "The CRM's table of clients (CLOSE_ENGINE_CLIENTS_TABLE, or clients)."),
+        _shared("--clients-table", "NAME", "The CRM's clients table; default CLOSE_ENGINE_CLIENTS_TABLE, or clients."),
     ] = None,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Close conversations as a state machine whose rules hold in Python and in the database."""
+    """Manage close conversations: a state machine whose rules hold in Python and in the database."""
 
 
 def option(context: typer.Context, name: str) -> str | None:
-    """What a shared option was given, wherever it stood."""
-    given: str | None = context.find_root().ensure_object(dict).get(name)
-    return given
+    """Return the value of a shared option.
+
+    Args:
+        context: the context of any command.
+        name: str, the parameter's name: database, leads, users or clients.
+
+    Returns:
+        str, or None if the option was not given.
+    """
+    value: str | None = context.find_root().ensure_object(dict).get(name)
+    return value
 
 
 def open_database(context: typer.Context, missing: Literal["refuse", "make", "pretend"] = "refuse") -> None:
     """Bind and open the database that the options name.
 
-    `missing` says what to do where there is no such SQLite file: only who is to fill it makes one.
+    Args:
+        context: the context of the command.
+        missing: what to do if the SQLite file does not exist: `refuse` raises an error, `make` creates the file, and
+            `pretend` opens an empty database in memory instead.
+
+    Raises:
+        ConfigurationError: the database cannot be opened, or its file or directory does not exist.
     """
     url = option(context, "database") or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
     connect = partial(
@@ -118,24 +145,24 @@ def open_database(context: typer.Context, missing: Literal["refuse", "make", "pr
     if file and not file.exists():
         if missing == "refuse":
             raise ConfigurationError(
-                f"There is no database file {file}: name yours with --database or CLOSE_ENGINE_DATABASE, or make one "
+                f"There is no database file {file}: name yours with --database or CLOSE_ENGINE_DATABASE, or create one "
                 "without a CRM with close-engine migrate --standalone."
             )
         if not file.parent.is_dir():
-            raise ConfigurationError(f"There is no directory {file.parent} to make {file.name} in: make it first.")
+            raise ConfigurationError(f"There is no directory {file.parent} for {file.name}: create it first.")
         if missing == "pretend":
             database = connect("sqlite:///:memory:")
     context.call_on_close(database.close)
     try:
         database.connect()
     except (peewee.DatabaseError, sqlite3.DatabaseError, TypeError) as error:
-        needed = (
-            "It must be a SQLite file that this user may write, in a directory where he may write"
+        hint = (
+            "It must be a SQLite file, and you need write permission on the file and its directory"
             if file
-            else "Check that the server is up, and that every part of the URL is right"
+            else "Check that the server is up and that every part of the URL is right"
         )
         raise ConfigurationError(
-            f"The database {without_password(url)} cannot be opened: {one_line(error)}. {needed}."
+            f"The database {without_password(url)} cannot be opened: {one_line(error)}. {hint}."
         ) from error
 
 
@@ -146,13 +173,30 @@ def _sqlite_file(database: peewee.Database) -> Path | None:
 
 
 def open_migrated(context: typer.Context) -> None:
-    """Connect to a database that must be migrated."""
+    """Bind and open a database, and require that it is migrated.
+
+    Args:
+        context: the context of the command.
+
+    Raises:
+        ConfigurationError: the database cannot be opened.
+        SchemaError: migrations are pending.
+    """
     open_database(context)
     if missing := pending():
         raise SchemaError(f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate.")
 
 
 def in_seconds(text: str, default: float) -> Any:
+    """Declare an option whose value is a number of seconds.
+
+    Args:
+        text: str, the help text: one sentence.
+        default: the default in seconds, for the help only.
+
+    Returns:
+        the annotation of a timedelta parameter.
+    """
     return typer.Option(metavar="SECONDS", parser=_seconds, help=f"{text} Default {default:g}.", show_default=False)
 
 
@@ -160,11 +204,11 @@ def _seconds(given: str | timedelta) -> timedelta:
     try:
         return given if isinstance(given, timedelta) else timedelta(seconds=float(given))
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{given!r} is no number of seconds.") from None
+        raise typer.BadParameter(f"{given!r} is not a number of seconds.") from None
 
 
 def _without_secrets(sentence: str) -> str:
-    """What a driver says may quote what it was given."""
+    """Blank out passwords, because a driver's message may quote its connection parameters."""
     try:
         database = current().database
     except ConfigurationError:
@@ -180,10 +224,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        arguments: list of str; the default is the process's own.
+        arguments: list of str; the default is the arguments of this process.
 
     Raises:
-        SystemExit: always; its code is 0, 1 for an error, 2 for a command line that cannot be understood.
+        SystemExit: always. Its code is 0 on success, 1 for an error, 2 for an invalid command line.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -192,17 +236,18 @@ def main(arguments: list[str] | None = None) -> None:
             app(arguments)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader, for example head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except CloseEngineError as error:
         sentence = str(error)
     except peewee.PeeweeException as error:
         sentence = (
-            f"The database refuses: {first_line(error)}. close-engine verify says what it lacks; a "
-            "right is its owner's to grant, and a SQLite file and its directory must be writable."
+            f"Database error: {first_line(error)}. If a table or column is missing, run close-engine verify. If a "
+            "permission is missing, ask the owner of the tables to grant it. A SQLite file and its directory must be "
+            "writable."
         )
     except OSError as error:
-        sentence = f"The system refuses: {error}."
+        sentence = f"System error: {error}."
     print(_without_secrets(sentence), file=sys.stderr)
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""The approval queue: list what waits for a human, approve it, reject it."""
+"""The approval queue: list the drafts that wait for approval, approve one, reject one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from close_engine.stages import ActionStatus, ActionType
 @command()
 def actions(
     context: typer.Context,
-    type: Annotated[ActionType | None, typer.Option(help="Only those of this type.")] = None,
+    type: Annotated[ActionType | None, typer.Option(help="List only drafts of this type.")] = None,
 ) -> None:
-    """List what waits for a human's approval, the oldest first."""
+    """List the drafts that wait for approval, oldest first."""
     open_migrated(context)
-    waiting = table("id", "type", "lead", "waits for", "expires in", "draft")
+    waiting = table("id", "type", "lead", "waiting for", "expires in", "draft")
     for action in pending_actions(type=type):
         left = action.expires_at and action.expires_at - now()
         waited = now() - action.created_at
@@ -29,50 +29,47 @@ def actions(
     if waiting.row_count:
         console().print(waiting)
     else:
-        print("Nothing waits for approval.")
+        print("Nothing is waiting for approval.")
 
 
-_Action = Annotated[str, typer.Argument(metavar="ACTION", help="Its id, as close-engine actions shows it.")]
-
-
-_By = Annotated[str, typer.Option(metavar="WHO", help="Who decides.")]
+_Action = Annotated[str, typer.Argument(metavar="ACTION", help="The draft's id, as listed by close-engine actions.")]
 
 
 @command()
 def approve(
     context: typer.Context,
     action: _Action,
-    by: _By,
-    message: Annotated[str | None, typer.Option(help="The text to send instead of the draft.")] = None,
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who approves it.")],
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to send instead of the draft.")] = None,
 ) -> None:
-    """Approve what waits, so that it is sent."""
+    """Approve a draft and put it into the outbox to be sent."""
     open_migrated(context)
     found = _action(action)
     before = found.status
-    sent = found.approve(by, message)
-    print(f"{_decided(found, before)}: message {sent.id} of the outbox.")
+    queued = found.approve(by, message)
+    print(f"{_decision(found, before)} It is message {queued.id} in the outbox.")
 
 
 @command()
 def reject(
     context: typer.Context,
     action: _Action,
-    by: _By,
-    reason: Annotated[str | None, typer.Option(help="Why, for the history.")] = None,
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who rejects it.")],
+    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Why, for the history.")] = None,
 ) -> None:
-    """Reject what waits; it is not sent."""
+    """Reject a draft, so that it is not sent."""
     open_migrated(context)
     found = _action(action)
     before = found.status
     found.reject(by, reason)
-    print(f"{_decided(found, before)}.")
+    print(_decision(found, before))
 
 
-def _decided(action: PendingAction, before: ActionStatus) -> str:
+def _decision(action: PendingAction, before: ActionStatus) -> str:
     decision = action.status.lower()
     if action.status is before:
-        return f"Action {action.id!r} was {decision} by {cell(action.approved_by)} already"
-    return f"Action {action.id!r} is {decision}"
+        return f"Action {action.id!r} was already {decision} by {cell(action.approved_by)}."
+    return f"Action {action.id!r} is {decision}."
 
 
 def _action(name: str) -> PendingAction:

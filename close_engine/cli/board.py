@@ -1,4 +1,4 @@
-"""The board in a terminal: once, or live."""
+"""The board in a terminal, printed once or redrawn live."""
 
 from __future__ import annotations
 
@@ -20,54 +20,72 @@ from close_engine.errors import InvalidValue
 
 
 def render(board: Pipeline) -> RenderableType:
-    """The board as it is printed."""
-    approvals = table("waits for approval", "count", "oldest", title="Approvals", numbers=("count", "oldest"))
+    """Lay out the board for a console.
+
+    Args:
+        board: Pipeline.
+
+    Returns:
+        a rich renderable.
+    """
+    approvals = table("waiting for approval", "count", "oldest", title="Approvals", numbers=("count", "oldest"))
     for waiting in board.approvals:
         approvals.add_row(waiting.type.value, f"{waiting.waiting:,}", duration(waiting.oldest))
     if not board.approvals:
         approvals.add_row("nothing", "-", "-")
-    beside = Group(approvals, "", render_outbox(board.outbox))
-    parts: list[RenderableType] = [Columns([_render_stages(board), beside], padding=(0, 4))]
+    right_side = Group(approvals, "", render_outbox(board.outbox))
+    parts: list[RenderableType] = [Columns([_render_stages(board), right_side], padding=(0, 4))]
     if any(line.sampled for line in board.stages):
-        parts += ["", "~ approximated, >= at least: from a sample"]
+        parts += ["", "~ approximate, >= at least: estimated from a sample"]
     return Group(*parts)
 
 
 def _render_stages(board: Pipeline) -> Table:
-    numbers = ("conversations", "median time in it", "longest")
+    numbers = ("conversations", "median time in stage", "longest")
     stages = table("stage", *numbers, title=f"Pipeline at {cell(board.at)}", numbers=numbers)
     for line in board.stages:
-        about, least = ("~ ", ">= ") if line.sampled else ("", "")
+        approximately, at_least = ("~ ", ">= ") if line.sampled else ("", "")
         stages.add_row(
-            line.stage.value, f"{line.count:,}", about + duration(line.median), least + duration(line.longest)
+            line.stage.value,
+            f"{line.count:,}",
+            approximately + duration(line.median),
+            at_least + duration(line.longest),
         )
     stages.add_section()
-    stages.add_row("all", f"{sum(line.count for line in board.stages):,}", "", "")
+    stages.add_row("total", f"{sum(line.count for line in board.stages):,}", "", "")
     return stages
 
 
 def render_outbox(line: OutboxLine) -> Table:
-    """What the outbox holds, as it is printed."""
-    shown = table("messages", "count", title="Outbox", numbers=("count",))
-    shown.add_row("to be sent", f"{line.pending:,}")
-    shown.add_row("of them in flight", f"{line.in_flight:,}")
-    shown.add_row("dead", f"{line.dead:,}")
-    shown.add_section()
-    shown.add_row("the next one waits for", duration(line.lag))
-    return shown
+    """Lay out the state of the outbox as a table.
+
+    Args:
+        line: OutboxLine.
+
+    Returns:
+        a rich Table.
+    """
+    counts = table("messages", "count", title="Outbox", numbers=("count",))
+    counts.add_row("pending", f"{line.pending:,}")
+    counts.add_row("of which in flight", f"{line.in_flight:,}")
+    counts.add_row("dead", f"{line.dead:,}")
+    counts.add_section()
+    counts.add_row("next one waiting for", duration(line.lag))
+    return counts
 
 
 def watch(console: Console, every: timedelta) -> None:
-    """Show the board, again and again in the same place, until KeyboardInterrupt.
+    """Show the board and redraw it in place until KeyboardInterrupt.
 
     Args:
-        every: the time from one to the next.
+        console: the terminal.
+        every: timedelta between redraws.
 
     Raises:
-        InvalidValue: it would never rest.
+        InvalidValue: `every` is not greater than zero.
     """
     if every <= timedelta(0):
-        raise InvalidValue("every", str(every), "it must be longer than nothing")
+        raise InvalidValue("every", str(every), "it must be greater than zero")
     with Live(render(pipeline()), console=console, auto_refresh=False, transient=False) as live:
         while True:
             time.sleep(every.total_seconds())
@@ -77,10 +95,12 @@ def watch(console: Console, every: timedelta) -> None:
 @command()
 def board(
     context: typer.Context,
-    every: Annotated[timedelta, in_seconds("How long each picture stands.", 2)] = timedelta(seconds=2),
-    once: Annotated[bool, typer.Option("--once", help="Show it once; so it is where there is no terminal.")] = False,
+    every: Annotated[timedelta, in_seconds("How often to redraw.", 2)] = timedelta(seconds=2),
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it once and exit; the default when the output is not a terminal.")
+    ] = False,
 ) -> None:
-    """Watch the pipeline: conversations and time in each stage, what waits for approval, the outbox. Ctrl-C ends it."""
+    """Watch the pipeline until Ctrl-C: conversations per stage, what waits for approval, the outbox."""
     open_migrated(context)
     if once or not console().is_terminal:
         console().print(render(pipeline()))

@@ -1,4 +1,4 @@
-"""Conversations: the diagram, one conversation and its timeline, firing a trigger."""
+"""Conversations: print the diagram, show a conversation with its timeline, fire a trigger."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from close_engine.models import StageChange
 
 @app.command()
 def graph() -> None:
-    """Print the state diagram, in Mermaid's language."""
+    """Print the state diagram in Mermaid syntax."""
     print(mermaid())
 
 
 @command()
 def show(
     context: typer.Context,
-    conversation: Annotated[str, typer.Argument(metavar="CONVERSATION", help="Its id, or the id of its lead.")],
+    conversation: Annotated[
+        str, typer.Argument(metavar="CONVERSATION", help="The id of the conversation or of its lead.")
+    ],
 ) -> None:
-    """Show a conversation and its timeline; of a deleted one, the timeline that it left."""
+    """Show a conversation and its timeline, or only the timeline if it was deleted."""
     open_migrated(context)
     found = _find(conversation)
-    mine = StageChange.conversation_id == (found.id if found else conversation)
-    changes = list(StageChange.select().where(mine).order_by(StageChange.id))
+    belongs_to_it = StageChange.conversation_id == (found.id if found else conversation)
+    changes = list(StageChange.select().where(belongs_to_it).order_by(StageChange.id))
     if not changes and not found:
         raise ConversationNotFound(conversation)
     if found:
@@ -50,16 +52,30 @@ def show(
 @command()
 def fire(
     context: typer.Context,
-    conversation: Annotated[str, typer.Argument(metavar="CONVERSATION", help="Its id, or the id of its lead.")],
+    conversation: Annotated[
+        str, typer.Argument(metavar="CONVERSATION", help="The id of the conversation or of its lead.")
+    ],
     trigger: Annotated[str, typer.Argument(metavar="TRIGGER", help=f"One of {', '.join(TRIGGERS)}.")],
-    actor: Annotated[str, typer.Option(help="Who does it, for the history.")] = "command line",
-    reason: Annotated[str | None, typer.Option(help="Why, for the history; close_lost asks for it.")] = None,
-    key: Annotated[str | None, typer.Option(help="Idempotency key: the same again changes nothing.")] = None,
-    payment_link_url: Annotated[str | None, typer.Option(help="What send_payment_link asks for.")] = None,
-    approved_by: Annotated[str | None, typer.Option(help="Who approved the payment link.")] = None,
+    actor: Annotated[str, typer.Option(metavar="WHO", help="Who fires it, for the history.")] = "command line",
+    reason: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Why, for the history. close_lost needs it.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Idempotency key: using it again changes nothing.")
+    ] = None,
+    payment_link_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The payment link. send_payment_link needs it.")
+    ] = None,
+    approved_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHO",
+            help="Who approved the payment link. send_payment_link needs it, unless the autonomy level is FULL_AUTO.",
+        ),
+    ] = None,
     metadata: Annotated[str | None, typer.Option(metavar="JSON", help="A JSON object, for the history.")] = None,
 ) -> None:
-    """Fire a trigger of a conversation."""
+    """Fire a trigger on a conversation, which moves it to another stage."""
     given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "metadata": _json_object(metadata)}
     open_migrated(context)
     found = _find(conversation)
@@ -68,7 +84,7 @@ def fire(
     before = found.updated_at
     change = found.fire(trigger, actor=actor, reason=reason, key=key, **given)
     if found.updated_at == before:
-        print(f"Nothing changed: the key {key!r} was used at {change.created_at:%Y-%m-%d %H:%M:%S} UTC already.")
+        print(f"Nothing changed: the key {key!r} was already used at {cell(change.created_at)}.")
     else:
         print(f"Conversation {found.id!r} went from {change.source} to {change.dest}.")
 

@@ -1,4 +1,4 @@
-"""Messages: what the outbox holds, sweeping, and the worker."""
+"""Messages: show the outbox, requeue a dead message, sweep, run a worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ app.add_typer(outbox_commands, name="outbox", cls=Group)
 
 @outbox_commands.callback()
 def outbox_(context: typer.Context) -> None:
-    """Show what the outbox holds: how much is to be sent, since when, and what was given up."""
+    """Show the outbox: how many messages are pending, and which ones are dead and why."""
     if context.invoked_subcommand:
         return
     open_migrated(context)
@@ -44,21 +44,27 @@ def outbox_(context: typer.Context) -> None:
 @outbox_commands.command(cls=Command)
 def requeue(
     context: typer.Context,
-    message: Annotated[int, typer.Argument(metavar="MESSAGE", help="Its id, as close-engine outbox shows it.")],
+    message: Annotated[
+        int, typer.Argument(metavar="MESSAGE", help="The message's id, as listed by close-engine outbox.")
+    ],
 ) -> None:
-    """Put a dead message back, to be tried again."""
+    """Put a dead message back into the outbox with a fresh set of attempts."""
     open_migrated(context)
-    print(f"Message {outbox.requeue(message).id} is to be sent again.")
+    print(f"Message {outbox.requeue(message).id} will be sent again.")
 
 
 @command()
 def sweep(context: typer.Context) -> None:
-    """Do what is due by time alone: stall, lose, expire, take back; as from a cron job."""
+    """Stall silent conversations, close stalled ones as lost, expire drafts, release messages of dead workers.
+
+    A worker does this on its timer. This command does it once, for example
+    from a cron job.
+    """
     open_migrated(context)
     swept = sweeps.sweep()
     print(
         f"Conversations stalled: {len(swept.stalled)}, lost: {len(swept.lost)}. "
-        f"Actions expired: {len(swept.expired)}. Messages taken back from dead workers: {len(swept.released)}."
+        f"Actions expired: {len(swept.expired)}. Messages released from dead workers: {len(swept.released)}."
     )
 
 
@@ -66,34 +72,52 @@ def sweep(context: typer.Context) -> None:
 def worker(
     context: typer.Context,
     sender: Annotated[
-        str, typer.Option(metavar="MODULE:FUNCTION", help="What sends a message; the default prints it.")
+        str,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="The function that sends a message. The default prints what it would send."
+        ),
     ] = "close_engine.worker:print_sender",
-    name: Annotated[str | None, typer.Option(help="Its name, which no other worker may have.")] = None,
-    limit: Annotated[int, typer.Option(help="How many messages it claims at once.")] = 10,
-    lease: Annotated[timedelta, in_seconds("How long they are its own if it dies.", 60)] = timedelta(seconds=60),
-    idle: Annotated[timedelta, in_seconds("How long it waits when there is nothing.", 1)] = timedelta(seconds=1),
-    sweep_every: Annotated[timedelta, in_seconds("How often it sweeps.", 60)] = timedelta(seconds=60),
-    no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Leave sweeping to others.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The worker's name, for leases and the history. No two workers may share one; the default is unique.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="NUMBER", help="How many messages to claim at once.")] = 10,
+    lease: Annotated[timedelta, in_seconds("How long this worker's messages stay leased if it dies.", 60)] = timedelta(
+        seconds=60
+    ),
+    idle: Annotated[
+        timedelta, in_seconds("How long to wait when there is nothing to send or the database is down.", 1)
+    ] = timedelta(seconds=1),
+    sweep_every: Annotated[timedelta, in_seconds("How often to sweep, starting right away.", 60)] = timedelta(
+        seconds=60
+    ),
+    no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Do not sweep; other workers do.")] = False,
     until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when nothing can be sent now.")] = False,
 ) -> None:
-    """Send what the outbox holds, and sweep, until SIGTERM or Ctrl-C; the second of them does not wait.
+    """Send the messages in the outbox, and sweep, until SIGTERM or Ctrl-C.
 
-    One line for each event goes to standard error, unless the module of the sender sets up `logging` itself.
+    On the first signal, the worker finishes the message it is sending and
+    gives the others back. On a second signal, it stops at once. It logs one
+    line per event to standard error, unless the sender's module sets up
+    `logging` itself.
     """
     open_migrated(context)
     swept = None if no_sweep else sweeps.sweep
     send = load_sender(sender)
-    made = Worker(send, name=name, limit=limit, lease=lease, idle=idle, sweep=swept, sweep_every=sweep_every)
+    sending_worker = Worker(send, name=name, limit=limit, lease=lease, idle=idle, sweep=swept, sweep_every=sweep_every)
     _log_to_standard_error()
-    with _stopped_by_signals(made):
+    with _stopped_by_signals(sending_worker):
         if until_empty:
-            made.run_until_empty()
+            sending_worker.run_until_empty()
         else:
-            made.run()
+            sending_worker.run()
 
 
 class _OneLine(logging.Formatter):
-    """One line for each event, also where a traceback belongs to it."""
+    """Format each event as one line, even if it has a traceback."""
 
     converter = staticmethod(time.gmtime)
 
@@ -102,7 +126,7 @@ class _OneLine(logging.Formatter):
 
 
 def _log_to_standard_error() -> None:
-    if logging.root.handlers:  # the sender's module has its own way
+    if logging.root.handlers:  # the sender's module has set up logging
         return
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
@@ -111,8 +135,8 @@ def _log_to_standard_error() -> None:
 
 
 @contextmanager
-def _stopped_by_signals(stopped: Worker) -> Iterator[None]:
-    """SIGTERM or SIGINT lets it finish what it is sending; the next does what it did before."""
+def _stopped_by_signals(worker: Worker) -> Iterator[None]:
+    """Stop the worker on the first SIGTERM or SIGINT, and restore the previous handlers for the second one."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def restore() -> None:
@@ -121,7 +145,7 @@ def _stopped_by_signals(stopped: Worker) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         restore()
-        stopped.stop()
+        worker.stop()
 
     for number in before:
         signal.signal(number, stop)

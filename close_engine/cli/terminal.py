@@ -1,4 +1,4 @@
-"""What may stand in a terminal: a console as wide as it needs to be, plain tables, and values as people read them.
+"""Output that is safe in a terminal: the console, plain tables, and values formatted for people.
 
 >>> duration(timedelta(minutes=95)), duration(timedelta(days=3)), duration(None)
 ('1.6 h', '3.0 days', '-')
@@ -22,29 +22,33 @@ __all__ = ["cell", "console", "duration", "table"]
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The terminal at its width; without one, as wide as the widest table."""
+    """Return a console: as wide as the terminal, or wide enough for any table if there is no terminal.
+
+    Args:
+        stderr: print to standard error instead of standard output.
+    """
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, width=None if terminal else 1000, highlight=False, emoji=False, markup=False)
 
 
 def table(*columns: str, title: str | None = None, numbers: Collection[str] = ()) -> Table:
-    """An empty table.
+    """Create an empty table.
 
     Args:
-        columns: their headings.
-        title: stands above it.
-        numbers: the headings of those that are flush right.
+        columns: the headings.
+        title: the line above the table.
+        numbers: the headings of the columns to align right.
     """
-    made = Table(
+    empty = Table(
         title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
     )
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return made
+        empty.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return empty
 
 
 def cell(value: Any) -> str:
-    """A value as it may stand in a terminal: whatever a lead has written, it moves no cursor."""
+    """Format a value for a terminal. Control characters are replaced: text from a lead must not move the cursor."""
     if value is None:
         return "-"
     if isinstance(value, timedelta):
@@ -56,7 +60,7 @@ def cell(value: Any) -> str:
 
 
 def duration(time: timedelta | None) -> str:
-    """A length of time in the unit that suits it; of none, a dash."""
+    """Format a timedelta in a suitable unit, or None as a dash."""
     if time is None:
         return "-"
     seconds = time.total_seconds()
