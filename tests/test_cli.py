@@ -109,6 +109,7 @@ def test_status_lists_every_migration_as_pending_and_then_when_it_was_applied(em
     assert [line for line in before.lines if line[-1:] == ["pending"]] == [[name, "pending"] for name in MIGRATIONS]
     assert [line[0] for line in after.lines if line[:1] and line[0] in MIGRATIONS] == MIGRATIONS
     assert "pending" not in after.out
+    assert "applied (local time)" in after.out
 
 
 def test_status_marks_a_migration_that_this_version_does_not_know(database: Any, database_url: str) -> None:

@@ -79,7 +79,7 @@ def _confirmed(warning: str) -> bool:
 def status(context: typer.Context) -> None:
     """List the migrations, and when each one was applied."""
     open_database(context)
-    listed = table("migration", "applied")
+    listed = table("migration", "applied (local time)")
     for migration in schema.status():
         applied = f"{migration.applied_at:%Y-%m-%d %H:%M:%S}" if migration.applied_at else "pending"
         listed.add_row(
