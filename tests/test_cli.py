@@ -316,6 +316,11 @@ def test_every_command_says_what_it_does(command: str) -> None:
     assert " ".join(summary[:4]) in " ".join(run("--help").out.split())
 
 
+@pytest.mark.parametrize("arguments", [(), *((command,) for command in COMMANDS), ("outbox", "requeue")])
+def test_a_flag_is_shown_without_a_value(arguments: tuple[str, ...]) -> None:
+    assert "<bool>" not in run(*arguments, "--help").out
+
+
 def test_the_commands_are_these() -> None:
     listed = [line[1] for line in run("--help").lines if line[:1] == ["│"] and line[1] in COMMANDS]
     assert sorted(listed) == sorted(COMMANDS)

@@ -31,6 +31,7 @@ from close_engine.version import __version__
 __all__ = [
     "Command",
     "Group",
+    "PlainCommand",
     "app",
     "command",
     "in_seconds",
@@ -41,12 +42,27 @@ __all__ = [
 ]
 
 
-class _AcceptsSharedOptions:
+class _HidesFlagTypes:
+    """Hide the type of flags in the help. `<bool>` would suggest that a flag takes a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _AcceptsSharedOptions(_HidesFlagTypes):
     """Also accept the options of `close-engine` itself."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         shared = [option for option in ctx.find_root().command.params if not option.expose_value]
-        return [*super().get_params(ctx), *shared]  # type: ignore[misc]
+        return [*super().get_params(ctx), *shared]
+
+
+class PlainCommand(_HidesFlagTypes, TyperCommand):
+    """A command that needs no database and takes no shared options."""
 
 
 class Command(_AcceptsSharedOptions, TyperCommand):
@@ -57,7 +73,11 @@ class Group(_AcceptsSharedOptions, TyperGroup):
     """A command with subcommands."""
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+class _Root(_HidesFlagTypes, TyperGroup):
+    """The command `close-engine` itself."""
+
+
+app = typer.Typer(cls=_Root, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 command = partial(app.command, cls=Command)
 
 

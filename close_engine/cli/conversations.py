@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from close_engine.cli.app import app, command, open_migrated
+from close_engine.cli.app import PlainCommand, app, command, open_migrated
 from close_engine.cli.terminal import cell, console, table
 from close_engine.conversations import CloseEngineConversation
 from close_engine.errors import ConversationNotFound, InvalidValue
@@ -15,7 +15,7 @@ from close_engine.machine import TRIGGERS, mermaid
 from close_engine.models import StageChange
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def graph() -> None:
     """Print the state diagram in Mermaid syntax."""
     print(mermaid())
