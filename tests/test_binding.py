@@ -135,7 +135,7 @@ def test_a_url_with_special_characters_in_user_password_and_name_connects(server
 
 WRITE = "write postgresql://user:password@host/name or sqlite:///file.db."
 ENCODE = "percent-encode the special characters in its user and password."
-PORT = "its port is not a number; a host follows the password after @."
+PORT = "its port is not a number; write @ and the host after the password."
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ PORT = "its port is not a number; a host follows the password after @."
         ("postgresql://", "postgresql://", WRITE),
         ("sqlite://", "sqlite://", WRITE),
         ("crm.db", "crm.db", WRITE),
-        ("sqlite://crm.db", "sqlite://crm.db", "a file takes three slashes, sqlite:///crm.db."),
-        ("sqlite:///crm.db?mode=ro", "sqlite:///crm.db?mode=ro", "SQLite knows no parameter mode."),
-        (f"postgresql://u:{SECRET}@h", "postgresql://u:***@h", "it names no database."),
-        (f"postgresql://u:{SECRET}@h/", "postgresql://u:***@h/", "it names no database."),
+        ("sqlite://crm.db", "sqlite://crm.db", "write three slashes before a file, sqlite:///crm.db."),
+        ("sqlite:///crm.db?mode=ro", "sqlite:///crm.db?mode=ro", "a SQLite URL takes no parameters; remove mode."),
+        (f"postgresql://u:{SECRET}@h", "postgresql://u:***@h", "it does not name a database."),
+        (f"postgresql://u:{SECRET}@h/", "postgresql://u:***@h/", "it does not name a database."),
         (
             f"postgresql://u:{SECRET}@h/crm?sslwhat=1",
             "postgresql://u:***@h/crm?sslwhat=1",
@@ -284,7 +284,10 @@ def test_a_clock_without_a_timezone_is_refused() -> None:
     with pytest.raises(ConfigurationError) as caught:
         now()
 
-    assert str(caught.value) == ("The clock says 2026-01-02 03:04:05 without a timezone: bind one that says it in UTC.")
+    assert str(caught.value) == (
+        "The clock returned 2026-01-02 03:04:05, which has no timezone: "
+        "bind a clock that returns datetime.now(timezone.utc)."
+    )
 
 
 @pytest.mark.parametrize("schema", ["crm", 'Sales "A" \\ 1'])

@@ -360,7 +360,9 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 
 
 def test_an_option_that_sqlite_does_not_know_is_named(sqlite_template: Path) -> None:
-    assert "SQLite knows no parameter fast" in refused("status", "--database", f"sqlite:///{sqlite_template}?fast=1")
+    assert "a SQLite URL takes no parameters; remove fast" in refused(
+        "status", "--database", f"sqlite:///{sqlite_template}?fast=1"
+    )
 
 
 @pytest.mark.parametrize("command", [("show", "c1"), ("fire", "c1", "stall")])

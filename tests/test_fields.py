@@ -46,7 +46,11 @@ class Circle(dict[str, Any]):
 #: Field, a value it cannot hold, and the sentence that says why.
 REFUSED = [
     ("phone", "+1\x00555", "Lead.phone cannot be '+1\\x00555': PostgreSQL cannot hold a NUL character."),
-    ("phone", "\ud83d", "Lead.phone cannot be '\\ud83d': it has half of a surrogate pair, which is no character."),
+    (
+        "phone",
+        "\ud83d",
+        "Lead.phone cannot be '\\ud83d': it contains half of a surrogate pair, which is not a character.",
+    ),
     ("phone", 15550100, "Lead.phone cannot be 15550100: it must be text."),
     ("phone", b"+1555", "Lead.phone cannot be b'+1555': it must be text."),
     ("id", "a\x00", "Lead.id cannot be 'a\\x00': PostgreSQL cannot hold a NUL character."),
@@ -78,7 +82,7 @@ REFUSED = [
     (
         "qualification_data",
         {"\udc00": 1},
-        "Lead.qualification_data cannot be '\\udc00': it has half of a surrogate pair, which is no character.",
+        "Lead.qualification_data cannot be '\\udc00': it contains half of a surrogate pair, which is not a character.",
     ),
     ("qualification_data", {1: "a"}, "Lead.qualification_data cannot be 1: a key in JSON must be text."),
     ("qualification_data", {"when": {1, 2}}, "Lead.qualification_data cannot be {1, 2}: JSON cannot hold a set."),
@@ -86,7 +90,7 @@ REFUSED = [
     (
         "qualification_data",
         10**4000,
-        "Lead.qualification_data cannot be '…': a number in JSON may have 4000 digits.",
+        "Lead.qualification_data cannot be '…': a number in JSON can have at most 4000 digits.",
     ),
     (
         "qualification_data",

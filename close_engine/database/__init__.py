@@ -1,1 +1,1 @@
-"""Which database this is: the binding, and one file for each kind of database with what differs there."""
+"""The database: what the models are bound to, and one file for each kind, with what is different there."""

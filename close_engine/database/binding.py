@@ -1,6 +1,6 @@
 """What the models are bound to: the one piece of global state.
 
-Everything else asks `current()` for the binding and lets its `dialect` say how a thing is done here:
+All other code asks `current()` for the binding, and the binding's `dialect` for what differs between databases:
 
 >>> import peewee
 >>> database = bind(peewee.SqliteDatabase(":memory:"))
@@ -37,8 +37,8 @@ class Tables:
 
     Attributes:
         leads: name of the table of leads.
-        users: of users.
-        clients: of clients.
+        users: name of the table of users.
+        clients: name of the table of clients.
     """
 
     leads: str
@@ -47,8 +47,11 @@ class Tables:
 
     @classmethod
     def named(cls, leads: str | None = None, users: str | None = None, clients: str | None = None) -> Tables:
-        """The names given. Each defaults to its environment variable (`CLOSE_ENGINE_LEADS_TABLE`,
-        `CLOSE_ENGINE_USERS_TABLE`, `CLOSE_ENGINE_CLIENTS_TABLE`), and that to what Prisma calls it with `@@map`."""
+        """Take the names that are given, or else those of the environment, or else `leads`, `users` and `clients`.
+
+        The environment variables are `CLOSE_ENGINE_LEADS_TABLE`, `CLOSE_ENGINE_USERS_TABLE` and
+        `CLOSE_ENGINE_CLIENTS_TABLE`. The last defaults are what Prisma's `@@map` calls the tables.
+        """
         given = {"leads": leads, "users": users, "clients": clients}
         return cls(
             **{
@@ -68,15 +71,15 @@ class Binding:
     dialect: Dialect
 
     def execute(self, text: str, parameters: Sequence[Any] = ()) -> Any:
-        """Run a statement of ours, written as `Dialect.sql` takes it, and return its cursor."""
+        """Run a statement that is written as `Dialect.sql` takes it, and return its cursor."""
         return self.database.execute_sql(self.dialect.sql(text), parameters)
 
     def for_update(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        """Inside a transaction: make the query lock the rows it finds against every other writer."""
+        """Inside a transaction, make a query lock the rows that it finds against every other writer."""
         return self.dialect.for_update(self.database, query)
 
     def attributed(self, provenance: Provenance, write: Write) -> AbstractContextManager[None]:
-        """Inside a transaction: have the history carry this provenance for the write made within the block."""
+        """Inside a transaction, give the history this provenance for the write that the block makes."""
         return self.dialect.attributed(self.database, provenance, write)
 
     def count(self, query: peewee.ModelSelect[Any]) -> int:
@@ -85,7 +88,7 @@ class Binding:
 
 
 class _NotBound(ConfigurationError, AttributeError):
-    """An AttributeError as well, as who looks for an attribute of the proxy expects."""
+    """Also an AttributeError, so that `hasattr()` works on the proxy."""
 
 
 class _DatabaseProxy(peewee.DatabaseProxy):
@@ -93,22 +96,22 @@ class _DatabaseProxy(peewee.DatabaseProxy):
         return getattr(current().database, name)
 
 
-#: What the models are bound to, in Peewee's own way; `bind` initializes it.
+#: The Peewee proxy that the models are defined with; `bind` initializes it.
 database_proxy = _DatabaseProxy()
 
 _binding: Binding | None = None
 
 
 def utc_now() -> datetime:
-    """The clock that is used unless `bind` is given another."""
+    """Return the current moment: the clock that is used unless `bind` is given another."""
     return datetime.now(timezone.utc)
 
 
 def current() -> Binding:
-    """The binding made by `bind` or `connect`.
+    """Return the binding that `bind` or `connect` made.
 
     Raises:
-        ConfigurationError: there is none yet.
+        ConfigurationError: no database is bound yet.
     """
     if _binding is None:
         raise _NotBound("No database is bound: call close_engine.connect(url) or close_engine.bind(database) first.")
@@ -116,20 +119,22 @@ def current() -> Binding:
 
 
 def now() -> datetime:
-    """The current moment by the binding's clock: timezone-aware UTC, in milliseconds.
+    """Return the current moment by the binding's clock: timezone-aware UTC with milliseconds.
 
     Raises:
-        ConfigurationError: the clock's moments have no timezone.
+        ConfigurationError: the clock returned a moment without a timezone.
     """
     moment = current().clock()
     if moment.utcoffset() is None:
-        raise ConfigurationError(f"The clock says {moment} without a timezone: bind one that says it in UTC.")
+        raise ConfigurationError(
+            f"The clock returned {moment}, which has no timezone: bind a clock that returns datetime.now(timezone.utc)."
+        )
     return milliseconds(moment)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the database failed and not the statement: it is away, or others were in the way. Try again later."""
-    # Where the server went away without a word, psycopg2 raises the base class itself.
+    """Return whether the database failed, not the statement: it is away or busy, so try again later."""
+    # If the server goes away without a word, psycopg2 raises the base class itself.
     return isinstance(error, (peewee.OperationalError, peewee.InterfaceError)) or type(error) is peewee.DatabaseError
 
 
@@ -141,12 +146,12 @@ def bind(
     clients: str | None = None,
     clock: Callable[[], datetime] = utc_now,
 ) -> peewee.Database:
-    """Bind every model of this library to a Peewee database of yours.
+    """Bind every model of this library to your own Peewee database.
 
     Args:
         database: a PostgresqlDatabase or SqliteDatabase, pooled or not.
         leads, users, clients: names of the CRM's tables; see `Tables.named` for the defaults.
-        clock: returns the current moment, timezone-aware; tests pass one that they can move.
+        clock: a function that returns the current moment with a timezone; tests pass one that they can move.
 
     Returns:
         the database.
@@ -156,7 +161,7 @@ def bind(
     """
     global _binding
     binding = Binding(database, Tables.named(leads, users, clients), clock, _dialect_of(database))
-    # The migrations read the names from the database object: they import nothing of this package.
+    # The migrations read the names from the database object: they import nothing from this package.
     database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
     _binding = binding
     binding.dialect.prepare(database)

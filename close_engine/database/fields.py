@@ -1,6 +1,6 @@
-"""Column types that Peewee lacks: values are checked where they are assigned, not where they fail.
+"""Column types that Peewee lacks. They check a value when it is assigned, not when the database refuses it.
 
-What an object holds is always what a reload gives: times are timezone-aware UTC with milliseconds (stored as
+An object always holds what a reload would give: times are timezone-aware UTC with milliseconds (stored as
 naive UTC, as Prisma stores them), words are enum members, JSON is plain lists, dicts and scalars.
 
 >>> from datetime import datetime, timezone
@@ -42,7 +42,7 @@ _cuid = Cuid()
 
 
 def create_id() -> str:
-    """A new id. The CRM's own ids come from Prisma's cuid(); cuid2 is its maintained successor."""
+    """Make a new id with cuid2, the maintained successor of cuid(), with which Prisma makes the CRM's ids."""
     return _cuid.generate()
 
 
@@ -60,7 +60,7 @@ else:
 
 
 class CleaningAccessor(peewee.FieldAccessor):
-    """Checks and normalises a value as it is assigned."""
+    """Checks and normalises a value when it is assigned."""
 
     def __set__(self, instance: peewee.Model, value: Any) -> None:
         if value is not None and not isinstance(value, peewee.Node):
@@ -74,7 +74,11 @@ class CleanField(FieldOf[V]):
     accessor_class = CleaningAccessor
 
     def clean(self, value: Any) -> Any:
-        """The value as it will come back from the database, or InvalidValue."""
+        """Return the value as it will come back from the database.
+
+        Raises:
+            InvalidValue: the column cannot store it unchanged.
+        """
         raise NotImplementedError
 
     def adapt(self, value: Any) -> Any:
@@ -90,7 +94,7 @@ class CleanField(FieldOf[V]):
 
 
 class TextField(CleanField[V], Generic[V]):
-    """Text as PostgreSQL can hold it: no NUL character, no half of a surrogate pair."""
+    """Text that PostgreSQL can store: without NUL characters and without halves of surrogate pairs."""
 
     field_type = "TEXT"
 
@@ -102,7 +106,7 @@ class EnumField(CleanField[V], Generic[V]):
     """Text that is one of an enum's values.
 
     Args:
-        words: the enum class; a value outside it is refused, also when it comes from the database.
+        words: the enum class. Any other value is refused, even if it comes from the database.
     """
 
     field_type = "TEXT"
@@ -123,10 +127,10 @@ class EnumField(CleanField[V], Generic[V]):
         return value if value is None else str(self.clean(value).value)
 
     def is_still(self, word: Enum) -> peewee.Expression:
-        """Compare in a form that no index serves, for a row that is found by its key.
+        """Compare in a form that no index can serve: `"stage" || '' = 'BUILDING'`, for a row that its key must find.
 
-        A planner that believes the word to be rare prefers an index on it to the key, and then reads every row that
-        has come to have the word since the last ANALYZE.
+        If the planner believes that a word is rare, it prefers the index on the word to the key. Then it reads every
+        row that got the word since the last ANALYZE.
         """
         unindexed = peewee.Expression(self, peewee.OP.CONCAT, peewee.SQL("''"))
         return peewee.Expression(unindexed, peewee.OP.EQ, self.db_value(word))
@@ -159,17 +163,17 @@ class UtcDateTimeField(CleanField[V], Generic[V]):
         if isinstance(value, str):
             value = datetime.fromisoformat(value)
         if value is not None and value.tzinfo is None:
-            value = datetime.combine(value, value.time(), timezone.utc)  # five times as quick as replace()
+            value = datetime.combine(value, value.time(), timezone.utc)  # five times as fast as replace()
         return value if value is None else milliseconds(value)
 
 
 class JsonField(peewee.JSONField):
-    """JSON that comes back as it went in: refuses NaN, NUL characters, keys that are not text, and other types."""
+    """JSON that comes back as it went in. Refuses NaN, NUL characters, keys that are not text, and other types."""
 
     accessor_class = CleaningAccessor
 
     def __init__(self, **options: Any) -> None:
-        # Peewee writes every value by this: also one that is compared with, or given to `append`.
+        # Peewee calls `dumps` for every value that it sends, even in a comparison or in `append`.
         super().__init__(dumps=lambda value: dump_json(self.clean(value)), **options)
 
     def clean(self, value: Any) -> Any:
@@ -183,9 +187,9 @@ class _OneOrNone(peewee.BackrefAccessor):
 
 
 class OneToOneField(peewee.ForeignKeyField):
-    """A unique foreign key, whose back-reference is the one row or None.
+    """A unique foreign key whose back-reference is one row or None.
 
-    (Not generic: the type that an object's attribute has comes from Peewee's stubs for ForeignKeyField.)
+    It is not generic: the type of the attribute comes from Peewee's stubs for ForeignKeyField.
     """
 
     backref_accessor_class = _OneOrNone
@@ -195,22 +199,22 @@ class OneToOneField(peewee.ForeignKeyField):
 
 
 def milliseconds(moment: datetime) -> datetime:
-    """The moment in UTC, without what a `timestamp(3)` cannot hold."""
+    """Convert a moment to UTC, and cut off what a `timestamp(3)` cannot hold."""
     utc = moment if moment.tzinfo is timezone.utc else moment.astimezone(timezone.utc)
     surplus = utc.microsecond % 1000
     return utc.replace(microsecond=utc.microsecond - surplus) if surplus else utc
 
 
 def stored_time(moment: datetime) -> str:
-    """The text by which both databases know this moment: naive UTC with milliseconds."""
+    """Format a moment in UTC as both databases store it: without a timezone, with milliseconds."""
     return moment.isoformat(" ", "milliseconds")[:23]
 
 
 def clean_text(label: str, value: Any) -> str:
-    """The text, if PostgreSQL can hold it.
+    """Return the text if PostgreSQL can store it.
 
     Raises:
-        InvalidValue: it is not a str, or has a NUL character or half of a surrogate pair.
+        InvalidValue: it is not a str, or it contains a NUL character or half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise InvalidValue(label, value, "it must be text")
@@ -220,12 +224,12 @@ def clean_text(label: str, value: Any) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InvalidValue(label, value, "it has half of a surrogate pair, which is no character") from None
+            raise InvalidValue(label, value, "it contains half of a surrogate pair, which is not a character") from None
     return value.value if isinstance(value, Enum) else value
 
 
 def clean_json(label: str, value: Any) -> Any:
-    """A copy of the value made of what JSON has, with tuples as lists.
+    """Return a copy of the value that is made of JSON's types, with tuples as lists.
 
     Raises:
         InvalidValue: JSON cannot hold it: other types, NaN or infinity, keys that are not text, or a cycle.
@@ -236,7 +240,7 @@ def clean_json(label: str, value: Any) -> Any:
         raise InvalidValue(label, "…", "it is nested too deeply, or contains itself") from None
 
 
-#: Of a whole number of 4000 digits: Python reads no more than 4300.
+#: The bits of a whole number of 4000 digits: Python refuses to read more than 4300 digits.
 _MOST_BITS = 13287
 
 
@@ -247,12 +251,12 @@ def _clean_json(label: str, value: Any) -> Any:
         return clean_text(label, value)
     if isinstance(value, int):
         if value.bit_length() > _MOST_BITS:
-            raise InvalidValue(label, "…", "a number in JSON may have 4000 digits")
+            raise InvalidValue(label, "…", "a number in JSON can have at most 4000 digits")
         return int(value)
     if isinstance(value, float):
         if value - value != 0:
             raise InvalidValue(label, value, "JSON has no NaN and no infinity")
-        # PostgreSQL has no negative zero there, and writes out the zeros of an exponent, which reads as an int.
+        # A jsonb has no negative zero, and writes 1e16 out with all its zeros, which is read back as an int.
         return float(value) + 0.0 if abs(value) < 1e16 else int(Decimal(repr(float(value))))
     if isinstance(value, Mapping):
         copy = {}
@@ -266,10 +270,10 @@ def _clean_json(label: str, value: Any) -> Any:
     raise InvalidValue(label, value, f"JSON cannot hold a {type(value).__name__}")
 
 
-# json.dumps() would make one for every call.
+# json.dumps() would make a new encoder on every call.
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def dump_json(value: Any) -> str:
-    """The text of a clean value, as both databases take it."""
+    """Format a clean value as both databases take it."""
     return _encoder.encode(value)

@@ -1,6 +1,6 @@
-"""Provenance: who did something, why, what else is known of it, and under which key.
+"""Provenance: who did something, why, with what metadata, and under which key.
 
-It travels beside the statement that it belongs to, and the database writes it into the history:
+It is sent along with the statement that it belongs to, and the database writes it into the history:
 
 >>> Provenance(actor="worker-7", key="SM123")
 Provenance(actor='worker-7', reason=None, metadata=None, key='SM123')
@@ -19,7 +19,7 @@ from close_engine.errors import InvalidValue
 
 __all__ = ["LONGEST_KEY", "Provenance", "ProvenanceArguments", "Write"]
 
-#: An idempotency key of this many characters fits an index of PostgreSQL in any alphabet.
+#: The most characters of an idempotency key: so many fit into PostgreSQL's index in any alphabet.
 LONGEST_KEY = 255
 
 
@@ -33,12 +33,12 @@ class ProvenanceArguments(TypedDict, total=False):
 
 
 class Write(NamedTuple):
-    """The write that a provenance belongs to; the guard takes it up for no other.
+    """The write that a provenance belongs to; the guard ignores it for any other write.
 
     Attributes:
         trigger: the trigger that is fired.
         id: id of the row; None for a write of many rows.
-        at: moment of the write as the database stores it, which is also the new `updated_at` of a conversation.
+        at: when, as the database stores it; also the new `updated_at` of a conversation.
     """
 
     trigger: str
@@ -54,12 +54,12 @@ class _Fields(NamedTuple):
 
 
 class Provenance(_Fields):
-    """What a row of the history says besides the stages; it checks itself when it is made.
+    """What a row of the history says besides the stages. It is checked when it is created.
 
     Attributes:
         actor: who did it.
         reason: why.
-        metadata: what else is known of it, as JSON has it.
+        metadata: whatever else should be recorded, as a JSON object.
         key: idempotency key of the event behind it.
 
     Raises:
@@ -92,11 +92,12 @@ class Provenance(_Fields):
         return tuple.__new__(cls, (actor, reason, metadata, key))
 
     def under(self, prefix: str) -> Provenance:
-        """Return the same under a key of the library's own, which is the user's key behind a prefix."""
-        return self._replace(key=f"{prefix}:{self.key}")  # its length was checked without the prefix
+        """Return a copy under a key of the library's: the user's key with a prefix."""
+        # The length of the key was checked without the prefix.
+        return self._replace(key=f"{prefix}:{self.key}")
 
     def context(self, write: Write) -> str:
-        """Say it as the guard takes it up: a JSON object."""
+        """Return what the guard takes up: a JSON object."""
         return dump_json(
             {
                 "trigger": write.trigger,

@@ -1,16 +1,16 @@
-"""Transactions that Python objects follow: what is rolled back in the database is rolled back in memory.
+"""Transactions that Python objects follow: what the database rolls back is also rolled back in memory.
 
 >>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:")
->>> told = []
+>>> ran = []
 >>> with atomic():
-...     run_after_commit(lambda: told.append("committed"))
-...     told
+...     run_after_commit(lambda: ran.append("committed"))
+...     ran
 []
->>> told
+>>> ran
 ['committed']
 
-`close_engine.atomic()` nests like Peewee's own, in it and around it. Peewee's `database.atomic()` works as well, but
+`close_engine.atomic()` nests with Peewee's own, either way round. Peewee's `database.atomic()` alone works too, but it
 does not restore the objects in memory when it rolls back.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["accept", "accept_row", "atomic", "remember", "run_after_commit"]
 
 
 class _Scopes(threading.local):
-    """The open `atomic` blocks of this thread: a Peewee connection belongs to one thread, too."""
+    """The open `atomic` blocks of this thread: Peewee's connections are per thread, too."""
 
     def __init__(self) -> None:
         self.open: list[atomic] = []
@@ -44,7 +44,8 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
     Use it as a context manager or a decorator. `with atomic() as transaction:` offers `transaction.rollback()`.
 
     Raises:
-        AfterCommitError: what was to run after the commit failed; the commit stands.
+        AfterCommitError: functions that ran after the commit failed; the change is committed.
+        TransactionFailed: a statement failed in the block and its error was caught there; nothing is written.
     """
 
     def _recreate_cm(self) -> atomic:
@@ -82,13 +83,13 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
             raise AfterCommitError(self._errors) from self._errors[0]
 
     def rollback(self) -> None:
-        """Undo everything since the block began, in the database and in memory, and go on in the block."""
+        """Undo everything since the block began, in the database and in memory. The block goes on."""
         self._transaction.rollback()
         self._restore()
         self._forget_at_commit()
 
     def _forget_at_commit(self) -> None:
-        # First of what runs after the commit: whatever fails from then on, nothing is rolled back any more.
+        # Runs before everything else after the commit: from then on, no failure may restore anything.
         if self._outermost:
             self._binding.database.after_commit(self._before.clear)
 
@@ -108,18 +109,18 @@ _ABSENT = object()
 
 
 def remember(instance: Any, names: list[str]) -> None:
-    """Before fields of an object are overwritten with what was just written: note them, should it be rolled back."""
+    """Note fields of an object before they are overwritten, so that a rollback can restore them."""
     if _scopes.open:
         data = {name: instance.__data__.get(name, _ABSENT) for name in names}
         _scopes.open[-1]._before.append((instance, data, instance._dirty.intersection(names)))
 
 
 def accept(instance: Any, values: Mapping[str, Any]) -> None:
-    """Make an object hold what was just written, unless that is rolled back.
+    """Copy what was just written into an object. A rollback restores the object.
 
     Args:
         instance: the object of the row.
-        values: field name to the value that the row has now; these fields are no longer unsaved.
+        values: field name to the value that the row has now. These fields no longer count as unsaved.
     """
     if _scopes.open:
         remember(instance, list(values))
@@ -132,18 +133,18 @@ def accept(instance: Any, values: Mapping[str, Any]) -> None:
 
 
 def accept_row(instance: Any, fresh: Any) -> None:
-    """Make an object what its row is now, unless that is rolled back; its unsaved changes are lost."""
+    """Copy the whole row into an object, whose unsaved changes are lost. A rollback restores the object."""
     remember(instance, instance._meta.sorted_field_names)
     instance.__data__, instance.__rel__ = fresh.__data__, {}
     instance._dirty.clear()
 
 
 def run_after_commit(*functions: Callable[[], object]) -> None:
-    """Run functions once the outermost transaction is committed: at once where none is open, never if rolled back.
+    """Run functions once the outermost transaction has committed: now if none is open, never if it rolls back.
 
     Args:
-        functions: take no arguments. If one fails, the commit stands, the others run all the same, and the outermost
-            `atomic()` raises AfterCommitError; where that is Peewee's own, the first to fail is raised through it.
+        functions: take no arguments. If one fails, the others still run, the change stays committed, and the outermost
+            `atomic()` raises AfterCommitError; if that block is Peewee's own, only for the first call that failed.
     """
     if not functions:
         return

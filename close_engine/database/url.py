@@ -23,7 +23,7 @@ __all__ = ["DEFAULT_URL", "connect", "without_password"]
 
 DEFAULT_URL = "sqlite:///close_engine.db"
 
-#: Query parameters that Prisma puts into its URLs and libpq does not know.
+#: Query parameters that Prisma puts into its URLs and that libpq refuses.
 _PRISMA_ONLY = {
     "connection_limit",
     "pgbouncer",
@@ -50,7 +50,7 @@ def connect(
 
     Args:
         url: `postgresql://user:password@host/name`, as in Prisma's DATABASE_URL, or `sqlite:///file.db`; the default
-            is the environment variable CLOSE_ENGINE_DATABASE, and that of it `sqlite:///close_engine.db`.
+            is the environment variable CLOSE_ENGINE_DATABASE, or else `sqlite:///close_engine.db`.
             `postgresql+pool://…` keeps a pool of connections (see playhouse.db_url).
         leads, users, clients, clock: as for `bind`.
 
@@ -65,12 +65,12 @@ def connect(
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown, whatever is wrong with it."""
+    """Return the URL without its password, even if the URL is malformed."""
     url = re.sub(r"(password\w*\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
     head, at, tail = url.rpartition("@")
     if at:
         return re.sub(r"(^(?:[^:]*://)?[^:]*:)(?!//).*", r"\1***", head, flags=re.DOTALL) + at + tail
-    # Without a host, what should be the password stands where the port does.
+    # In user:password without @host, the password is where a port would be.
     return re.sub(r"(://[^/?#:]+:)(?![0-9]+(?:[/?,]|$))[^/?#]+", r"\1***", url)
 
 
@@ -105,9 +105,9 @@ def _number(name: str, value: str) -> int:
 
 def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
     if query:
-        raise ValueError(f"SQLite knows no parameter {', '.join(query)}")
+        raise ValueError(f"a SQLite URL takes no parameters; remove {', '.join(query)}")
     if not place.startswith("/"):
-        raise ValueError(f"a file takes three slashes, sqlite:///{place}")
+        raise ValueError(f"write three slashes before a file, sqlite:///{place}")
     return {
         "database": place[1:] or ":memory:",
         "factory": WalConnection,
@@ -116,21 +116,21 @@ def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
-    """What psycopg2 is to be given; libpq itself reads the URL."""
+    """Return psycopg2's arguments; libpq itself parses the URL."""
     schema = unquote(query.pop("schema", "public"))
     known = "&".join(f"{name}={value}" for name, value in query.items() if name not in _PRISMA_ONLY)
     try:
         options: dict[str, Any] = parse_dsn(f"postgresql://{place}?{known}")
     except psycopg2.ProgrammingError as error:
-        # What else libpq says may quote the password.
+        # Every other message of libpq may quote the password.
         unknown = re.search(r'URI query parameter: ("[^"]*")', str(error))
         raise ValueError(f"there is no parameter {unknown[1]}" if unknown else _ENCODE) from None
     if "@" in options.get("host", "") or "@" in place.partition("/")[2]:
         raise ValueError(_ENCODE)
     if not re.fullmatch("[0-9,]*", options.get("port", "")):
-        raise ValueError("its port is not a number; a host follows the password after @")
+        raise ValueError("its port is not a number; write @ and the host after the password")
     if "dbname" not in options:
-        raise ValueError("it names no database")
+        raise ValueError("it does not name a database")
     options["database"] = options.pop("dbname")
     if schema != "public":
         quoted = '"' + schema.replace('"', '""') + '"'
