@@ -1,12 +1,12 @@
-"""Drafts: what the AI wants to send, and the queue in which a human sees some of it first.
+"""Drafts that the AI wants to send, and the queue in which a human approves some of them first.
 
     submit(conversation, ActionType.SEND_MESSAGE, "What does your business do?")    # the outbox, or a PendingAction
     for action in pending_actions():
         action.approve(by="dana")                       # or action.reject(by="dana", reason="too pushy")
 
-Submitting is a write of the conversation: of two replies made from the same state, one is submitted, the other is a
-conflict. Approving, rejecting and expiring are one guarded write of the action, and what follows from it (the message
-in the outbox, the way back from PENDING_APPROVAL) is done in the database, also where the CRM's own screen decides.
+Submitting writes the conversation: of two replies drafted from the same state, one is submitted and the other is a
+conflict. Approving, rejecting or expiring is one guarded write of the action. The database does the rest (it puts the
+message into the outbox, or moves the conversation back from PENDING_APPROVAL), even if the CRM's own screen decides.
 
 >>> needs_approval(AutonomyLevel.SEMI_AUTO, ActionType.SEND_PAYMENT_LINK)
 True
@@ -53,17 +53,17 @@ from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, Autonom
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
 
-#: What a human sees first, by autonomy level.
+#: The types of action that a human must approve first, by autonomy level.
 APPROVAL_FIRST: Mapping[AutonomyLevel, frozenset[ActionType]] = {
     AutonomyLevel.FULL_AUTO: frozenset(),
     AutonomyLevel.SEMI_AUTO: frozenset({ActionType.SEND_PAYMENT_LINK}),
     AutonomyLevel.MANUAL: frozenset(ActionType),
 }
 
-#: How long a pending action can be approved.
+#: How long a pending action can be approved, unless `submit` is given another time.
 DEFAULT_EXPIRY = timedelta(hours=24)
 
-#: The trigger that a sent message of each type is behind.
+#: The trigger that is fired when a message of each type is sent.
 _TRIGGER = {
     ActionType.SEND_MESSAGE: "start_qualifying",
     ActionType.SEND_PREVIEW: "send_preview",
@@ -71,16 +71,16 @@ _TRIGGER = {
 }
 
 Policy = Callable[[AutonomyLevel, ActionType], bool]
-"""Whether a human must approve an action of this type, in a conversation of this level."""
+"""Decides whether a human must approve an action of this type in a conversation of this level."""
 
 
 def needs_approval(level: AutonomyLevel, type: ActionType) -> bool:
-    """The policy of the table above; give `submit` another one for an agency that wants it otherwise."""
+    """Return whether `APPROVAL_FIRST` has this type at this level. It is the default policy of `submit`."""
     return type in APPROVAL_FIRST[level]
 
 
 class _StatusAccessor(CleaningAccessor):
-    """What is past its time is EXPIRED at the moment anyone looks, whether or not a sweep has been by."""
+    """An action past `expires_at` reads as EXPIRED even before a sweep has marked it."""
 
     def __get__(self, instance: Any, instance_type: type | None = None) -> Any:
         status = super().__get__(instance, instance_type)  # type: ignore[no-untyped-call]
@@ -97,9 +97,9 @@ class PendingAction(BaseModel):
     """A draft that waits for a human: a row of `pending_actions`.
 
     Attributes:
-        metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` where it is to wait.
-        status: PENDING until it is decided, and EXPIRED from `expires_at` on.
-        approved_by: who decided.
+        metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` if it must wait.
+        status: PENDING until somebody decides; reads as EXPIRED from `expires_at` on.
+        approved_by: who decided, even if they rejected it.
         approved_at: when it was approved.
     """
 
@@ -120,7 +120,7 @@ class PendingAction(BaseModel):
         table_name = "pending_actions"
 
     def approve(self, by: str, message: str | None = None) -> OutboxMessage:
-        """Let it be sent; the second time changes nothing.
+        """Approve it, which puts its message into the outbox. Approving it again changes nothing.
 
         Args:
             by: who approves it.
@@ -130,9 +130,10 @@ class PendingAction(BaseModel):
             the message in the outbox.
 
         Raises:
-            ActionDecided: it was rejected, or has expired.
-            ConversationClosed: its conversation has closed meanwhile.
-            ConversationNotFound, ActionNotFound: there is none any more.
+            ActionDecided: it was rejected, or it expired.
+            ConversationClosed: its conversation has closed in the meantime.
+            ConversationNotFound, ActionNotFound: it was deleted.
+            InvalidValue: an argument cannot be stored.
         """
         values = {"approved_by": by}
         if message is not None:
@@ -144,15 +145,16 @@ class PendingAction(BaseModel):
         return sent
 
     def reject(self, by: str, reason: str | None = None) -> None:
-        """Refuse it; a payment link's conversation goes back to PREVIEW_SENT. The second time changes nothing.
+        """Reject it. A payment link's conversation goes back to PREVIEW_SENT. Rejecting it again changes nothing.
 
         Args:
             by: who rejects it.
             reason: why, for the history and the action's metadata.
 
         Raises:
-            ActionDecided: it was approved, or has expired.
-            ActionNotFound: there is none any more.
+            ActionDecided: it was approved, or it expired.
+            ActionNotFound: it was deleted.
+            InvalidValue: an argument cannot be stored.
         """
         values: dict[str, Any] = {"approved_by": by}
         if reason is not None:
@@ -163,12 +165,17 @@ class PendingAction(BaseModel):
     def _decide(
         self, trigger: str, dest: ActionStatus, by: str, values: dict[str, Any], reason: str | None = None
     ) -> None:
-        """One guarded write of the status; what follows from it the database does."""
+        """Decide in one guarded UPDATE; the database does what follows from it. To approve, it comes out as
+
+        UPDATE "pending_actions" SET "status" = 'APPROVED', "approved_by" = %s, "approved_at" = %s
+        WHERE "id" = %s AND "status" || '' = 'PENDING' AND ("expires_at" IS NULL OR "expires_at" > %s)
+        AND EXISTS (SELECT … FROM "close_engine_conversations" WHERE "stage" NOT IN ('COMPLETED', 'CLOSED_LOST') AND …)
+        """
         if not clean_text("by", by).strip():
-            raise InvalidValue("by", by, "it must name somebody")
+            raise InvalidValue("by", by, "it must say who decides")
         moment = now()
         undecided = (
-            (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _in_time(moment)
+            (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _not_expired(moment)
         )
         if dest is ActionStatus.APPROVED:
             values["approved_at"] = moment
@@ -179,7 +186,7 @@ class PendingAction(BaseModel):
             with atomic(), current().attributed(Provenance(by, reason), write):
                 written = PendingAction.update(status=dest, **values).where(undecided).execute()
         except peewee.IntegrityError:
-            # The database's guard: the conversation closed at this very moment.
+            # The database's guard refused it, because the conversation closed while this UPDATE waited.
             self._refuse_unless_decided(trigger, dest)
             raise
         if written:
@@ -194,7 +201,7 @@ class PendingAction(BaseModel):
         accept_row(self, found)
 
     def _refuse_unless_decided(self, trigger: str, dest: ActionStatus) -> None:
-        """Take over the row as it is now, and raise why the decision came too late; return if it was made before."""
+        """Reload the row, and raise why the decision came too late; return if the same one was made before."""
         with atomic():
             # Wait for a concurrent decision: it may have started before the action expired and still commit.
             current().for_update(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
@@ -211,24 +218,24 @@ class PendingAction(BaseModel):
         return f"<PendingAction {self.id}: {self.type} of {self.conversation_id}, {self.status}>"
 
 
-def _in_time(moment: datetime) -> Any:
-    """That an action has not expired."""
+def _not_expired(moment: datetime) -> Any:
+    """Match the actions that have not expired."""
     return PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
 
 
 def pending_actions(
     conversation: CloseEngineConversation | str | None = None, type: ActionType | None = None
 ) -> peewee.ModelSelect[PendingAction]:
-    """The approval queue: what waits for a human and has not expired, oldest first.
+    """Return a query for the approval queue: undecided actions that have not expired, oldest first.
 
     Args:
-        conversation: only its own, or those of this id.
-        type: only those of this type.
+        conversation: only the actions of this conversation; the object or its id.
+        type: only the actions of this type.
 
     Returns:
-        a query, to iterate over or to narrow down.
+        the query, to iterate over or to narrow down.
     """
-    waiting = (PendingAction.status == ActionStatus.PENDING) & _in_time(now())
+    waiting = (PendingAction.status == ActionStatus.PENDING) & _not_expired(now())
     query = PendingAction.select().where(waiting).order_by(PendingAction.created_at, PendingAction.id)
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
@@ -247,28 +254,28 @@ def submit(
     policy: Policy = needs_approval,
     expires_after: timedelta | None = DEFAULT_EXPIRY,
 ) -> OutboxMessage | PendingAction:
-    """Send a draft, or have a human see it first, as the conversation's autonomy level asks.
+    """Submit a draft: to the outbox, or to a human for approval first, depending on the autonomy level.
 
-    A payment link that waits for approval takes the conversation to PENDING_APPROVAL. Of two drafts made from the same
-    state of a conversation, one is submitted and the other is a conflict.
+    A payment link that waits for approval moves the conversation to PENDING_APPROVAL. Of two drafts written from the
+    same state of a conversation, one is submitted and the other is a conflict.
 
     Args:
-        conversation: as it was when the draft was made.
+        conversation: as it was when the draft was written.
         type: what the message is for.
         draft: its text.
-        metadata: what the sender needs besides: `paymentUrl` for a payment link, `previewUrl` for a preview, ….
-        send_after: how long it waits in the outbox, or until when (timezone-aware).
-        key: idempotency key, unique within the conversation: the same key again returns the first result.
-        actor: who made the draft, for the history.
-        policy: whether a human sees it first.
-        expires_after: how long it can be approved; None is for ever.
+        metadata: what else the sender needs: `paymentUrl` for a payment link, `previewUrl` for a preview, ….
+        send_after: a delay, or a point in time with a timezone, before which it is not sent.
+        key: idempotency key, unique within the conversation. Using it again returns the first result.
+        actor: who wrote the draft, for the history.
+        policy: decides whether a human must approve it first.
+        expires_after: how long it can be approved; None means for ever.
 
     Returns:
         the message in the outbox, or the PendingAction.
 
     Raises:
         ConversationClosed: it is COMPLETED or CLOSED_LOST.
-        TransitionNotAllowed: the stage does not allow to send a preview or a payment link.
+        TransitionNotAllowed: a preview or a payment link cannot be sent from this stage.
         ConditionNotMet: the payment link has no URL.
         StageConflict: somebody changed the conversation since it was loaded.
         InvalidValue: an argument cannot be stored.
@@ -278,11 +285,11 @@ def submit(
     provenance = Provenance(actor, key=key)
     details = clean_json("metadata", dict(metadata or {}))
     with atomic():
-        if first := _submitted(conversation, key):
+        if first := _find_submitted(conversation, key):
             return first
         waits = policy(conversation.autonomy_level, type)
         trigger = _trigger_behind(conversation, type, details)
-        # Elsewhere it can wait as well: beside another one, or to be sent again.
+        # In the other stages the link waits too, but moves nothing: another one is waiting, or it is sent again.
         asks_for_approval = (
             waits and type is ActionType.SEND_PAYMENT_LINK and conversation.may("request_approval").allowed
         )
@@ -293,11 +300,11 @@ def submit(
             else:
                 write_fields(conversation, {}, "submit()")
         except StageConflict:
-            if first := _submitted(conversation, key):
+            if first := _find_submitted(conversation, key):
                 return first
             raise
         if not waits:
-            # What the level would have a human see, a policy of the caller's own has let through.
+            # If the level requires approval, then the caller's own policy let it through.
             approved_by = "policy" if needs_approval(conversation.autonomy_level, type) else None
             return enqueue(
                 conversation,
@@ -326,22 +333,22 @@ def submit(
 
 
 def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, details: Mapping[str, Any]) -> str | None:
-    """The trigger that a message of this type fires when it is sent, if it may be sent at all."""
+    """Return the trigger that is fired when a message of this type is sent; raise if it may not be sent."""
     if conversation.stage in CLOSED_STAGES:
         raise ConversationClosed(conversation.id, conversation.stage)
     if type is ActionType.SEND_MESSAGE and conversation.stage is not Stage.INITIATED:
         return None
-    given = {"payment_link_url": details.get("paymentUrl"), "approved_by": "whoever will"}
+    given = {"payment_link_url": details.get("paymentUrl"), "approved_by": "to be decided"}
     trigger, facts = _TRIGGER[type], facts_of(conversation, given)
     if facts.stage is TRIGGERS[trigger].dest:
-        # To be sent again, which needs what it needed the first time.
+        # It is sent again: check what was required the first time.
         facts = facts._replace(stage=TRIGGERS[trigger].sources[0])
     decide(trigger, facts)
     return trigger
 
 
-def _submitted(conversation: CloseEngineConversation, key: str | None) -> OutboxMessage | PendingAction | None:
-    """What this key made already."""
+def _find_submitted(conversation: CloseEngineConversation, key: str | None) -> OutboxMessage | PendingAction | None:
+    """Find what was already submitted under this key."""
     if key is None:
         return None
     sent = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.key == key)
@@ -351,7 +358,7 @@ def _submitted(conversation: CloseEngineConversation, key: str | None) -> Outbox
 
 
 def _action_id(conversation: CloseEngineConversation, key: str | None) -> str:
-    """A new id; the same one again for the same key, which the primary key then keeps from being used twice."""
+    """Make an id. The same key makes the same id, so that the primary key keeps it from being used twice."""
     if key is None:
         return create_id()
     return "k" + hashlib.sha256(f"{conversation.id}\n{key}".encode()).hexdigest()[:24]

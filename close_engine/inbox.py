@@ -1,4 +1,4 @@
-"""What comes in: texts of leads and payments, each processed once, however often its webhook is retried.
+"""Inbound texts and payments, each processed once, no matter how often its webhook is retried.
 
     received = receive(lead, key="SM123", text="Yes, let's go!")
     if received.answer:
@@ -6,8 +6,8 @@
 
     record_payment(lead, key="evt_1")                   # completes the conversation; the second time changes nothing
 
-Both hold the conversation's row, so neither fails with a conflict. Both move the conversation on, so a reply that was
-drafted before is a conflict when it is submitted.
+Both lock the conversation's row, so neither fails with a conflict. Both write the row, so a reply that was drafted
+before is a conflict when it is submitted.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["InboxEntry", "Received", "receive", "record_payment"]
 
 
 class InboxEntry(BaseModel):
-    """Something that came in and was processed: a row of the inbox.
+    """A text or payment that was processed: a row of the inbox.
 
     Attributes:
-        kind: `text` or `payment`; the key is unique within it.
-        key: the provider's id of it.
-        conversation_id: the conversation it was for; None where the lead had none.
-        body: the text.
+        kind: `text` or `payment`; keys are unique within a kind.
+        key: the provider's id of the text or payment.
+        conversation_id: the lead's conversation; None if there was none.
+        body: the text; None for a payment.
     """
 
     id: Any = peewee.BigAutoField()
@@ -61,12 +61,12 @@ InboxEntry.add_index(InboxEntry.conversation_id, unique=True, where=InboxEntry.k
 
 @dataclass(frozen=True)
 class Received:
-    """What became of an inbound text.
+    """The result of `receive()`.
 
     Attributes:
-        conversation: the lead's conversation as it is now; None where it has none.
-        duplicate: whether this key was processed before, and so nothing was changed.
-        resumed: the StageChange by which a stalled conversation was resumed; None where it was not stalled.
+        conversation: the lead's conversation as it is now; None if the lead has none.
+        duplicate: whether this key was processed before, so that nothing was changed.
+        resumed: the StageChange that resumed a stalled conversation; None if it was not stalled.
     """
 
     conversation: CloseEngineConversation | None
@@ -75,18 +75,18 @@ class Received:
 
     @property
     def answer(self) -> bool:
-        """Whether there is an active conversation in which this text is to be answered, for the first time."""
+        """Whether the text needs an answer: it is new, and the lead's conversation is active."""
         return not self.duplicate and self.conversation is not None and self.conversation.stage in ACTIVE_STAGES
 
 
 def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) -> Received:
-    """Process an inbound text once: the lead is no longer silent, and a stalled conversation goes on.
+    """Process an inbound text once: the lead no longer counts as silent, and a stalled conversation is resumed.
 
     Args:
-        lead: who wrote it, or the id.
-        key: the provider's id of the text: the same again changes nothing.
-        text: what it says; it is kept in the inbox.
-        actor: for the history, where it resumes the conversation; the default is the lead.
+        lead: the lead who wrote it, or its id.
+        key: the provider's id of the text. The same id again changes nothing.
+        text: what it says; stored in the inbox.
+        actor: for the history, if the conversation is resumed; `lead:<id>` by default.
 
     Returns:
         the conversation, and whether to answer in it.
@@ -98,10 +98,10 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor or f"lead:{lead_id}", "the lead wrote", key=key)
     with atomic():
-        conversation = _held(lead_id)
+        conversation = _lock_conversation(lead_id)
         if conversation is None and Lead.get_or_none(Lead.id == lead_id) is None:
             raise LeadNotFound(lead_id)
-        if _entered_before("text", key, lead_id, conversation, clean_text("text", text)):
+        if not _add_entry("text", key, lead_id, conversation, clean_text("text", text)):
             return Received(conversation, duplicate=True)
         if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
             return Received(conversation)
@@ -117,35 +117,35 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
 def record_payment(
     lead: Lead | str, key: str, *, actor: str | None = None, metadata: Mapping[str, Any] | None = None
 ) -> StageChange:
-    """Complete the lead's conversation, from whatever stage it is in, because it paid.
+    """Complete the lead's conversation, from any stage, because the lead paid.
 
     Args:
-        lead: who paid, or the id.
-        key: the payment provider's id of the payment: the same again returns the first result and changes nothing.
+        lead: the lead who paid, or its id.
+        key: the provider's id of the payment. The same id again returns the first result and changes nothing.
         actor, metadata: for the history.
 
     Returns:
         the StageChange that completed it.
 
     Raises:
-        PaymentUnmatched: there is no such lead, it has no conversation, no payment link was sent to it, it has paid
-            already under another key, or the key stands for the payment of another lead. Nothing is recorded: look at
-            it, and try again or refund.
+        PaymentUnmatched: the lead does not exist, has no conversation, was never sent a payment link, or has already
+            paid under another key; or the key was used for another lead's payment. Nothing is recorded: look at the
+            payment, then try again or refund it.
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor, None, metadata, key)
     with atomic():
-        conversation = _held(lead_id)
+        conversation = _lock_conversation(lead_id)
         if conversation is None:
             raise PaymentUnmatched(lead_id, key, "the lead has no close conversation")
         first: InboxEntry | None = InboxEntry.get_or_none(
             (InboxEntry.kind == "payment") & (InboxEntry.conversation_id == conversation.id)
         )
         if first is not None and first.key != key:
-            raise PaymentUnmatched(lead_id, key, f"its conversation is COMPLETED by payment {first.key!r} already")
-        if _entered_before("payment", key, lead_id, conversation) and first is None:
-            raise PaymentUnmatched(lead_id, key, "that key came with the payment for another conversation")
+            raise PaymentUnmatched(lead_id, key, f"its conversation was already paid with payment {first.key!r}")
+        if not _add_entry("payment", key, lead_id, conversation) and first is None:
+            raise PaymentUnmatched(lead_id, key, "this key was already used for the payment of another conversation")
         if conversation.stage is Stage.COMPLETED:
             return _completion(conversation)
         if conversation.payment_link_sent_at is None:
@@ -153,17 +153,17 @@ def record_payment(
         return change_stage(conversation, "complete", {}, provenance.under("payment"))
 
 
-def _held(lead_id: str) -> CloseEngineConversation | None:
-    """The lead's conversation, held against every other writer."""
+def _lock_conversation(lead_id: str) -> CloseEngineConversation | None:
+    """Load the lead's conversation, and lock it against every other writer."""
     query = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
     conversation: CloseEngineConversation | None = current().for_update(query).first()
     return conversation
 
 
-def _entered_before(
+def _add_entry(
     kind: str, key: str, lead_id: str, conversation: CloseEngineConversation | None, body: str | None = None
 ) -> bool:
-    """Enter it into the inbox, or find that it stands there."""
+    """Add an entry to the inbox. Return False if its key is already there."""
     entry = {
         "kind": kind,
         "key": key,
@@ -172,7 +172,7 @@ def _entered_before(
         "body": body,
     }
     insert = InboxEntry.insert(entry).on_conflict(action="nothing", conflict_target=[InboxEntry.kind, InboxEntry.key])
-    return not insert.as_rowcount().execute()
+    return bool(insert.as_rowcount().execute())
 
 
 def _completion(conversation: CloseEngineConversation) -> StageChange:

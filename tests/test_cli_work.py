@@ -121,7 +121,7 @@ def test_what_is_decided_otherwise_is_refused_with_a_sentence(action: PendingAct
 @pytest.mark.parametrize("command", ["approve", "reject"])
 def test_a_decision_needs_an_action_and_somebody_who_takes_it(action: PendingAction, command: str) -> None:
     assert refused(command, "a9", "--by", "dana") == "There is no action 'a9'.\n"
-    assert "by cannot be ' ': it must name somebody" in run(command, action.id, "--by", " ").err
+    assert "by cannot be ' ': it must say who decides" in run(command, action.id, "--by", " ").err
     assert run(command, action.id).code == 2
 
 

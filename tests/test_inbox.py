@@ -219,7 +219,7 @@ def test_the_payment_behind_a_conversation_that_was_completed_by_hand_is_taken(c
     first = conversation.history()[-1]
     for _ in range(2):
         assert values(record_payment(conversation.lead_id, "evt_1")) == values(first)
-    with pytest.raises(PaymentUnmatched, match="by payment 'evt_1' already"):
+    with pytest.raises(PaymentUnmatched, match="already paid with payment 'evt_1'"):
         record_payment(conversation.lead_id, "evt_2")
 
 
@@ -244,14 +244,14 @@ def test_a_payment_that_matches_nothing_is_a_clear_error(conversation_in: Conver
 def test_a_second_payment_under_another_key_is_a_clear_error(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     record_payment(conversation.lead_id, "evt_1")
-    unmatched(conversation.lead_id, "evt_2", "its conversation is COMPLETED by payment 'evt_1' already")
+    unmatched(conversation.lead_id, "evt_2", "its conversation was already paid with payment 'evt_1'")
 
 
 @pytest.mark.parametrize("stage", [Stage.PAYMENT_SENT, Stage.COMPLETED, Stage.PREVIEW_SENT])
 def test_the_key_of_another_leads_payment_is_a_clear_error(conversation_in: ConversationIn, stage: Stage) -> None:
     record_payment(conversation_in(Stage.PAYMENT_SENT).lead_id, "evt_1")
     other = conversation_in(stage)
-    unmatched(other.lead_id, "evt_1", "that key came with the payment for another conversation")
+    unmatched(other.lead_id, "evt_1", "this key was already used for the payment of another conversation")
     assert copy_of(other).stage is stage
 
 
