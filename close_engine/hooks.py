@@ -1,12 +1,12 @@
-"""Your own functions at a stage's edges.
+"""Your own functions, called when a conversation leaves or enters a stage.
 
 >>> from close_engine import Stage, on_enter
 >>> @on_enter(Stage.BUILDING)
 ... def order_site(conversation, change):
-...     '''Runs in the transaction of the stage change: if it raises, nothing of it happened.'''
+...     '''Runs in the transaction of the stage change: if it raises, the change never happened.'''
 >>> order_site.remove()
 
-Registrations belong to the process, as Peewee's signals do: register where your worker starts.
+Hooks are registered per process, like Peewee's signals: register them where your worker starts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Hook", "after_commit", "crosses_a_hook", "has_entry_hook", "on_enter
 
 
 class Hook:
-    """A registered function; call it as before, or `remove()` it."""
+    """A registered function: call it as before, or `remove()` it."""
 
     def __init__(self, registry: dict[Stage, list[Hook]], stages: tuple[Stage, ...], function: Callable[..., Any]):
         self._registry = registry
@@ -40,7 +40,7 @@ class Hook:
         return self.function(*arguments)
 
     def remove(self) -> None:
-        """Stop running it; harmless where that was done before."""
+        """Stop running the function. Calling this again is harmless."""
         for stage in self._stages:
             left = [hook for hook in self._registry.pop(stage, ()) if hook is not self]
             if left:
@@ -53,41 +53,69 @@ _after_commit: dict[Stage, list[Hook]] = {}
 
 
 def on_exit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, Transition], object]], Hook]:
-    """Run the function before one of these stages is left, in the same transaction.
+    """Run the function before a conversation leaves one of these stages, in the same transaction.
 
-    It gets the conversation and the Transition about to be made; if it raises, the stage stays.
+    It is called with the conversation and the Transition that is about to be made. If it raises, the stage stays.
+
+    Args:
+        stages: at least one Stage.
+
+    Returns:
+        a decorator, which returns the registered function as a Hook.
+
+    Raises:
+        TypeError: no stage was named.
     """
-    return _registering(_on_exit, stages)
+    return _registrar(_on_exit, stages)
 
 
 def on_enter(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
-    """Run the function after one of these stages is entered, in the same transaction.
+    """Run the function after a conversation has entered one of these stages, in the same transaction.
 
-    It gets the conversation and the StageChange just written; if it raises, the stage change is undone.
+    It is called with the conversation and the StageChange just written. If it raises, the stage change is undone.
+
+    Args:
+        stages: at least one Stage.
+
+    Returns:
+        a decorator, which returns the registered function as a Hook.
+
+    Raises:
+        TypeError: no stage was named.
     """
-    return _registering(_on_enter, stages)
+    return _registrar(_on_enter, stages)
 
 
 def after_commit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
-    """Run the function once the entering of one of these stages is committed; never if it is rolled back.
+    """Run the function once a change to one of these stages is committed, and never if it is rolled back.
 
-    It gets the conversation and the StageChange. For what must not be lost in a crash, use the outbox instead.
+    It is called with the conversation and the StageChange. A crash right after the commit loses the call: for work that
+    must not be lost, use the outbox.
+
+    Args:
+        stages: at least one Stage.
+
+    Returns:
+        a decorator, which returns the registered function as a Hook.
+
+    Raises:
+        TypeError: no stage was named.
     """
-    return _registering(_after_commit, stages)
+    return _registrar(_after_commit, stages)
 
 
 def runs_in_transaction(source: Stage | None, dests: tuple[Stage, ...]) -> bool:
-    """Say whether a registered function runs in the transaction of such a change."""
+    """Return whether a registered function runs in the transaction of such a change."""
     return bool(_on_exit or _on_enter) and (source in _on_exit or any(dest in _on_enter for dest in dests))
 
 
 def has_entry_hook(dest: Stage) -> bool:
-    """Say whether a registered function runs because this stage is entered."""
+    """Return whether a registered function runs when this stage is entered."""
     return dest in _on_enter or dest in _after_commit
 
 
 def crosses_a_hook(transition: Transition) -> bool:
-    """Say whether a function is registered at an edge that this transition crosses."""
+    """Return whether a function is registered for a stage that this transition leaves or enters."""
     return any(source in _on_exit for source in transition.sources) or any(map(has_entry_hook, transition.dests))
 
 
@@ -105,7 +133,7 @@ def committed_hooks(dest: Stage) -> tuple[Hook, ...]:
     return tuple(_after_commit.get(dest, ()))
 
 
-def _registering(registry: dict[Stage, list[Hook]], stages: tuple[Stage, ...]) -> Callable[[Callable[..., Any]], Hook]:
+def _registrar(registry: dict[Stage, list[Hook]], stages: tuple[Stage, ...]) -> Callable[[Callable[..., Any]], Hook]:
     if not stages:
         raise TypeError("name at least one stage, as in @on_enter(Stage.BUILDING)")
     known = tuple(dict.fromkeys(Stage(stage) for stage in stages))
