@@ -1,13 +1,13 @@
-"""The two columns that nobody assigns: the stage, which triggers change, and the version, which every write moves.
+"""The two columns that nobody assigns: the stage, which only triggers change, and the version, which every write sets.
 
-Whatever Peewee offers to write the stage with is refused by a sentence that names what to use instead; what plain SQL
-does past Peewee, the database's guard judges.
+Every way that Peewee has to write the stage is refused, with a sentence that names what to use instead. Plain SQL
+bypasses Peewee: the database's guard checks it.
 
 >>> from close_engine.conversations import CloseEngineConversation
 >>> CloseEngineConversation.insert(stage="BUILDING")
 Traceback (most recent call last):
-close_engine.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
-use open_conversation(), and then its triggers.
+close_engine.StageAssignmentRefused: A conversation starts INITIATED and cannot be created as BUILDING: \
+open it with open_conversation(), then fire its triggers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["StageField", "VersionField", "WithoutStage", "is_row", "refuse_stage
 
 
 def is_row(conversation: Any) -> bool:
-    """Whether an object was loaded or saved; in a new one the stage is unsaved, which it never is again."""
+    """Return whether an object was loaded or saved: only in a new one is the stage unsaved."""
     return "stage" not in conversation._dirty
 
 
 class _StageAccessor(CleaningAccessor):
-    """Lets a stage be read, loaded and begun, but not assigned."""
+    """Lets the stage be read and loaded, but not assigned."""
 
     def __set__(self, instance: Any, value: Any) -> None:
         stage = instance.__data__.get(self.name)
@@ -47,14 +47,14 @@ class StageField(EnumField[Stage]):
 
 
 class _VersionAccessor(CleaningAccessor):
-    """Lets a version be read, loaded and begun: assigned, it would no longer tell whether somebody changed the row."""
+    """Lets the version be read, loaded and set in a new object. Assigning it would hide a change by somebody else."""
 
     def __set__(self, instance: Any, value: Any) -> None:
         version = instance.__data__.get(self.name)
         if version is None or not is_row(instance):
             super().__set__(instance, value)
         elif value != version:
-            raise InvalidValue(self.field.label, value, "every write moves it by itself; leave it out")
+            raise InvalidValue(self.field.label, value, "every write sets it; leave it out")
 
 
 class VersionField(UtcDateTimeField[datetime]):
@@ -62,23 +62,25 @@ class VersionField(UtcDateTimeField[datetime]):
 
 
 def refuse_stage(conversation: Any, wanted: Any) -> StageAssignmentRefused:
-    """Why an object cannot be given this stage, and which trigger leads there."""
+    """Return the error that says why the stage cannot be written, and which trigger to call instead."""
     dest = type(conversation).stage.clean(wanted)
     if not is_row(conversation):
-        return _refuse_beginning(dest)
+        return _refuse_initial_stage(dest)
     stage = conversation.__data__["stage"]
     trigger = trigger_between(stage, dest)
-    instead = f"call {trigger}()" if trigger else f"allowed from {stage}: {', '.join(triggers_from(stage)) or 'none'}"
+    allowed = ", ".join(triggers_from(stage))
+    instead = f"call {trigger}()" if trigger else f"allowed from {stage}: {allowed}" if allowed else f"{stage} is final"
     return StageAssignmentRefused(
-        f"The stage of conversation {conversation.id!r} cannot be written as {dest}, "
-        f"only triggers change it: {instead}.",
+        f"The stage of conversation {conversation.id!r} cannot be set to {dest}, "
+        f"because only triggers change it: {instead}.",
         dest,
     )
 
 
-def _refuse_beginning(dest: Stage) -> StageAssignmentRefused:
+def _refuse_initial_stage(dest: Stage) -> StageAssignmentRefused:
     return StageAssignmentRefused(
-        f"A conversation begins INITIATED and cannot be made {dest}: use open_conversation(), and then its triggers.",
+        f"A conversation starts INITIATED and cannot be created as {dest}: "
+        "open it with open_conversation(), then fire its triggers.",
         dest,
     )
 
@@ -94,7 +96,7 @@ def _is_stage(model: Any, column: Any) -> bool:
 
 
 class _Insert(peewee.ModelInsert):
-    """Peewee's INSERT, in which every row begins INITIATED and a row that is there keeps its stage."""
+    """Peewee's INSERT, except that every new row starts INITIATED and an existing row keeps its stage."""
 
     def __init__(self, model: Any, insert: Any = None, columns: Any = None, **options: Any) -> None:
         if isinstance(insert, peewee.Node):
@@ -102,17 +104,17 @@ class _Insert(peewee.ModelInsert):
                 raise _refuse_query("insert_from()")
         else:
             one = isinstance(insert, Mapping)
-            rows = [insert] if one else list(insert)  # read once, should they come from a generator
+            rows = [insert] if one else list(insert)  # read them once: they may come from a generator
             insert = insert if one else rows
             for stage in _stages(model, rows, columns or model._meta.sorted_fields):
                 if model.stage.clean(stage) is not Stage.INITIATED:
-                    raise _refuse_beginning(model.stage.clean(stage))
+                    raise _refuse_initial_stage(model.stage.clean(stage))
         super().__init__(model, insert=insert, columns=columns, **options)
 
     def on_conflict(self, action: Any = None, update: Any = None, preserve: Any = None, **options: Any) -> Any:
         if isinstance(action, str) and action.upper() == "REPLACE":
             raise _refuse_query("replace()")
-        if any(_is_stage(self.model, column) for column in [*(update or ()), *_listed(preserve)]):
+        if any(_is_stage(self.model, column) for column in [*(update or ()), *_as_list(preserve)]):
             raise _refuse_query("on_conflict()")
         return super().on_conflict(action, update, preserve, **options)
 
@@ -121,7 +123,7 @@ class _Insert(peewee.ModelInsert):
 
 
 def _stages(model: Any, rows: Iterable[Any], columns: Iterable[Any]) -> Iterable[Any]:
-    """The stages that are given for rows to insert."""
+    """Yield the stages that are given for the rows to insert."""
     position = next((place for place, column in enumerate(columns) if _is_stage(model, column)), None)
     for row in rows:
         if isinstance(row, Mapping):
@@ -130,21 +132,21 @@ def _stages(model: Any, rows: Iterable[Any], columns: Iterable[Any]) -> Iterable
             yield row[position]
 
 
-def _listed(columns: Any) -> Iterable[Any]:
+def _as_list(columns: Any) -> Iterable[Any]:
     if columns is None:
         return ()
     return cast(Iterable[Any], columns) if isinstance(columns, (list, tuple)) else (columns,)
 
 
 class WithoutStage:
-    """What a model overrides of Peewee's queries so that none of them writes its stage."""
+    """Overrides Peewee's queries so that none of them writes the stage of the model."""
 
     @classmethod
     def update(cls, data: Any = None, /, **update: Any) -> peewee.ModelUpdate:
-        """Peewee's `update`, which does not take the stage.
+        """Build Peewee's UPDATE query, for any column except the stage.
 
         Raises:
-            StageAssignmentRefused: the stage is among the values.
+            StageAssignmentRefused: the values include the stage.
         """
         for column, value in {**(data or {}), **update}.items():
             if _is_stage(cls, column):
@@ -153,23 +155,23 @@ class WithoutStage:
 
     @classmethod
     def insert(cls, data: Any = None, /, **insert: Any) -> peewee.ModelInsert:
-        """Peewee's `insert`, in which a conversation begins INITIATED.
+        """Build Peewee's INSERT query; a new conversation starts INITIATED.
 
         Raises:
-            StageAssignmentRefused: another stage is among the values.
+            StageAssignmentRefused: the values include another stage.
         """
         return _Insert(cls, {**(data or {}), **insert})
 
     @classmethod
     def insert_many(cls, rows: Any, fields: Any = None) -> peewee.ModelInsert:
-        """Peewee's `insert_many`; see `insert`."""
+        """Build Peewee's INSERT query for many rows; see `insert`."""
         return _Insert(cls, rows, fields)
 
     @classmethod
     def insert_from(cls, query: Any, fields: Any) -> peewee.ModelInsert:
-        """Peewee's `insert_from`, which does not take the stage.
+        """Build Peewee's INSERT … SELECT query, for any column except the stage.
 
         Raises:
-            StageAssignmentRefused: the stage is among the fields.
+            StageAssignmentRefused: the fields include the stage.
         """
         return _Insert(cls, query, [getattr(cls, field) if isinstance(field, str) else field for field in fields])

@@ -4,15 +4,16 @@
     conversation.start_qualifying(actor="worker-7")
     conversation.may("send_preview").reason      # "… is QUALIFYING, from where send_preview is not allowed; …"
 
-Every trigger is one guarded write: the machine decides on a draft, the row changes only if nobody changed it since
-it was loaded, and the database adds the history row. Refused, conflicting or rolled back, the object stays as it was.
+Every trigger is one guarded write: the machine decides on facts, the row changes only if nobody has changed it since it
+was loaded, and the database adds the history row. If the trigger is refused, conflicts or is rolled back, the object
+stays as it was.
 
 >>> from close_engine import connect
 >>> database = connect("sqlite:///:memory:")
 >>> CloseEngineConversation(stage="BUILDING")
 Traceback (most recent call last):
-close_engine.StageAssignmentRefused: A conversation begins INITIATED and cannot be made BUILDING: \
-use open_conversation(), and then its triggers.
+close_engine.StageAssignmentRefused: A conversation starts INITIATED and cannot be created as BUILDING: \
+open it with open_conversation(), then fire its triggers.
 """
 
 from __future__ import annotations
@@ -73,11 +74,11 @@ __all__ = ["Answer", "CloseEngineConversation", "locked", "open_conversation"]
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a trigger may be fired; true or false by itself.
+    """The answer of `may()`: true if the trigger may be fired.
 
     Attributes:
-        allowed: whether it may.
-        reason: the sentence that says why not; empty where it may.
+        allowed: the answer itself.
+        reason: a sentence that says why not; empty if it may be fired.
     """
 
     allowed: bool
@@ -92,7 +93,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
     Attributes:
         stage: read it; only triggers change it.
-        updated_at: moves with every write, whoever makes it, and so tells whether anyone made one.
+        updated_at: changes with every write, by any writer, which is how a conflict is noticed.
     """
 
     lead = OneToOneField(
@@ -153,7 +154,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return self.fire("send_preview", **provenance)
 
     def request_edits(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
-        """PREVIEW_SENT → EDIT_LOOP, one more of `edit_rounds`. Arguments, result and errors as for `fire`."""
+        """PREVIEW_SENT → EDIT_LOOP, and `edit_rounds` + 1. Arguments, result and errors as for `fire`."""
         return self.fire("request_edits", **provenance)
 
     def request_approval(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
@@ -171,13 +172,13 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
         Args:
             payment_link_url: the link that was sent.
-            approved_by: who approved it; needed unless the autonomy level is FULL_AUTO. Joins the metadata.
-            provenance: actor, reason, metadata and key as for `fire`, as are the result and the errors.
+            approved_by: who approved it; required unless the autonomy level is FULL_AUTO. Stored in the metadata.
+            provenance: actor, reason, metadata and key, as for `fire`; so are the result and the errors.
         """
         return self.fire("send_payment_link", payment_link_url=payment_link_url, approved_by=approved_by, **provenance)
 
     def complete(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
-        """Any stage → COMPLETED, once a payment link was sent: paid. Arguments, result and errors as for `fire`."""
+        """Any stage → COMPLETED, if a payment link was sent: paid. Arguments, result and errors as for `fire`."""
         return self.fire("complete", **provenance)
 
     def stall(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
@@ -185,7 +186,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return self.fire("stall", **provenance)
 
     def resume(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
-        """STALLED → the stage it stalled in (QUALIFYING where unknown). Arguments, result and errors as for `fire`."""
+        """STALLED → the stage it stalled in (QUALIFYING if unknown). Arguments, result and errors as for `fire`."""
         return self.fire("resume", **provenance)
 
     def close_lost(
@@ -199,8 +200,8 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         """Any active stage or STALLED → CLOSED_LOST: the lead did not convert.
 
         Args:
-            reason: why; it stands in `closed_lost_reason` and in the history.
-            actor, metadata, key: as for `fire`, as are the result and the errors.
+            reason: why; stored in `closed_lost_reason` and in the history.
+            actor, metadata, key: as for `fire`; so are the result and the errors.
         """
         return self.fire("close_lost", actor=actor, reason=reason, metadata=metadata, key=key)
 
@@ -219,24 +220,24 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         payment_link_url: str | None = None,
         approved_by: str | None = None,
     ) -> StageChange:
-        """Fire a trigger by its name; each has a method of its own as well.
+        """Fire a trigger by name. Each trigger is also a method.
 
         Args:
             trigger: a name of the transition table.
             actor: who does it, for the history.
             reason: why, for the history; for `close_lost` it is required.
             metadata: anything JSON can hold, for the history.
-            key: idempotency key of the event behind it, unique within the conversation: the same key again returns
-                the first history row and changes nothing.
+            key: idempotency key of the event behind it, unique within the conversation. Using it again returns the
+                first history row and changes nothing.
             payment_link_url, approved_by: see `send_payment_link`.
 
         Returns:
             the history row.
 
         Raises:
-            UnknownTrigger: the table has no such trigger at all.
-            TransitionNotAllowed: the table has no such trigger from this stage.
-            ConditionNotMet: the stage allows it, but a condition is not met.
+            UnknownTrigger: there is no trigger of this name.
+            TransitionNotAllowed: the table does not allow the trigger from this stage.
+            ConditionNotMet: the table allows it, but a condition is not met.
             StageConflict: somebody changed the conversation since it was loaded.
             ConversationNotFound: it was deleted.
             KeyReused: the key was used for another trigger.
@@ -248,15 +249,14 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return change_stage(self, trigger, given, Provenance(actor, reason, metadata, key))
 
     def record(self, *, questions: Sequence[str] = (), data: Mapping[str, Any] | None = None) -> None:
-        """Add what was asked and answered, merged in the database: nobody's answers are overwritten.
+        """Merge questions and answers into the stored ones, inside the database, so that no answer is lost.
 
-        It never conflicts, in whatever stage the conversation is. `questions_asked`, `collected_data` and
-        `updated_at` are taken over into the object, and the merged data is copied to the lead's `qualification_data`,
-        all in one transaction.
+        It works in every stage and never conflicts. The same transaction copies the merged data to the lead's
+        `qualification_data`. The object gets the merged values; if it was stale before, it still is.
 
         Args:
-            questions: ids of questions; each is kept once, in the order in which they came.
-            data: answers; a key replaces the same key, and None is kept as null.
+            questions: ids of the questions that were asked; each is kept once, in the order in which they came.
+            data: answers by name. A new answer replaces the one of the same name; None is stored as null.
 
         Raises:
             ConversationNotFound: it was deleted.
@@ -278,7 +278,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         if not merged:
             return
         with atomic():
-            # The conversation first, and then its lead, as everybody does who holds both.
+            # Lock the conversation before its lead, as all code here does: another order could deadlock.
             row = current().for_update(cls.select(cls.id, cls.updated_at).where(cls.id == self.id)).first()
             if row is None:
                 raise ConversationNotFound(self.id)
@@ -289,7 +289,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
                 copied = cls.select(cls.collected_data).where(cls.id == self.id)
                 Lead.update(qualification_data=copied).where(Lead.id == self.lead_id).execute()
             if row.updated_at != self.updated_at:
-                # Somebody changed it since it was loaded: it stays a conflict for the next trigger.
+                # Somebody changed it since it was loaded. Keep the old version, so that the next trigger conflicts.
                 del values["updated_at"]
             accept(self, {name: getattr(written, name) for name in values})
 
@@ -303,14 +303,14 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         payment_link_url: str | None = None,
         approved_by: str | None = None,
     ) -> Answer:
-        """Whether a trigger may be fired now, with these arguments; nothing is read or written.
+        """Answer whether a trigger may be fired now with these arguments. Nothing is read or written.
 
         Args:
             trigger: a name of the transition table.
-            reason, payment_link_url, approved_by: what `fire` would be given.
+            reason, payment_link_url, approved_by: as for `fire`.
 
         Returns:
-            an Answer, which is true or false and has the reason when not.
+            an Answer, which is true or false; if false, its `reason` says why.
 
         Raises:
             UnknownTrigger: there is no such trigger.
@@ -323,26 +323,26 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return Answer(True)
 
     def allowed_triggers(self) -> list[str]:
-        """The triggers that can be fired now, given the arguments they ask for; in the table's order."""
+        """List the triggers that can be fired now, provided you pass their arguments; in the table's order."""
         return allowed_triggers(facts_of(self, {}))
 
     def history(self) -> list[StageChange]:
-        """Its stage changes, oldest first."""
+        """Return its stage changes, oldest first."""
         return list(StageChange.select().where(StageChange.conversation_id == self.id).order_by(StageChange.id))
 
     @classmethod
     def in_stages(cls, *stages: Stage) -> peewee.ModelSelect[CloseEngineConversation]:
-        """A query for the conversations in any of these stages."""
+        """Return a query for the conversations in any of these stages."""
         return cls.select().where(cls.stage.in_([Stage(stage) for stage in stages]))
 
     @classmethod
     def not_in_stages(cls, *stages: Stage) -> peewee.ModelSelect[CloseEngineConversation]:
-        """A query for the conversations in none of these stages."""
+        """Return a query for the conversations in none of these stages."""
         return cls.select().where(cls.stage.not_in([Stage(stage) for stage in stages]))
 
     @classmethod
     def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> peewee.ModelSelect[CloseEngineConversation]:
-        """A query for the conversations that entered this stage longer ago than the duration and are still in it."""
+        """Return a query for the conversations that have been in this stage for longer than the duration."""
         cutoff = now() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)
@@ -353,7 +353,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
     @classmethod
     def get_by_id(cls, pk: str) -> CloseEngineConversation:
-        """The conversation of this id, as Peewee's, but with the SQL made once: every stage change begins with it.
+        """Load a conversation, as Peewee does, but build the SQL only once: every stage change starts here.
 
         Raises:
             CloseEngineConversation.DoesNotExist: there is none.
@@ -369,7 +369,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return cls(__no_default__=True, **values)
 
     def reload(self) -> None:
-        """Take over the row as it is now; unsaved changes are lost.
+        """Load the row again, into this object; unsaved changes are lost.
 
         Raises:
             ConversationNotFound: it was deleted.
@@ -383,7 +383,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         """Write the unsaved changes of fields other than the stage.
 
         Raises:
-            StageAssignmentRefused: the stage is among the fields to write.
+            StageAssignmentRefused: the fields to write include the stage.
             StageConflict: somebody changed the conversation since it was loaded.
             ConversationNotFound: it was deleted.
         """
@@ -416,7 +416,7 @@ def _select_by_id(dialect: Dialect) -> str:
 
 @contextmanager
 def locked(conversation_id: str) -> Iterator[CloseEngineConversation]:
-    """Hold a conversation for the length of a transaction: other writers wait instead of conflicting.
+    """Lock a conversation for the length of a transaction: other writers wait instead of conflicting.
 
     Args:
         conversation_id: its id.
@@ -445,18 +445,18 @@ def open_conversation(
     reason: str | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> CloseEngineConversation:
-    """Open the close conversation of a lead, in one transaction; or get the one it has.
+    """Open the close conversation of a lead, or return the one it has, in one transaction.
 
-    An active conversation is returned as it is, also to the later of two callers at once. A STALLED one is resumed.
-    A CLOSED_LOST one is reopened with its history kept. Opening and reopening take the lead's autonomy level and set
-    the lead's `close_entry_point`.
+    An active conversation is returned unchanged; if two callers open one at once, both get the same. A STALLED one is
+    resumed. A CLOSED_LOST one is reopened, and its history is kept. Opening and reopening copy the lead's autonomy
+    level to the conversation and set the lead's `close_entry_point`.
 
     Args:
         lead: the lead or its id.
         entry_point: what brought the lead here.
-        rep: the user who looks after it, or his id.
-        key: idempotency key: once it has opened, reopened or resumed the conversation, the same key again returns the
-            conversation and changes nothing.
+        rep: the user who looks after it, or their id.
+        key: idempotency key. If it has already opened, reopened or resumed the conversation, that conversation is
+            returned unchanged.
         actor, reason, metadata: for the history.
 
     Returns:
@@ -464,7 +464,7 @@ def open_conversation(
 
     Raises:
         LeadNotFound: there is no such lead.
-        LeadHasNoPhone: it cannot be texted.
+        LeadHasNoPhone: the lead has no phone number.
         UserNotFound: there is no such rep.
         ConversationCompleted: the lead has paid.
         KeyReused: the key was used for another trigger.
@@ -476,11 +476,11 @@ def open_conversation(
     provenance = Provenance(actor, reason, metadata, key)
     for_update = current().for_update
     with atomic():
-        # The conversation first, and then its lead, as everybody does who holds both.
-        mine = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
-        conversation: CloseEngineConversation | None = mine.first()
+        # Lock the conversation before its lead, as all code here does: another order could deadlock.
+        of_lead = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
+        conversation: CloseEngineConversation | None = of_lead.first()
         if conversation is not None and conversation.stage not in ACTIVE_STAGES:
-            conversation = for_update(mine).first()  # so that nobody else resumes or reopens it meanwhile
+            conversation = for_update(of_lead).first()  # nobody else may resume or reopen it meanwhile
         if conversation is not None and conversation.stage in ACTIVE_STAGES:
             return conversation
         row = for_update(Lead.select(Lead.id, Lead.phone, Lead.autonomy_level).where(Lead.id == lead_id)).first()
@@ -499,12 +499,12 @@ def open_conversation(
         if rep_id is not None and User.get_or_none(User.id == rep_id) is None:
             raise UserNotFound(rep_id)
         if conversation is not None:
-            taken = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
-            taken["rep"] = conversation.rep_id if rep_id is None else rep_id
-            change_stage(conversation, "reopen", {}, provenance, taken)
+            copied = {"entry_point": entry_point, "autonomy_level": row.autonomy_level}
+            copied["rep"] = conversation.rep_id if rep_id is None else rep_id
+            change_stage(conversation, "reopen", {}, provenance, copied)
         else:
             conversation = _insert(row, entry_point, rep_id, provenance)
-            if conversation is None:  # a writer who does not hold the lead was first
+            if conversation is None:  # another writer, which did not lock the lead, was first
                 return open_conversation(lead, entry_point, rep, key, actor=actor, reason=reason, metadata=metadata)
         Lead.update(close_entry_point=entry_point).where(Lead.id == lead_id).execute()
         if isinstance(lead, Lead):
@@ -513,7 +513,7 @@ def open_conversation(
 
 
 def _opened_by(conversation: CloseEngineConversation, key: str | None) -> bool:
-    """Whether this key opened, reopened or resumed it already."""
+    """Return whether this key has already opened, reopened or resumed the conversation."""
     mine = (StageChange.conversation_id == conversation.id) & (StageChange.key == key)
     opening = StageChange.trigger.in_(["open", "reopen", "resume"])
     return key is not None and StageChange.get_or_none(mine & opening) is not None
@@ -522,7 +522,7 @@ def _opened_by(conversation: CloseEngineConversation, key: str | None) -> bool:
 def _insert(
     lead: Lead, entry_point: EntryPoint, rep_id: str | None, provenance: Provenance
 ) -> CloseEngineConversation | None:
-    """A new conversation, or None where the lead has got one meanwhile."""
+    """Insert a new conversation, or return None if the lead has got one in the meantime."""
     moment = now()
     conversation = CloseEngineConversation(
         lead=lead,

@@ -1,7 +1,7 @@
-"""One stage change: read, ask the machine, write once, name the failure; memory follows last.
+"""One stage change: read, ask the machine, write once, explain a failure, and update the object last.
 
 `CloseEngineConversation.fire` ends here. The machine decides on facts, never on the row. The row changes only if
-nobody changed it since it was loaded. The database adds the history row and refuses what is not in its table.
+nobody has changed it since it was loaded. The database adds the history row, and refuses changes not in its table.
 
 >>> from close_engine import CloseEngineConversation, connect
 >>> database = connect("sqlite:///:memory:")
@@ -49,7 +49,7 @@ __all__ = [
 
 _TICK = timedelta(milliseconds=1)
 
-#: The fields on which a decision, its write and its history row rest.
+#: The fields that a decision, its write and its history row need.
 _NEEDED = {"id", "lead", "stage", "autonomy_level", "payment_link_sent_at", "updated_at"}
 
 
@@ -58,8 +58,8 @@ class Assignment(NamedTuple):
 
     Attributes:
         column: the column's name.
-        sql: an expression in which each %s is a parameter, and {history} our table.
-        parameters: a tuple of values as the database stores them.
+        sql: an expression. Each %s is a parameter, and {history} stands for the history's table.
+        parameters: tuple of values, as the database stores them.
     """
 
     column: str
@@ -90,16 +90,16 @@ def change_stage(
     Args:
         conversation: the conversation as the caller knows it.
         trigger: a name of the transition table.
-        given: the arguments that the table's conditions and stamps are about, by name.
-        provenance: what the history row is to say; its key makes the trigger fire only once.
-        also: further fields to write with it, by name.
+        given: the arguments that the table's conditions and stamps need, by name.
+        provenance: goes into the history row. Its key makes the trigger fire only once.
+        also: other fields to write in the same UPDATE, by name.
 
     Returns:
         the history row.
 
     Raises:
-        UnknownTrigger, TransitionNotAllowed, ConditionNotMet, PartlyLoaded: as `decide` and `facts_of` say.
-        StageConflict, ConversationNotFound: as `conflict` says.
+        UnknownTrigger, TransitionNotAllowed, ConditionNotMet, PartlyLoaded: see `decide` and `facts_of`.
+        StageConflict, ConversationNotFound: see `conflict`.
         KeyReused: the key was used for another trigger.
         InvalidValue: a value cannot be stored.
     """
@@ -121,7 +121,7 @@ def change_stage(
             run_entry_hooks(conversation, change)
     except (TransitionRefused, StageConflict, ConversationNotFound):
         # Look for an earlier use of the key only now, so that its first use costs nothing.
-        earlier = _earlier(conversation.id, trigger, provenance.key)
+        earlier = _find_earlier(conversation.id, trigger, provenance.key)
         if earlier is None:
             raise
         return earlier
@@ -129,10 +129,10 @@ def change_stage(
 
 
 def facts_of(conversation: CloseEngineConversation, given: Mapping[str, Any]) -> Facts:
-    """Gather what the machine decides on.
+    """Collect the facts that the machine decides on.
 
     Raises:
-        PartlyLoaded: the object lacks a column that a decision rests on.
+        PartlyLoaded: the object lacks a column that a decision needs.
     """
     require_whole(conversation)
     sent = conversation.payment_link_sent_at is not None
@@ -140,10 +140,10 @@ def facts_of(conversation: CloseEngineConversation, given: Mapping[str, Any]) ->
 
 
 def require_whole(conversation: CloseEngineConversation) -> None:
-    """Refuse an object whose query left out columns: a value that is not loaded is not an empty value.
+    """Refuse an object whose query left out columns: a value that was not loaded is not an empty value.
 
     Raises:
-        PartlyLoaded: it lacks a column that a decision rests on.
+        PartlyLoaded: it lacks a column that a decision needs.
     """
     if not conversation.__data__.keys() >= _NEEDED and is_row(conversation):
         raise PartlyLoaded(conversation.id, sorted(_NEEDED - conversation.__data__.keys()))
@@ -179,7 +179,7 @@ def _assigned_without_value(column: str, stamp: Stamp) -> Assignment:
 
 
 def assigned(model: type[CloseEngineConversation], values: Mapping[str, Any]) -> list[Assignment]:
-    """List what it takes to write these fields, given by name."""
+    """List the assignments that write these fields, given by name."""
     fields = [(model._meta.fields[name], value) for name, value in values.items()]
     return [Assignment(field.column_name, "%s", (field.db_value(value),)) for field, value in fields]
 
@@ -191,7 +191,7 @@ def _write(
     provenance: Provenance,
     write: Write,
 ) -> tuple[Any, ...] | None:
-    """Run the guarded write, and return the written columns and the id of the history row, or None."""
+    """Run the guarded UPDATE. Return the written columns and the id of the history row, or None if no row matched."""
     binding, key = current(), provenance.key
     shape = tuple([assignment[:2] for assignment in assignments])
     statement = _statement(binding.dialect, conversation._meta.table_name, shape, key is not None)
@@ -206,13 +206,13 @@ def _write(
 
 @cache
 def _statement(dialect: Dialect, table: str, shape: tuple[tuple[str, str], ...], is_keyed: bool) -> str:
-    """Put the guarded write together, once for each shape. On PostgreSQL, for collect_info, it comes out as
+    """Build the guarded UPDATE, once for each shape. For `collect_info` on PostgreSQL it comes out as
 
     UPDATE "close_engine_conversations" SET "stage" = %s, "updated_at" = %s
     WHERE "id" = %s AND "stage" || '' = %s AND "updated_at" = %s AND pg_catalog.set_config(…) IS NOT NULL
     RETURNING "stage", "updated_at", pg_catalog.currval(…)
     """
-    # As in `EnumField.is_still`: only the key may find the row.
+    # `|| ''` keeps the planner off the index on stage, as in `EnumField.is_still`: the id must find the row.
     conditions = '"id" = %s AND "stage" || \'\' = %s AND "updated_at" = %s'
     if is_keyed:
         conditions += " AND NOT EXISTS (SELECT 1 FROM {history} WHERE conversation_id = %s AND key = %s)"
@@ -229,7 +229,7 @@ def _accept(
     row: tuple[Any, ...],
     provenance: Provenance,
 ) -> StageChange:
-    """Copy what was written into the object, and return the history row that belongs to it."""
+    """Copy the written values into the object, and return the history row of the change."""
     columns, values = conversation._meta.columns, {}
     for (column, _, _), value in zip(assignments, row, strict=False):
         values[columns[column].name] = columns[column].python_value(value)
@@ -255,11 +255,11 @@ def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any
 
     Args:
         conversation: the conversation as the caller knows it.
-        values: field name to value; the version moves with them, and alone if there are none.
-        operation: what is done, for the error.
+        values: field name to value. `updated_at` is written with them, and by itself if there are none.
+        operation: the method that writes, for the error.
 
     Raises:
-        StageConflict, ConversationNotFound: as `conflict` says.
+        StageConflict, ConversationNotFound: see `conflict`.
     """
     model = type(conversation)
     values = {**values, "updated_at": next_version(conversation)}
@@ -269,11 +269,11 @@ def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any
     accept(conversation, values)
 
 
-def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:
-    """Find the history row that this key made before.
+def _find_earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange | None:
+    """Find the history row that this key has already made.
 
     Raises:
-        KeyReused: it made one for another trigger.
+        KeyReused: the key was used for another trigger.
     """
     if key is None:
         return None
@@ -288,7 +288,7 @@ def _earlier(conversation_id: str, trigger: str, key: str | None) -> StageChange
 def conflict(
     conversation: CloseEngineConversation, operation: str, expected: Stage
 ) -> StageConflict | ConversationNotFound:
-    """Find out why a guarded write found no row: somebody changed the conversation, or it was deleted."""
+    """Find out why a guarded UPDATE matched no row: somebody changed the conversation, or it was deleted."""
     model = type(conversation)
     found = model.select(model.stage).where(model.id == conversation.id).first()
     if found is None:
@@ -297,7 +297,7 @@ def conflict(
 
 
 def run_entry_hooks(conversation: CloseEngineConversation, change: StageChange) -> None:
-    """Run the functions registered for the stage that was entered: some now, others after the commit."""
+    """Run the functions registered for the stage just entered: `on_enter` now, `after_commit` after the commit."""
     waiting = hooks.committed_hooks(change.dest)
     if current().database.in_transaction():
         _uncommitted.changes[change.id] = change
@@ -308,7 +308,7 @@ def run_entry_hooks(conversation: CloseEngineConversation, change: StageChange) 
 
 
 class _Uncommitted(local):
-    """The newest change of each id, until it is committed: SQLite gives a rolled-back id out again."""
+    """The newest change with each id, until it is committed: SQLite reuses the id of a rolled-back row."""
 
     def __init__(self) -> None:
         self.changes: weakref.WeakValueDictionary[int, StageChange] = weakref.WeakValueDictionary()
@@ -318,7 +318,7 @@ _uncommitted = _Uncommitted()
 
 
 def _run_if_kept(hook: hooks.Hook, conversation: CloseEngineConversation, change: StageChange) -> None:
-    """Run a function after the commit, unless a savepoint was rolled back before it: the history knows."""
+    """Run a function after the commit, unless a savepoint rolled its change back: the history shows which."""
     same = (StageChange.id == change.id) & (StageChange.created_at == change.created_at)
     kept = StageChange.get_or_none(same & (StageChange.conversation_id == change.conversation_id))
     if kept is not None and _uncommitted.changes.get(change.id) is change:

@@ -349,12 +349,12 @@ def test_writing_the_stage_past_the_machine_is_refused(conversation_in: Conversa
         (
             Stage.QUALIFYING,
             "BUILDING",
-            "cannot be written as BUILDING, only triggers change it: call start_building().",
+            "cannot be set to BUILDING, because only triggers change it: call start_building().",
         ),
         (Stage.QUALIFYING, "CLOSED_LOST", "only triggers change it: call close_lost()."),
         (Stage.STALLED, "BUILDING", "only triggers change it: call resume()."),
         (Stage.INITIATED, "BUILDING", "allowed from INITIATED: start_qualifying, complete, stall, close_lost."),
-        (Stage.COMPLETED, "INITIATED", "only triggers change it: allowed from COMPLETED: none."),
+        (Stage.COMPLETED, "INITIATED", "only triggers change it: COMPLETED is final."),
     ],
 )
 def test_assigning_the_stage_names_the_trigger_to_use(
@@ -399,7 +399,7 @@ def test_assigning_the_stage_and_version_that_it_has_changes_nothing(conversatio
 def test_assigning_the_version_is_refused_as_it_tells_whether_somebody_wrote(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     before = in_memory(conversation)
-    with pytest.raises(InvalidValue, match="every write moves it by itself; leave it out") as caught:
+    with pytest.raises(InvalidValue, match="every write sets it; leave it out") as caught:
         conversation.updated_at = datetime(2030, 1, 1, tzinfo=timezone.utc)
     assert caught.value.field == "CloseEngineConversation.updated_at"
     assert in_memory(conversation) == before
