@@ -1,4 +1,4 @@
-"""Close Engine: close conversations as a state machine whose rules hold in Python and in the database."""
+"""Close Engine: a state machine for close conversations, enforced in Python and in the database."""
 
 from types import FunctionType
 
@@ -156,7 +156,7 @@ __all__ = [
     "Worker",
 ]
 
-# Tracebacks and reprs then show the name to import, `close_engine.StageConflict`, and not the file it stands in.
+# So that tracebacks and reprs show the name to import, `close_engine.StageConflict`, not the file that defines it.
 for _name in __all__:
     _public = globals()[_name]
     if isinstance(_public, (type, FunctionType)):

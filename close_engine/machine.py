@@ -1,7 +1,7 @@
-"""The transition table as data, and the pure question it answers: where does this trigger lead?
+"""The transition table as data, and the function that answers: where does this trigger lead?
 
-One table serves Python, the database's guard (a test compares them), the diagram and the documentation.
-It is run by one `transitions.Machine` for the whole process, never on a row:
+Python, the database's guard, the diagram and the documentation all follow this one table; tests compare them with it.
+One `transitions.Machine` runs it for the whole process, and never touches a row:
 
 >>> decide("collect_info", Facts(Stage.QUALIFYING)).dest
 <Stage.COLLECTING_INFO: 'COLLECTING_INFO'>
@@ -51,7 +51,7 @@ class Stamp(Enum):
 
 
 class Facts(NamedTuple):
-    """What a decision rests on: facts of a conversation, and what the caller gives with the trigger."""
+    """What a decision rests on: the state of a conversation, and the arguments that the caller passes (`given`)."""
 
     stage: Stage
     conversation_id: str | None = None
@@ -65,9 +65,9 @@ class Condition:
     """A condition of the table, on top of the stage.
 
     Attributes:
-        sentence: what is missing if it is not met.
-        is_met: whether the facts meet it.
-        is_about_arguments: whether the caller can meet it with the arguments of the trigger.
+        sentence: says what is missing if the condition is not met.
+        is_met: tells from the Facts whether it is met.
+        is_about_arguments: whether the caller can meet it by passing arguments to the trigger.
     """
 
     sentence: str
@@ -75,7 +75,7 @@ class Condition:
     is_about_arguments: bool
 
     def is_among(self, met: tuple[Condition, ...]) -> bool:
-        """Answer the machine, which is given the conditions that are met."""
+        """Return whether the condition is among those that are met. The machine calls this."""
         return self in met
 
 
@@ -84,12 +84,12 @@ class Transition:
     """One row of the table.
 
     Attributes:
-        trigger: its name.
-        sources: the stages that it leads from.
-        dest: where it leads; None is "the stage it stalled in", which the history knows.
-        meaning: what the trigger says, for the documentation.
-        conditions: what must be met besides the stage, in the order in which it is asked for.
-        stamps: column name to what happens to it.
+        trigger: the trigger's name.
+        sources: the stages that it can be fired from.
+        dest: the stage that it leads to; None is "the stage it stalled in", which only the history knows.
+        meaning: what the trigger means, for the documentation.
+        conditions: what must be met besides the stage, in the order in which it is checked.
+        stamps: column name to what happens to that column.
     """
 
     trigger: str
@@ -101,7 +101,7 @@ class Transition:
 
     @property
     def dests(self) -> tuple[Stage, ...]:
-        """Every stage it may lead to."""
+        """Every stage that the trigger can lead to."""
         return ACTIVE_STAGES if self.dest is None else (self.dest,)
 
 
@@ -111,7 +111,7 @@ def _is_text(value: Any) -> bool:
 
 LINK_GIVEN = Condition("a payment link URL must be given", lambda f: _is_text(f.given.get("payment_link_url")), True)
 MAY_SEND_LINK = Condition(
-    "its autonomy level asks for an approval first (give approved_by)",
+    "its autonomy level requires approval first (pass approved_by)",
     lambda f: f.autonomy_level is AutonomyLevel.FULL_AUTO or _is_text(f.given.get("approved_by")),
     True,
 )
@@ -135,7 +135,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(
         "request_approval", (S.PREVIEW_SENT, S.EDIT_LOOP), S.PENDING_APPROVAL, "a human must approve the next message"
     ),
-    Transition("withdraw_approval", (S.PENDING_APPROVAL,), S.PREVIEW_SENT, "the approval is no longer asked for"),
+    Transition("withdraw_approval", (S.PENDING_APPROVAL,), S.PREVIEW_SENT, "the approval is no longer needed"),
     Transition(
         "send_payment_link",
         (S.PREVIEW_SENT, S.EDIT_LOOP, S.PENDING_APPROVAL),
@@ -157,7 +157,7 @@ TRANSITIONS: tuple[Transition, ...] = (
         "resume",
         (S.STALLED,),
         None,
-        "the lead is back: on from the stage it stalled in (QUALIFYING where unknown)",
+        "the lead is back: go on from the stage it stalled in (QUALIFYING if unknown)",
         stamps={"stalled_at": Stamp.CLEARED},
     ),
     Transition(
@@ -180,7 +180,7 @@ TRANSITIONS: tuple[Transition, ...] = (
 TRIGGERS: dict[str, Transition] = {transition.trigger: transition for transition in TRANSITIONS}
 
 
-#: The second, small table: what becomes of a pending action, as (trigger, source, dest).
+#: The transition table of pending actions: (trigger, source, dest).
 ACTION_TRANSITIONS: tuple[tuple[str, ActionStatus, ActionStatus], ...] = (
     ("approve", ActionStatus.PENDING, ActionStatus.APPROVED),
     ("reject", ActionStatus.PENDING, ActionStatus.REJECTED),
@@ -190,7 +190,7 @@ ACTION_TRANSITIONS: tuple[tuple[str, ActionStatus, ActionStatus], ...] = (
 
 @dataclass
 class _Position:
-    """What the machine moves, in place of a row."""
+    """The object that the machine moves, instead of a row."""
 
     stage: Stage
 
@@ -200,7 +200,7 @@ def _build_machine() -> Machine:
         model=None, states=list(Stage), initial=S.INITIATED, auto_transitions=False, model_attribute="stage"
     )
     for row in TRANSITIONS:
-        # `resume` is an internal transition, because only the history knows where it leads.
+        # `resume` has no dest here, because only the history knows where it leads. To the machine it is internal.
         conditions: list[str | Callable[..., bool | None]] = [condition.is_among for condition in row.conditions]
         machine.add_transition(row.trigger, list(row.sources), row.dest, conditions=conditions)
     return machine
@@ -213,16 +213,16 @@ def decide(trigger: str, facts: Facts) -> Transition:
     """Decide where a trigger leads from a stage.
 
     Args:
-        trigger: its name.
-        facts: the stage, and what the conditions are about.
+        trigger: the trigger's name.
+        facts: the stage, and whatever the conditions need.
 
     Returns:
         the row of the table that applies.
 
     Raises:
-        UnknownTrigger: the table has no such trigger.
-        TransitionNotAllowed: the table has no such trigger from this stage.
-        ConditionNotMet: the table has it, but a condition is not met.
+        UnknownTrigger: the table has no trigger of this name.
+        TransitionNotAllowed: the table does not allow the trigger from this stage.
+        ConditionNotMet: the table allows it, but a condition is not met.
     """
     transition = TRIGGERS.get(trigger)
     if transition is None:
@@ -238,20 +238,22 @@ def decide(trigger: str, facts: Facts) -> Transition:
 
 
 def allowed_triggers(facts: Facts) -> list[str]:
-    """Decide which triggers can be fired, given the arguments that they ask for; in the table's order."""
-    return [trigger for trigger, row in TRIGGERS.items() if _fires(trigger, facts.stage, _could_be_met(row, facts))]
+    """List the triggers that can be fired, provided their arguments are passed; in the table's order."""
+    return [
+        trigger for trigger, row in TRIGGERS.items() if _fires(trigger, facts.stage, _met_with_arguments(row, facts))
+    ]
 
 
-def _could_be_met(transition: Transition, facts: Facts) -> tuple[Condition, ...]:
+def _met_with_arguments(transition: Transition, facts: Facts) -> tuple[Condition, ...]:
     return tuple(each for each in transition.conditions if each.is_about_arguments or each.is_met(facts))
 
 
 @cache
 def _fires(trigger: str, stage: Stage, met: tuple[Condition, ...]) -> bool | None:
-    """Ask the machine. Its answer depends on nothing else, so it is asked once for each question.
+    """Ask the machine. The answer depends on the arguments alone, so it is cached.
 
     Returns:
-        whether the trigger fires when just these conditions are met; None if there is no such trigger from the stage.
+        whether the trigger fires if exactly these conditions are met; None if the stage does not have the trigger.
     """
     try:
         return bool(_machine.events[trigger].trigger(_Position(stage), met))
@@ -260,15 +262,15 @@ def _fires(trigger: str, stage: Stage, met: tuple[Condition, ...]) -> bool | Non
 
 
 def decide_action(trigger: str, action_id: str, status: ActionStatus) -> ActionStatus:
-    """Decide which status a decision on a pending action leads to.
+    """Return the status that a decision on a pending action leads to.
 
     Args:
         trigger: `approve`, `reject` or `expire`.
-        action_id: the action, for the error.
-        status: its status now.
+        action_id: the action's id, for the error.
+        status: the action's status now.
 
     Raises:
-        ActionDecided: it is decided already.
+        ActionDecided: somebody already decided, or the action expired.
     """
     for name, source, dest in ACTION_TRANSITIONS:
         if (name, source) == (trigger, status):
@@ -277,12 +279,12 @@ def decide_action(trigger: str, action_id: str, status: ActionStatus) -> ActionS
 
 
 def triggers_from(stage: Stage) -> list[str]:
-    """The triggers that the table has from a stage, in the table's order."""
+    """List the triggers that the table allows from a stage, in the table's order."""
     return [transition.trigger for transition in TRANSITIONS if stage in transition.sources]
 
 
 def pairs() -> Iterator[tuple[str, Stage, Stage]]:
-    """Every (trigger, source, dest) that the database's guard allows."""
+    """Yield every (trigger, source, dest) that the database's guard allows."""
     for transition in TRANSITIONS:
         for source in transition.sources:
             for dest in transition.dests:
@@ -290,12 +292,12 @@ def pairs() -> Iterator[tuple[str, Stage, Stage]]:
 
 
 def trigger_between(source: Stage, dest: Stage) -> str | None:
-    """The trigger that leads from one stage to another; there is at most one."""
+    """Return the trigger that leads from one stage to another, or None; there is at most one."""
     return next((trigger for trigger, *ends in pairs() if ends == [source, dest]), None)
 
 
 def mermaid() -> str:
-    """The state diagram in Mermaid's words. What every active stage can do is drawn once, from the group of them."""
+    """Draw the state diagram in Mermaid's syntax. A trigger of every active stage is one arrow, from their group."""
     inside: list[str] = []
     outside: list[str] = []
     for transition in TRANSITIONS:

@@ -1,7 +1,7 @@
-"""The tables: the CRM's three, of which only our columns are mapped, and the history of stage changes.
+"""The models of the CRM's three tables, with only the columns that the library uses, and of the history.
 
-The tables with a life of their own are models too, each beside what it does: `CloseEngineConversation` in
-`conversations`. All of them follow the binding:
+The model of every other table is in the file that works on it: `CloseEngineConversation` is in `conversations`. All
+models follow the binding:
 
 >>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:", leads="Lead")
@@ -27,7 +27,7 @@ __all__ = ["BaseModel", "Client", "Lead", "StageChange", "User"]
 
 
 class BaseModel(peewee.Model):
-    """Bound to whatever `close_engine.bind` was given; `save()` writes only what was assigned."""
+    """Base of every model, bound to what `close_engine.bind` was given. `save()` writes only assigned fields."""
 
     id: Any = TextField[str](primary_key=True, default=create_id)
 
@@ -36,7 +36,7 @@ class BaseModel(peewee.Model):
         DoesNotExist: type[peewee.DoesNotExist]
 
     def __init__(self, **values: Any) -> None:
-        # Peewee says so of a row's values. What was checked when it was written need not be when it is read.
+        # Peewee passes `__no_default__` with the values of a loaded row. They were checked when they were written.
         if values.pop("__no_default__", False) and self._meta.fields.keys() >= values.keys():
             self.__data__, self.__rel__, self._dirty = values, {}, set()
         else:
@@ -59,7 +59,7 @@ class User(BaseModel):
 
 
 class Lead(BaseModel):
-    """A lead of the CRM. Only these columns are read or written; the CRM's others are never touched.
+    """A lead of the CRM. Only these columns are read or written; its other columns are never touched.
 
     Attributes:
         close_conversation: its one conversation, or None.
@@ -91,19 +91,20 @@ class Client(BaseModel):
 
 
 class StageChange(BaseModel):
-    """One row of the history: the database writes it, for every writer, and it outlives its conversation.
+    """A row of the history. The database writes it, for every writer, and it stays if the conversation is deleted.
 
     Attributes:
         id: int, ascending in the order in which the changes of one conversation were made.
         conversation_id: id of the conversation.
         lead_id: id of its lead.
-        trigger: a trigger of the table; `open` for the first row, `adopted` for what was there before the history.
-        source: the Stage that was left; None for the first row.
+        trigger: the trigger that was fired; `open` in the first row, `adopted` if the conversation is older than the
+            history.
+        source: the Stage that was left; None in the first row.
         dest: the Stage that was entered.
-        actor: who did it, as given; where somebody wrote past this library, `database:<role>`, on SQLite `database`.
+        actor: who did it, as given. If the write bypassed this library, `database:<role>`; on SQLite, `database`.
         reason: why, as given.
-        metadata: what else was given.
-        key: the idempotency key it was made under.
+        metadata: the metadata that was given, as a dict.
+        key: the idempotency key that was given.
         created_at: when, in UTC.
     """
 
@@ -137,7 +138,7 @@ def _follow_binding(database: peewee.Database) -> None:
     User._meta.set_table_name(binding.tables.users)
     Client._meta.set_table_name(binding.tables.clients)
     for model in BaseModel.__subclasses__():
-        # `own_table` names a table that Prisma must not see: the dialect says where it lives.
+        # `own_table` names a table that Prisma must not see: the dialect knows its schema and its full name.
         own_table = getattr(model._meta, "own_table", None)
         if own_table:
             model._meta.schema, name = binding.dialect.own_table(own_table)

@@ -1,6 +1,6 @@
-"""The vocabulary: every word that is stored in a column of ours.
+"""The vocabulary: every word that the library stores in a column.
 
-Each member is a string and equal to what the database holds:
+Each member is a string, equal to what the database holds:
 
 >>> Stage.PREVIEW_SENT == "PREVIEW_SENT"
 True
@@ -25,14 +25,14 @@ __all__ = [
 
 
 class Word(str, Enum):
-    """A stored word: the name of each member is its value, and prints as such."""
+    """An enum that is stored as text: the name of each member is its value, and is what `str()` returns."""
 
     def __str__(self) -> str:
         return str(self.value)
 
 
 class Stage(Word):
-    """Where a close conversation stands."""
+    """The stage of a close conversation."""
 
     INITIATED = "INITIATED"
     QUALIFYING = "QUALIFYING"
@@ -58,7 +58,7 @@ ACTIVE_STAGES: tuple[Stage, ...] = (
     Stage.PAYMENT_SENT,
 )
 
-#: Where nothing is sent any more; the sales conversation is over, one way or the other.
+#: The conversation is over, won or lost, and nothing more is sent in it.
 CLOSED_STAGES: tuple[Stage, ...] = (Stage.COMPLETED, Stage.CLOSED_LOST)
 
 
@@ -72,7 +72,7 @@ class EntryPoint(Word):
 
 
 class AutonomyLevel(Word):
-    """How much the AI may send without a human."""
+    """How much the AI may send without asking a human."""
 
     FULL_AUTO = "FULL_AUTO"
     SEMI_AUTO = "SEMI_AUTO"
@@ -88,7 +88,7 @@ class ActionType(Word):
 
 
 class ActionStatus(Word):
-    """Where a pending action stands in the approval queue."""
+    """The status of a pending action in the approval queue."""
 
     PENDING = "PENDING"
     APPROVED = "APPROVED"
@@ -97,7 +97,7 @@ class ActionStatus(Word):
 
 
 class MessageStatus(Word):
-    """Where a message of the outbox stands."""
+    """The status of a message in the outbox."""
 
     PENDING = "PENDING"
     SENT = "SENT"

@@ -221,7 +221,7 @@ def test_a_refusal_is_a_sentence_and_leaves_everything_as_it_was(
 
 def test_who_approved_the_payment_link_stands_in_the_history(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
-    with pytest.raises(ConditionNotMet, match="asks for an approval first"):
+    with pytest.raises(ConditionNotMet, match="requires approval first"):
         conversation.send_payment_link("https://pay.example.com/1")
     change = conversation.send_payment_link("https://pay.example.com/1", approved_by="ann", metadata={"sum": 900})
     assert change.metadata == {"sum": 900, "approved_by": "ann"}

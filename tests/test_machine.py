@@ -74,7 +74,7 @@ def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
                 "send_payment_link",
                 Stage.PENDING_APPROVAL,
                 {"given": {"payment_link_url": URL, "approved_by": nobody}, "autonomy_level": level},
-                "its autonomy level asks for an approval first (give approved_by)",
+                "its autonomy level requires approval first (pass approved_by)",
             )
             for level in (AutonomyLevel.SEMI_AUTO, AutonomyLevel.MANUAL)
             for nobody in (None, "", "\n")

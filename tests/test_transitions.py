@@ -93,13 +93,13 @@ def refused(conversation: CloseEngineConversation, trigger: str, before: dict[st
     ("stage", "level", "trigger", "given", "missing"),
     [
         (Stage.PREVIEW_SENT, "FULL_AUTO", "send_payment_link", {}, "a payment link URL must be given"),
-        (Stage.EDIT_LOOP, "MANUAL", "send_payment_link", {"payment_link_url": URL}, "its autonomy level asks"),
+        (Stage.EDIT_LOOP, "MANUAL", "send_payment_link", {"payment_link_url": URL}, "its autonomy level requires"),
         (
             Stage.PENDING_APPROVAL,
             "SEMI_AUTO",
             "send_payment_link",
             {"payment_link_url": URL},
-            "its autonomy level asks",
+            "its autonomy level requires",
         ),
         (Stage.PREVIEW_SENT, "FULL_AUTO", "complete", {}, "no payment link was sent"),
         (Stage.BUILDING, "FULL_AUTO", "close_lost", {}, "a reason must be given"),
