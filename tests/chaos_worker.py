@@ -1,6 +1,6 @@
 """A worker that the chaos test kills: `python -m tests.chaos_worker URL FILE`.
 
-What it sends is a line in the file, which is there once it is written, whatever becomes of the process or the database.
+It sends a message by writing a line to the file. The line stays, even if the process or the database crashes.
 """
 
 from __future__ import annotations

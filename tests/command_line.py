@@ -1,4 +1,4 @@
-"""The command line, run in this process or in one of its own, and the roles it connects as."""
+"""Runs the command line, in this process or in its own, and makes the roles that it connects as."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMAND = str(Path(sys.executable).with_name("close-engine"))
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind."""
+    """The output and the exit code of a run."""
 
     code: int
     out: str
@@ -30,7 +30,7 @@ class Result:
 
     @property
     def lines(self) -> list[list[str]]:
-        """The words of every line that was printed."""
+        """The printed lines, each split into words."""
         return [line.split() for line in self.out.splitlines()]
 
 
@@ -48,7 +48,7 @@ def run(*arguments: str, input: str = "") -> Result:
 
 
 def process(*arguments: str, stdout: Any = subprocess.PIPE, **options: Any) -> Result:
-    """Run the installed command in a process of its own, with nobody to answer its questions."""
+    """Run the installed command in its own process, where nobody answers its questions."""
     done = subprocess.run(
         [COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
@@ -62,7 +62,7 @@ def process(*arguments: str, stdout: Any = subprocess.PIPE, **options: Any) -> R
 
 
 def refused(*arguments: str) -> str:
-    """Run a command that must fail, and say why in one line on standard error: that line."""
+    """Run a command that must fail with one line on standard error, and return that line."""
     result = run(*arguments)
     assert (result.code, result.out) == (1, "")
     assert result.err.endswith(".\n")

@@ -1,8 +1,8 @@
 """One behaviour suite, run on every database.
 
-`database` is a migrated, empty database of the test's own, bound to the models; a test that uses it (or anything
-made from it) runs once for each of SQLite in a file, SQLite in memory, and PostgreSQL. `postgres` is the PostgreSQL
-one alone, `empty_url` a database without any tables.
+`database` is the test's own database, migrated, empty and bound to the models. A test that uses it, or anything made
+from it, runs three times: on SQLite in a file, on SQLite in memory, and on PostgreSQL. `postgres` is PostgreSQL only,
+`empty_url` a database without tables.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SERVER = "CLOSE_ENGINE_TEST_SERVER"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell has what it runs in the background ignore SIGINT, and so would the processes that the tests interrupt.
+    # A shell makes its background jobs ignore SIGINT. The processes that the tests interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not hasattr(config, "workerinput"):  # one server for all the processes of a run
+    if not hasattr(config, "workerinput"):  # one server for all processes of a run
         server = postgres_server()
         os.environ[SERVER] = server.__enter__()
 
@@ -75,7 +75,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def database_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a migrated database; one in memory has yet to be."""
+    """The URL of a migrated database; one in memory is not migrated yet."""
     if kind == "sqlite-memory":
         yield "sqlite:///:memory:"
     elif kind == "sqlite-file":
@@ -89,7 +89,7 @@ def database_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> I
 
 @pytest.fixture
 def database(database_url: str, close_engine_clock: MovableClock) -> Iterator[peewee.Database]:
-    """A migrated database of the test's own, bound to the models, with the movable clock."""
+    """The test's own migrated database, bound to the models, with a clock that the test can move."""
     database = close_engine.connect(database_url, clock=close_engine_clock)
     if database_url.endswith(":memory:"):
         close_engine.migrate(standalone=True)
@@ -99,7 +99,7 @@ def database(database_url: str, close_engine_clock: MovableClock) -> Iterator[pe
 
 @pytest.fixture
 def close_engine_database(database: peewee.Database) -> peewee.Database:
-    """What the fixtures of close_engine.testing are made from: here, every database in turn."""
+    """The database that the fixtures of close_engine.testing use: here, each kind in turn."""
     return database
 
 
@@ -112,7 +112,7 @@ def postgres_url(server: str, postgres_template: str) -> Iterator[str]:
 
 @pytest.fixture
 def postgres(postgres_url: str) -> Iterator[peewee.Database]:
-    """A migrated PostgreSQL database of the test's own, bound to the models, with the real clock."""
+    """The test's own migrated PostgreSQL database, bound to the models, with the real clock."""
     database = close_engine.connect(postgres_url)
     yield database
     database.close()

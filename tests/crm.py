@@ -1,4 +1,4 @@
-"""The CRM database that Prisma made and filled: restored, and described by its own catalog."""
+"""A CRM database that Prisma made and filled: restores it, and reads its catalog."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = Path(__file__).parent / "data"
 BEFORE = DATA / "prisma_crm.sql"
 AFTER = DATA / "prisma_crm_after.schema.sql"
 
-#: What Prisma sees of a schema: the name of each thing, and everything about it.
+#: What Prisma sees in a schema, as queries: the name of each object, and everything about it.
 SEEN_BY_PRISMA = {
     "relations": """
         SELECT c.relname, c.relkind::text FROM pg_class c
@@ -46,7 +46,7 @@ SEEN_BY_PRISMA = {
     """,
 }
 
-#: What Prisma does not see.
+#: The objects that Prisma does not see.
 UNSEEN = {
     "triggers": """
         SELECT c.relname || ': ' || t.tgname, pg_get_triggerdef(t.oid) FROM pg_trigger t
@@ -70,7 +70,7 @@ Catalog = dict[str, dict[str, tuple[Any, ...]]]
 
 
 def query(url: str | peewee.Database, sql: str, values: Any = None) -> list[tuple[Any, ...]]:
-    """The rows of a statement or a script, past the library and in one transaction; or in that of a connection."""
+    """Run SQL without the library, in its own transaction or in that of a connection, and return the rows."""
     if not isinstance(url, str):
         cursor = url.execute_sql(sql, values)
         return cursor.fetchall() if cursor.description else []
@@ -118,7 +118,7 @@ def columns_of(described: Catalog) -> dict[str, list[str]]:
 
 
 def everything(url: str | peewee.Database) -> Any:
-    """All that a database of either kind is made of but for its rows."""
+    """Everything in a database of either kind except its rows."""
     if isinstance(url, str) and url.startswith("sqlite"):
         return query(
             url, "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"

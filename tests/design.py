@@ -1,6 +1,6 @@
 """The stages and the transition table of the design, written down a second time.
 
-What the library and the database say is compared with this, so nothing here may be imported from close_engine.
+The tests compare the library and the database with it, so it must not import anything from close_engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REASON = "too expensive"
 
 
 class Rule(NamedTuple):
-    """One row of the table: column to what is stamped there."""
+    """One row of the table; `stamps` is column to what is written there."""
 
     sources: list[str]
     dests: list[str]
@@ -53,7 +53,7 @@ TABLE = {
     "reopen": Rule(["CLOSED_LOST"], ["INITIATED"], {"closed_lost_at": None, "closed_lost_reason": None}),
 }
 
-#: What must be given with a trigger.
+#: The arguments that a trigger requires.
 GIVEN: dict[str, dict[str, Any]] = {"send_payment_link": {"payment_link_url": URL}, "close_lost": {"reason": REASON}}
 
 #: (from, to): trigger.

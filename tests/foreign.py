@@ -1,7 +1,7 @@
 """A writer that knows nothing of this library: plain SQL through the driver, as the CRM or a script sends it.
 
-The fixture `foreign` is one, beside the library on every database; `foreign_postgres` where only PostgreSQL has what is
-tested.
+The fixture `foreign` is such a writer, next to the library, on every database. `foreign_postgres` is for what only
+PostgreSQL has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import peewee
 import psycopg2
 import pytest
 
-#: What the guard's refusal is, as the drivers raise it.
+#: The errors that the drivers raise if the guard refuses a write.
 REFUSED = (psycopg2.errors.CheckViolation, sqlite3.IntegrityError)
 
 
@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 
 class ForeignWriter:
-    """A connection past the library; `close_engine.` before a table's name stands for the prefix on SQLite, too."""
+    """A connection that bypasses the library. On SQLite, `close_engine.` in its SQL becomes `close_engine_`."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -51,7 +51,7 @@ class ForeignWriter:
 
     @classmethod
     def beside(cls, database: peewee.Database, url: str) -> ForeignWriter:
-        """A connection of its own to the same database; one in memory has but the one."""
+        """Open another connection to the same database; a database in memory has only one."""
         if url.startswith("postgresql"):
             connection = psycopg2.connect(url)
             connection.autocommit = True
@@ -64,11 +64,11 @@ class ForeignWriter:
 
     @property
     def actor(self) -> str:
-        """Whom the history names for what this writer does."""
+        """The actor that the history records for this writer."""
         return f"database:{self.run('SELECT session_user')[0][0]}" if self.is_postgres else "database"
 
     def run(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """The rows of a statement, or of none."""
+        """Run a statement, and return its rows if it has any."""
         if not self.is_postgres:
             sql = sql.replace("close_engine.", "close_engine_").replace("%s", "?")
         with closing(self.connection.cursor()) as cursor:
@@ -76,13 +76,13 @@ class ForeignWriter:
             return [tuple(row) for row in cursor.fetchall()] if cursor.description else []
 
     def lead(self) -> str:
-        """The id of a new lead."""
+        """Insert a lead, and return its id."""
         lead_id = f"lead {next(self._numbers)} of {id(self)}"
         self.run("INSERT INTO leads (id, phone) VALUES (%s, '+15550100')", lead_id)
         return lead_id
 
     def insert(self, stage: Any, conversation_id: str | None = None, **columns: Any) -> str:
-        """The id of a new conversation."""
+        """Insert a conversation, and return its id."""
         columns = {
             "id": conversation_id or f"conversation {next(self._numbers)} of {id(self)}",
             "lead_id": self.lead(),
@@ -96,14 +96,14 @@ class ForeignWriter:
         return str(columns["id"])
 
     def update(self, conversation_id: str, **columns: Any) -> None:
-        """Set the columns, and no other."""
+        """Set these columns and no others."""
         assignments = ", ".join(f"{name} = %s" for name in columns)
         self.run(
             f"UPDATE close_engine_conversations SET {assignments} WHERE id = %s", *columns.values(), conversation_id
         )
 
     def row(self, conversation_id: str) -> dict[str, Any]:
-        """Column to value, moments as naive datetimes."""
+        """Read a row: column to value, with times as naive datetimes."""
         (values,) = self.run(
             f"SELECT {', '.join(COLUMNS)} FROM close_engine_conversations WHERE id = %s", conversation_id
         )
@@ -114,7 +114,7 @@ class ForeignWriter:
         return str(self.row(conversation_id)["stage"])
 
     def history(self, conversation_id: str) -> list[Change]:
-        """What the history says of a conversation, oldest first."""
+        """Read the history of a conversation, oldest first."""
         rows = self.run(
             'SELECT "trigger", source, dest, actor, reason, metadata, "key" FROM close_engine.history '
             "WHERE conversation_id = %s ORDER BY id",
@@ -125,20 +125,20 @@ class ForeignWriter:
         ]
 
     def recorded_at(self, conversation_id: str) -> list[datetime]:
-        """When the changes of a conversation were made, oldest first."""
+        """Read when the changes of a conversation were made, oldest first."""
         rows = self.run(
             "SELECT created_at FROM close_engine.history WHERE conversation_id = %s ORDER BY id", conversation_id
         )
         return [moment(created_at) for (created_at,) in rows]
 
     def silent_since(self) -> dict[str, datetime]:
-        """Conversation to since when it is silent, of those that may stall."""
+        """Read since when each conversation that may stall has been silent."""
         rows = self.run("SELECT conversation_id, since FROM close_engine.silence")
         return {conversation_id: moment(since) for conversation_id, since in rows}
 
 
 def moment(value: Any) -> Any:
-    """A stored moment as a naive datetime: SQLite has text."""
+    """Convert a stored time to a naive datetime; SQLite stores text."""
     return datetime.fromisoformat(value) if isinstance(value, str) else value
 
 

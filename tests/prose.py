@@ -1,4 +1,4 @@
-"""What is written for people, as tests read it: pages, their sections and their fenced blocks."""
+"""The pages of documentation, as tests read them: their sections and their fenced blocks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page, in order."""
+    """Yield the fenced blocks of a page, in order."""
     text = page.read_text()
     for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         yield Block(found[1], text.count("\n", 0, found.start()) + 2, found[2])
 
 
 def block(page: Path, language: str, having: str = "") -> str:
-    """The text of the only such block of a page."""
+    """Return the text of the only block of a page in this language that contains `having`."""
     (text,) = (block.text for block in blocks(page) if block.language == language and having in block.text)
     return text
 
 
 def section(page: Path, heading: str) -> str:
-    """What stands under a heading of the second level; empty where there is none."""
+    """Return the text under a heading of the second level; empty if there is none."""
     return "".join(
         re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
     )

@@ -1,4 +1,4 @@
-"""What an object holds and what its row holds, for tests that compare them."""
+"""Reads an object and its row, for tests that compare them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ Row = TypeVar("Row", bound=BaseModel)
 
 
 def copy_of(row: Row) -> Row:
-    """The same row as another worker loads it."""
+    """Load the same row again, as another worker does."""
     found: Row = type(row).get_by_id(row.id)
     return found
 
 
 def in_memory(row: BaseModel) -> tuple[dict[str, Any], set[str]]:
-    """Everything an object holds: its values, and which of them are unsaved."""
+    """Return everything that an object holds: its values, and which of them are unsaved."""
     return dict(row.__data__), set(row._dirty)
 
 
 def stored(conversation: CloseEngineConversation) -> dict[str, Any]:
-    """Everything the row holds, as a fresh object has it."""
+    """Return everything that the row holds."""
     return dict(copy_of(conversation).__data__)
 
 
 def triggers(conversation: CloseEngineConversation) -> list[str]:
-    """What the history says, oldest first."""
+    """Return the triggers in the history, oldest first."""
     return [change.trigger for change in conversation.history()]
 
 
 def replayed(conversation_id: str) -> str | None:
-    """The stage that the history leads to, each row of which must begin where the one before ended."""
+    """Return the stage that the history leads to. Each row must start where the one before it ended."""
     stage = None
     for change in StageChange.select().where(StageChange.conversation_id == conversation_id).order_by(StageChange.id):
         assert change.source == stage
@@ -43,12 +43,12 @@ def replayed(conversation_id: str) -> str | None:
 
 
 class Stop(Exception):
-    """An error of the caller's own."""
+    """The caller's own error."""
 
 
 @contextmanager
 def left_by_an_error(block: AbstractContextManager[Any]) -> Iterator[Any]:
-    """Run the body in the block, and leave the block with an error, which it must let through."""
+    """Run the body in the block and leave it with an error, which the block must let through."""
     try:
         with block as entered:
             yield entered

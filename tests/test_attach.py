@@ -1,6 +1,6 @@
-"""What we say about a PostgreSQL database of a CRM is so.
+"""What the documentation says about a CRM's PostgreSQL database is true.
 
-Prisma's models are the tables, the rights are enough and no more, and the queries run.
+The Prisma models match the tables, the granted rights are enough and not too many, and the queries run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Field(NamedTuple):
 
     @property
     def definition(self) -> str:
-        """The column as a dump of PostgreSQL prints it."""
+        """Return the column as a PostgreSQL dump prints it."""
         text = f"{self.column} {TYPES[self.type]}"
         default = re.search(r'@default\((\d+|now\(\)|"\w+")\)', self.attributes)
         if default:
@@ -56,7 +56,7 @@ def fields_of(model: str) -> list[Field]:
 
 
 def statements_of(model: str, table: str) -> Iterator[str]:
-    """What Prisma makes of a model, as a dump of PostgreSQL prints it."""
+    """Return what Prisma makes of a model, as a PostgreSQL dump prints it."""
     fields = {field.name: field for field in fields_of(model)}
     definitions = ",\n".join(f"    {field.definition}" for field in fields.values())
     yield f"CREATE TABLE public.{table} (\n{definitions}\n);"
@@ -104,7 +104,7 @@ def test_the_added_fields_are_the_columns_that_prisma_adds(model: str) -> None:
 
 @pytest.fixture
 def roles(server: str) -> Iterator[dict[str, str]]:
-    """The README's roles to roles of the test's own, which have no rights."""
+    """The roles in the README, each mapped to the test's own role without rights."""
     names = {role: new_name() for role in ("crm_owner", "close_worker", "crm_app")}
     for name in names.values():
         execute(server, f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
@@ -127,13 +127,13 @@ def url(server: str, roles: dict[str, str]) -> Iterator[str]:
 
 
 def as_role(url: str, role: str) -> str:
-    """The same URL for another role."""
+    """Return the same URL for another role."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=f"{role}:secret@{parts.netloc.rpartition('@')[2]}"))
 
 
 def run_block(url: str, having: str, roles: dict[str, str]) -> None:
-    """Run the README's block of SQL that has this text in it, for the test's roles."""
+    """Run the block of SQL in the README that contains this text, for the test's roles."""
     text = block(README, "sql", having)
     for role, name in roles.items():
         text = text.replace(role, name)

@@ -1,4 +1,4 @@
-"""Which database: URLs as people write them, what is refused, and that no error shows a password."""
+"""Binding a database: URLs as people write them, what is refused, and that no error shows a password."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_the_url_comes_from_the_environment_and_else_is_a_file_here(
 
 
 class OldSqlite(peewee.SqliteDatabase):
-    """As the SQLite of an old system presents itself."""
+    """Reports the version of an old system's SQLite."""
 
     server_version = (3, 34, 1)
 

@@ -1,4 +1,4 @@
-"""The board: what it counts, how long it says, and that it never passes an approximation off as exact."""
+"""The board: what it counts, what times it shows, and that it never shows an estimate as exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def line(stage: Stage) -> StageLine:
 
 
 def to_minutes(time: timedelta | None) -> timedelta | None:
-    """On a clock that stands still, each write is a millisecond after the one before."""
+    """Round to minutes: even on a clock that stands still, each write is a millisecond after the last."""
     return time and timedelta(minutes=round(time / timedelta(minutes=1)))
 
 

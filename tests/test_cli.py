@@ -1,4 +1,4 @@
-"""The command line, as it is used: what it prints, what it does to the tables, and how it fails."""
+"""The command line as people use it: what it prints, what it changes, and how it fails."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ COMMANDS += ("actions", "approve", "reject", "outbox", "sweep", "worker", "board
 
 @pytest.fixture(params=["sqlite-file", "postgresql"])
 def kind(request: pytest.FixtureRequest) -> str:
-    """A database in memory ends with the process that made it: these two are what a command can be given."""
+    """Only these two: a database in memory ends with its process, so a command cannot open it."""
     return str(request.param)
 
 
 def make_file(url: str) -> None:
-    """See to it that a SQLite database is there, without any tables."""
+    """Make sure that a SQLite database exists, without tables."""
     if url.startswith("sqlite"):
         Path(urlsplit(url).path[1:]).touch()
 

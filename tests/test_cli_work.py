@@ -1,4 +1,4 @@
-"""The commands for those who approve, send and watch."""
+"""The commands for people who approve drafts, run workers and watch the pipeline."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(params=["sqlite-file", "postgresql"])
 def kind(request: pytest.FixtureRequest) -> str:
-    """A database in memory ends with the process that made it: these two are what a command can be given."""
+    """Only these two: a database in memory ends with its process, so a command cannot open it."""
     return str(request.param)
 
 
 @pytest.fixture
 def action(conversation_in: Any, database_url: str, monkeypatch: pytest.MonkeyPatch) -> PendingAction:
-    """A payment link that waits for approval, in the database of the environment."""
+    """A payment link that waits for approval, in the database that the environment names."""
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
     conversation = conversation_in(Stage.PREVIEW_SENT, AutonomyLevel.SEMI_AUTO)
     made = submit(
@@ -54,7 +54,7 @@ def action(conversation_in: Any, database_url: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def messages(conversation_in: Any, database_url: str, monkeypatch: pytest.MonkeyPatch) -> list[OutboxMessage]:
-    """Two messages to be sent, in the database of the environment."""
+    """Two messages to send, in the database that the environment names."""
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
     return [outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", text) for text in ("Hello!", "Hi!")]
 
@@ -385,7 +385,7 @@ def test_on_a_terminal_the_board_is_live_until_it_is_interrupted(
     conversation_in(Stage.BUILDING)
     read_until(r"BUILDING +1 ")
     watching.send_signal(signal.SIGINT)
-    with suppress(OSError):  # which ends the reading, for the terminal is gone with the process
+    with suppress(OSError):  # the terminal is gone with the process, which ends the reading
         while os.read(ours, 10_000):
             pass
     _, err = watching.communicate()

@@ -1,4 +1,4 @@
-"""Opening a conversation: one for each lead, whoever asks, how often and at once."""
+"""Opening a conversation: each lead has one, no matter how many callers ask, and how often."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ConversationIn = Callable[..., CloseEngineConversation]
 
 
 def everything() -> list[list[Any]]:
-    """Every row that an opening can touch."""
+    """Return every row that an opening can touch."""
     models: tuple[type[BaseModel], ...] = (Lead, CloseEngineConversation, StageChange, User)
     return [list(model.select().order_by(model.id).dicts()) for model in models]
 
@@ -82,7 +82,7 @@ def test_unsaved_changes_of_the_lead_are_neither_written_nor_lost(database: peew
     conversation = open_conversation(lead, EntryPoint.SMS_REPLY)
     assert lead.dirty_field_names == ["autonomy_level", "qualification_data"]
     assert Lead.get_by_id(lead.id).qualification_data is None
-    assert conversation.autonomy_level is AutonomyLevel.FULL_AUTO, "the level that is stored counts"
+    assert conversation.autonomy_level is AutonomyLevel.FULL_AUTO, "the stored level counts"
 
 
 REFUSED: dict[str, tuple[Callable[..., object], type[Exception], str]] = {
@@ -270,14 +270,14 @@ def test_the_key_of_another_trigger_does_not_open(conversation_in: ConversationI
 
 
 def wait_until_blocked(database: peewee.Database, thread: threading.Thread) -> None:
-    """Return as soon as the thread's session waits for this one's transaction."""
+    """Return as soon as the thread's session waits for this transaction."""
     blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
     while not database.execute_sql(blocked).fetchone()[0]:
         assert thread.is_alive(), "it did not wait"
 
 
 def in_a_thread(database: peewee.Database, function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Start a function in a thread of its own; its outcome is what `join()` leaves in the returned list."""
+    """Run a function in its own thread. After `join()`, its outcome is in the returned list."""
     outcome = []
 
     def run() -> None:
@@ -345,7 +345,7 @@ def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postg
         assert outcome == []
         held.collect_info()
     thread.join()
-    assert outcome == [Stage.COLLECTING_INFO], "who waited found what the holder left"
+    assert outcome == [Stage.COLLECTING_INFO], "the waiting writer found what the lock's holder wrote"
     assert triggers(conversation) == ["open", "start_qualifying", "collect_info", "start_building"]
 
 
@@ -364,7 +364,7 @@ def test_writers_past_the_library_wait_for_a_held_conversation_too(postgres: pee
 
 
 def test_a_held_lead_may_get_rows_that_refer_to_it(postgres: peewee.Database) -> None:
-    """The CRM goes on adding messages to a lead while its conversation is opened."""
+    """The CRM keeps adding messages to a lead while its conversation is opened."""
     postgres.execute_sql("CREATE TABLE messages (lead_id text REFERENCES leads)")
     lead = new_lead()
     with close_engine.atomic():

@@ -1,4 +1,4 @@
-"""The demonstration: complete, reproducible, and gone without a trace."""
+"""The demonstration: it is complete and reproducible, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FEW = str(MIN_LEADS)
 
 @pytest.fixture(params=["sqlite-file", "postgresql"])
 def beside(request: pytest.FixtureRequest, tmp_path: Path, server: str) -> Iterator[str]:
-    """The URL of a database beside which to play; on PostgreSQL, of a role that nobody else uses."""
+    """The URL of the database next to which the demonstration makes its own; on PostgreSQL, with its own role."""
     if request.param == "sqlite-file":
         yield f"sqlite:///{tmp_path}/mine.db"
     else:
@@ -50,14 +50,14 @@ def beside(request: pytest.FixtureRequest, tmp_path: Path, server: str) -> Itera
 
 
 def play(url: str, leads: int = MIN_LEADS, seed: int = 1) -> Report:
-    """A whole performance."""
+    """Run a whole demonstration."""
     with Demo(url, leads, seed) as demo:
         assert sum(1 for _ in demo.run()) == demo.total
         return demo.report()
 
 
 def databases(url: str) -> set[str]:
-    """What there is beside a database."""
+    """List what exists next to a database."""
     if url.startswith("sqlite"):
         return {path.name for path in Path(urlsplit(url).path[1:]).parent.rglob("*.db")}
     owned = "SELECT datname FROM pg_database WHERE datdba = current_user::regrole AND datname LIKE 'close_engine_demo%'"

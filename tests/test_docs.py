@@ -1,7 +1,7 @@
-"""The prose is guarded: its examples run, and what it lists is all there is.
+"""The documentation is tested: its examples run, and its lists are complete.
 
-The examples of a page run in their order, on a fresh database: blocks of Python, of which the block of text below is
-what they print, and console sessions. What is not to run stands in another language.
+The examples of a page run in order, on a fresh database: blocks of Python, followed by a block of text if they print
+something, and console sessions. A block that must not run is marked with another language.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WITH_EXAMPLES = [page for page in PAGES if {"python", "console"} & {block.langua
 
 @pytest.fixture
 def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty working directory, a database in it for whoever names none, and a wide terminal."""
+    """An empty working directory with the default database in it, and a wide terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", f"sqlite:///{tmp_path}/close_engine.db")
     monkeypatch.setenv("COLUMNS", "200")
@@ -53,7 +53,7 @@ def test_examples_run_and_print_what_stands_there(
     printed = ""
     for example in blocks(page):
         if example.language == "python":
-            # With as many lines before it as on the page, so that a traceback points there.
+            # Put as many lines before it as on the page, so that a traceback shows the page's line.
             exec(compile("\n" * (example.line - 1) + example.text, str(page), "exec"), namespace)
             printed = capsys.readouterr().out
         elif example.language == "text" and printed:
@@ -68,7 +68,7 @@ def test_examples_run_and_print_what_stands_there(
 
 
 def assert_printed(page: Path, line: int, shown: str, printed: str) -> None:
-    """What stands on the page is what was printed; `...` stands for anything."""
+    """Compare the page with what was printed; `...` matches anything."""
     matches = OutputChecker().check_output(shown, printed, ELLIPSIS | NORMALIZE_WHITESPACE)
     assert matches, f"{page.name}, line {line}, shows\n{shown}but this was printed:\n{printed}"
 
@@ -133,17 +133,17 @@ def test_imports_run_downward_as_the_design_lists_the_files() -> None:
 
 
 def imported_by(path: Path) -> set[str]:
-    """The files and rooms of the package that a file imports when it runs."""
+    """Return the files and directories of the package that a file imports when it runs."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "close_engine":
             inside = "/".join((node.module or "").split(".")[1:])
             names = [f"{inside}/{alias.name}".lstrip("/") for alias in node.names]
-            found |= {name if is_file_or_room(name) else inside for name in names}
+            found |= {name if is_in_the_package(name) else inside for name in names}
     return found
 
 
-def is_file_or_room(name: str) -> bool:
+def is_in_the_package(name: str) -> bool:
     return (PACKAGE / f"{name}.py").is_file() or (PACKAGE / name).is_dir()
 
 

@@ -24,7 +24,7 @@ def test_the_classes_stand_in_the_order_of_the_tree() -> None:
 
 
 def tree(error: type[BaseException], depth: int = 0) -> Iterator[str]:
-    """One line for each class of the file, below its base, with the built-in error that it also is."""
+    """Return one line for each class in the file, below its base, with the built-in error that it also is."""
     builtin = [f", also {article(base)} {base.__name__}" for base in error.__bases__[1:]]
     yield "    " * depth + error.__name__ + "".join(builtin)
     for below in error.__subclasses__():

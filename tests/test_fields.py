@@ -1,4 +1,4 @@
-"""Column types: what is assigned is checked at once, and is what a reload gives."""
+"""Column types: a value is checked when it is assigned, and is then what a reload would give."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=timezone.utc)
 
 
 def values(row: peewee.Model) -> dict[str, Any]:
-    """Everything that the object says of its row."""
+    """Return everything that the object says about its row."""
     return {
         field.name: getattr(row, field.object_id_name if isinstance(field, peewee.ForeignKeyField) else field.name)
         for field in row._meta.sorted_fields
@@ -99,7 +99,7 @@ REFUSED = [
     ),
 ]
 
-#: Every way by which a value reaches a query.
+#: Every way in which a value can reach a query.
 WAYS: dict[str, Callable[[str, Any], Any]] = {
     "constructor": lambda field, value: Lead(**{field: value}),
     "assignment": lambda field, value: setattr(Lead(), field, value),
@@ -114,7 +114,7 @@ WAYS: dict[str, Callable[[str, Any], Any]] = {
 
 @pytest.fixture
 def statements(database: peewee.Database) -> list[str]:
-    """What is sent to the database from now on."""
+    """The statements sent to the database from now on."""
     sent: list[str] = []
     database.query_hooks.append(lambda event: sent.append(event.sql) if event.exception is None else None)
     return sent
@@ -134,7 +134,7 @@ def test_a_value_that_a_column_cannot_hold_is_refused_before_the_database_sees_i
     assert statements == []
 
 
-#: A question or a change that has such a value somewhere in it.
+#: Queries with such a value somewhere in an expression.
 EXPRESSIONS: list[Callable[[], peewee.Query]] = [
     lambda: Lead.select().where(Lead.phone.contains("\x00")),
     lambda: Lead.select().where(Lead.phone.startswith("\ud800")),
@@ -267,7 +267,7 @@ class Count(int):
     """A number of another class."""
 
 
-#: A value of JSON, and what is kept of it.
+#: A JSON value, and what the database keeps of it.
 JSON = [
     ({}, {}),
     ([], []),

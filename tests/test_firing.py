@@ -1,4 +1,4 @@
-"""A stage change is one guarded write: it happens as a whole, or memory and database stay as they were."""
+"""A stage change is one guarded write: it happens completely, or memory and database stay as they were."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ConversationIn = Callable[..., CloseEngineConversation]
 
 
 def run(database: peewee.Database, sql: str) -> None:
-    """Run a statement as somebody who does not use this library."""
+    """Run a statement as a writer that does not use this library."""
     database.execute_sql(sql)
 
 
@@ -228,7 +228,7 @@ def test_who_approved_the_payment_link_stands_in_the_history(conversation_in: Co
     assert conversation.history()[-1].metadata == change.metadata
 
 
-# -- fields beside the stage -------------------------------------------------------------------------------------------
+# -- fields other than the stage ---------------------------------------------------------------------------------------
 
 
 def test_unsaved_changes_of_other_fields_are_neither_written_nor_lost(conversation_in: ConversationIn) -> None:
@@ -288,7 +288,7 @@ def test_an_object_that_was_loaded_in_part_is_not_decided_on(conversation_in: Co
     assert conversation.stage is Stage.COMPLETED
 
 
-# -- past the machine --------------------------------------------------------------------------------------------------
+# -- bypassing the machine ---------------------------------------------------------------------------------------------
 
 Conversation = CloseEngineConversation
 
@@ -461,7 +461,7 @@ def test_a_key_is_remembered_over_further_changes_and_by_stale_objects(conversat
     stale = copy_of(conversation)
     first = conversation.start_qualifying(key="SM1")
     assert stale.start_qualifying(key="SM1") == first
-    assert stale.stage is Stage.INITIATED, "what was not written is not taken over"
+    assert stale.stage is Stage.INITIATED, "a change that did not happen is not copied into the object"
     conversation.close_lost("no answer")
     conversation.reopen()
     assert conversation.start_qualifying(key="SM1") == first, "although the trigger is allowed again"
@@ -516,7 +516,7 @@ def test_a_rolled_back_change_leaves_its_key_free(conversation_in: ConversationI
 
 
 class Counting(psycopg2.extensions.cursor):  # type: ignore[misc]
-    """A cursor that notes every statement it sends."""
+    """A cursor that records every statement it sends."""
 
     sent: ClassVar[list[str]] = []
 
@@ -527,7 +527,7 @@ class Counting(psycopg2.extensions.cursor):  # type: ignore[misc]
 
 @pytest.fixture
 def sent(postgres: peewee.Database, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every statement that goes to PostgreSQL, BEGIN and COMMIT among them."""
+    """Every statement that is sent to PostgreSQL, including BEGIN and COMMIT."""
     monkeypatch.setattr(Counting, "sent", [])
     postgres.connection().cursor_factory = Counting
     return Counting.sent

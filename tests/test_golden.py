@@ -1,4 +1,4 @@
-"""The one UPDATE of a stage change, as it is sent, compared with files that can be read."""
+"""The UPDATE of a stage change, exactly as it is sent, compared with readable files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.design import GIVEN, TABLE
 
 GOLDEN = Path(__file__).parent / "golden"
 
-#: Breaks a statement into the lines in which the golden files have it.
+#: Breaks a statement into the lines of the golden files.
 CLAUSES = re.compile(r" (?=(?:SET|WHERE(?! conversation_id)|AND(?! dest| key)|RETURNING) )")
 
 

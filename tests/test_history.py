@@ -1,4 +1,4 @@
-"""The history: complete for every writer, with the context of those who go through the library, and of nobody else."""
+"""The history: complete for every writer, with the provenance of the library's writes and of no others."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from tests.foreign import REFUSED, Change, ForeignWriter
 
 Factory = Callable[..., CloseEngineConversation]
 
-CONTEXT: dict[str, Any] = {
+PROVENANCE: dict[str, Any] = {
     "actor": "worker-7 'of' \"many\"",
     "reason": "because: %s {history} \\ ü 🔑\n",
     "metadata": {"deep": [{"a": None, "b": [1.5, True, "§"]}], "'": '"', "empty": {}},
     "key": "SM'123",
 }
-TOLD = (CONTEXT["actor"], CONTEXT["reason"], CONTEXT["metadata"], CONTEXT["key"])
+TOLD = (PROVENANCE["actor"], PROVENANCE["reason"], PROVENANCE["metadata"], PROVENANCE["key"])
 
 
 @pytest.fixture
 def own(database: peewee.Database) -> ForeignWriter:
-    """Raw SQL in the library's own session, as a caller's own statements in his transaction are."""
+    """Raw SQL in the library's own session, like a caller's own statements in their transaction."""
     return ForeignWriter(database.connection())
 
 
-# -- the library's context ---------------------------------------------------------------------------------------------
+# -- the library's provenance ------------------------------------------------------------------------------------------
 
 
 def test_who_why_and_under_which_key_reaches_the_row(conversation_in: Factory, foreign: ForeignWriter) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    change = conversation.collect_info(**CONTEXT)
+    change = conversation.collect_info(**PROVENANCE)
     assert foreign.history(conversation.id)[-1] == Change("collect_info", "QUALIFYING", "COLLECTING_INFO", *TOLD)
     assert foreign.recorded_at(conversation.id)[-1] == foreign.row(conversation.id)["updated_at"]
     assert conversation.history()[-1].__data__ == change.__data__
-    assert change.metadata == CONTEXT["metadata"]
+    assert change.metadata == PROVENANCE["metadata"]
     assert repr(change) == f"<StageChange {change.id}: QUALIFYING → COLLECTING_INFO by collect_info>"
 
 
@@ -62,11 +62,11 @@ def test_much_metadata_reaches_the_row(conversation_in: Factory) -> None:
     assert conversation.history()[-1].metadata == metadata
 
 
-def test_opening_and_reopening_carry_their_context(database: peewee.Database, foreign: ForeignWriter) -> None:
+def test_opening_and_reopening_carry_their_provenance(database: peewee.Database, foreign: ForeignWriter) -> None:
     lead = new_lead()
-    conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY, **CONTEXT)
+    conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY, **PROVENANCE)
     conversation.close_lost(REASON, actor="Ann")
-    again = {**CONTEXT, "key": "SM124"}
+    again = {**PROVENANCE, "key": "SM124"}
     reopened = close_engine.open_conversation(lead, EntryPoint.REP_CLOSE, **again)
     reopened.stall()
     close_engine.open_conversation(lead, EntryPoint.REP_CLOSE, actor="Bob")
@@ -84,49 +84,49 @@ def test_opening_and_reopening_carry_their_context(database: peewee.Database, fo
 
 @contextmanager
 def undone() -> Iterator[None]:
-    """A block that is rolled back."""
+    """Run a block and roll it back."""
     with close_engine.atomic() as transaction:
         yield
         transaction.rollback()
 
 
 def after_a_change(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
-    conversation.collect_info(**CONTEXT)
+    conversation.collect_info(**PROVENANCE)
 
 
 def after_a_conflict(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
     own.update(conversation.id, edit_rounds=1)
     with pytest.raises(StageConflict):
-        conversation.collect_info(**CONTEXT)
+        conversation.collect_info(**PROVENANCE)
 
 
 def after_a_rollback(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
     with undone():
-        conversation.collect_info(**CONTEXT)
+        conversation.collect_info(**PROVENANCE)
 
 
 def after_a_second_use_of_the_key(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
-    first = conversation.collect_info(**CONTEXT)
-    assert conversation.collect_info(**CONTEXT).id == first.id
+    first = conversation.collect_info(**PROVENANCE)
+    assert conversation.collect_info(**PROVENANCE).id == first.id
 
 
 def after_a_refusal_by_the_database(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
     with undone():
         own.run("DELETE FROM close_engine.transitions WHERE dest = 'COLLECTING_INFO'")
         with pytest.raises(peewee.IntegrityError), close_engine.atomic():
-            conversation.collect_info(**CONTEXT)
+            conversation.collect_info(**PROVENANCE)
         own.update(conversation.id, stage="STALLED")
         assert own.history(conversation.id)[-1].actor == own.actor
 
 
 def after_an_opening(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
-    close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY, **CONTEXT)
-    close_engine.open_conversation(conversation.lead_id, EntryPoint.SMS_REPLY, **CONTEXT)
+    close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY, **PROVENANCE)
+    close_engine.open_conversation(conversation.lead_id, EntryPoint.SMS_REPLY, **PROVENANCE)
 
 
 def after_a_failed_opening(conversation: CloseEngineConversation, own: ForeignWriter) -> None:
     with pytest.raises(close_engine.LeadHasNoPhone):
-        close_engine.open_conversation(new_lead(phone=None), EntryPoint.SMS_REPLY, **CONTEXT)
+        close_engine.open_conversation(new_lead(phone=None), EntryPoint.SMS_REPLY, **PROVENANCE)
 
 
 BEFOREHAND = [
@@ -159,7 +159,7 @@ def test_a_foreign_write_inherits_nothing(
 def test_a_row_that_is_written_again_inherits_nothing(conversation_in: Factory, own: ForeignWriter) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     with close_engine.atomic():
-        conversation.collect_info(**CONTEXT)
+        conversation.collect_info(**PROVENANCE)
         own.run("CREATE TEMPORARY TABLE aside AS SELECT * FROM close_engine_conversations")
         own.run("DELETE FROM close_engine_conversations")
         own.run("INSERT INTO close_engine_conversations SELECT * FROM aside")
@@ -177,11 +177,11 @@ def test_a_pooled_session_hands_nothing_on(database_url: str) -> None:
             close_engine.migrate(standalone=True)
         session = pool.connection()
         conversation = bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.QUALIFYING)
-        conversation.collect_info(**CONTEXT)
+        conversation.collect_info(**PROVENANCE)
         stale = CloseEngineConversation.get_by_id(conversation.id)
         stale.__data__["updated_at"] = conversation.created_at
         with pytest.raises(StageConflict):
-            stale.start_building(**{**CONTEXT, "key": "SM124"})
+            stale.start_building(**{**PROVENANCE, "key": "SM124"})
     with pool.connection_context():
         assert pool.connection() is session
         own = ForeignWriter(session)
@@ -199,7 +199,7 @@ LEFT_ON_SQLITE = "SELECT context FROM close_engine_context"
 
 
 def replay(changes: list[Change]) -> str | None:
-    """The stage that a history leads to; each change must begin where the one before it ended."""
+    """Return the stage that a history leads to. Each change must start where the one before it ended."""
     stage = None
     for change in changes:
         assert change.source == stage

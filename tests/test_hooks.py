@@ -1,4 +1,4 @@
-"""Functions of the user's own at a stage's edges: in the transaction of the change, or after its commit."""
+"""The user's functions at a stage change: in its transaction, or after its commit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from close_engine.testing import new_lead
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
 
 ConversationIn = Callable[..., CloseEngineConversation]
-#: What registers a function: `hook(on_enter, Stage.BUILDING)`.
+#: The type of the fixture `hook`, called as `hook(on_enter, Stage.BUILDING)`.
 Register = Callable[..., Callable[[Callable[..., Any]], Hook]]
 
 
 @pytest.fixture
 def hook() -> Iterator[Register]:
-    """Registers like the decorators, for the length of the test: `@hook(on_enter, Stage.BUILDING)`."""
+    """Registers a function like the decorators, until the test ends: `@hook(on_enter, Stage.BUILDING)`."""
     registered = []
 
     def register(
@@ -56,7 +56,7 @@ def hook() -> Iterator[Register]:
 
 @pytest.fixture
 def told(hook: Register) -> list[StageChange]:
-    """What the after-commit hooks of every stage were told: the changes, in order."""
+    """The changes that the after-commit hooks of all stages were called with, in order."""
     changes = []
     hook(after_commit, *Stage)(lambda conversation, change: changes.append(change))
     return changes
@@ -308,7 +308,7 @@ def test_after_commit_hooks_of_an_undone_savepoint_never_run(
 def test_a_change_that_is_made_again_after_it_was_undone_is_told_once(
     conversation_in: ConversationIn, told: list[StageChange]
 ) -> None:
-    """With the clock standing still the second change is the first's twin, and SQLite gives it the same id."""
+    """The clock stands still, so the two changes look alike, and SQLite gives both the same id."""
     conversation = conversation_in(Stage.INITIATED)
     told.clear()
     with atomic():

@@ -1,4 +1,4 @@
-"""What comes in is processed once, never fails with a conflict, and is never swallowed."""
+"""Inbound texts and payments are processed once, never conflict, and never get lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HOUR = timedelta(hours=1)
 
 
 def entries() -> list[tuple[Any, ...]]:
-    """What the inbox holds, oldest first."""
+    """Return the entries of the inbox, oldest first."""
     return [(e.kind, e.key, e.lead_id, e.conversation_id, e.body) for e in InboxEntry.select().order_by(InboxEntry.id)]
 
 
@@ -178,7 +178,7 @@ def test_a_text_whose_processing_fails_can_come_again(conversation_in: Conversat
 
 
 def paid_link(conversation: CloseEngineConversation) -> CloseEngineConversation:
-    """The same conversation, with a payment link that reached the lead at some time."""
+    """Return the same conversation as if a payment link had been sent earlier."""
     sql(
         "UPDATE close_engine_conversations SET payment_link_sent_at = %s WHERE id = %s",
         "2026-01-01 00:00:00.000",
@@ -225,7 +225,7 @@ def test_the_payment_behind_a_conversation_that_was_completed_by_hand_is_taken(c
 
 def unmatched(lead_id: str, key: str, why: str) -> None:
     before = entries()
-    for _ in range(2):  # it is not taken for processed
+    for _ in range(2):  # it does not count as processed
         with pytest.raises(PaymentUnmatched) as error:
             record_payment(lead_id, key)
         assert (error.value.lead_id, error.value.key, error.value.why) == (lead_id, key, why)
@@ -323,7 +323,7 @@ def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversatio
     def fire() -> None:
         for _ in range(60):
             copy = copy_of(conversation)
-            with suppress(StageConflict, TransitionNotAllowed):  # another one was first
+            with suppress(StageConflict, TransitionNotAllowed):  # another thread was first
                 copy.fire("resume" if copy.stage is Stage.STALLED else "stall")
 
     def pay() -> StageChange:

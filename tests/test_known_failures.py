@@ -1,4 +1,4 @@
-"""What the system that this one replaces got wrong, in the order of its audits: each is impossible here."""
+"""The known failures of the system that this library replaces, in the order of its audits: none can happen here."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def write_stage(database: peewee.Database, conversation: CloseEngineConversation, stage: Stage) -> None:
-    """What the stall job and the payment webhook did: past every rule."""
+    """Write the stage as the stall job and the payment webhook did, bypassing every rule."""
     write = f"UPDATE close_engine_conversations SET stage = {database.param} WHERE id = {database.param}"
     database.execute_sql(write, (stage.value, conversation.id))
 
@@ -102,7 +102,7 @@ def conversation_of(action: PendingAction) -> CloseEngineConversation:
 
 
 def in_a_process_that_dies(url: str, *lines: str) -> None:
-    """Run lines of Python in a process of their own, which is killed at their end as by a power cut."""
+    """Run lines of Python in their own process, and kill it when they end, like a power failure."""
     code = "\n".join(
         [
             "import os, signal",
@@ -118,7 +118,7 @@ def in_a_process_that_dies(url: str, *lines: str) -> None:
 
 
 def test_01_an_invalid_transition_cannot_be_overlooked(conversation_in: ConversationIn) -> None:
-    """It was logged and skipped: the caller went on as if it had happened."""
+    """It was logged and skipped, so the caller went on as if it had happened."""
     conversation = conversation_in(Stage.QUALIFYING)
     before, went_on = in_memory(conversation), []
 
@@ -153,7 +153,7 @@ def test_02_a_terminal_stage_is_left_only_as_the_table_says(
 def test_03_writing_the_stage_directly_is_refused_in_python_and_guarded_and_recorded_in_sql(
     database: peewee.Database, conversation_in: ConversationIn
 ) -> None:
-    """The stall job and the payment webhook wrote it: no validation, no history."""
+    """The stall job and the payment webhook wrote the stage directly, without validation or history."""
     conversation = conversation_in(Stage.BUILDING)
     with pytest.raises(StageAssignmentRefused, match=r"call stall\(\)"):
         conversation.stage = Stage.STALLED
@@ -176,7 +176,7 @@ def test_04_a_payment_is_taken_whatever_the_stage_is(conversation_in: Conversati
     with pytest.raises(ConditionNotMet, match="no payment link was sent"):
         conversation.complete()
     conversation.send_payment_link("https://pay.example.com/1")
-    if late_in is Stage.EDIT_LOOP:  # lost, reopened, and at work again when the old link is paid
+    if late_in is Stage.EDIT_LOOP:  # lost, reopened and in progress again when the old link is paid
         conversation.close_lost("no answer")
         conversation.reopen()
         bring_to(conversation, late_in)
@@ -190,7 +190,7 @@ def test_04_a_payment_is_taken_whatever_the_stage_is(conversation_in: Conversati
 
 @pytest.mark.parametrize("by", list(REJECT))
 def test_05_a_rejected_approval_takes_the_conversation_on(waiting_link: PendingAction, by: str) -> None:
-    """It left the conversation in PENDING_APPROVAL for good."""
+    """A rejection left the conversation in PENDING_APPROVAL for good."""
     assert conversation_of(waiting_link).stage is Stage.PENDING_APPROVAL
     REJECT[by](waiting_link)
     conversation = conversation_of(waiting_link)
@@ -202,7 +202,7 @@ def test_05_a_rejected_approval_takes_the_conversation_on(waiting_link: PendingA
 
 
 def test_06_an_expired_draft_cannot_be_approved(waiting_link: PendingAction, close_engine_clock: MovableClock) -> None:
-    """`expiresAt` existed and nobody read it: expired drafts could be approved for ever."""
+    """`expiresAt` existed but nothing read it: expired drafts could be approved for ever."""
     assert waiting_link.expires_at is not None
     close_engine_clock.now = waiting_link.expires_at
     assert waiting_link.status is ActionStatus.EXPIRED
@@ -219,7 +219,7 @@ def test_06_an_expired_draft_cannot_be_approved(waiting_link: PendingAction, clo
 def test_07_two_clicks_on_approve_send_one_payment_link(
     waiting_link: PendingAction, fake_sender: FakeSender, close_engine_clock: MovableClock
 ) -> None:
-    """They sent two."""
+    """Two payment links were sent."""
     clicks = [copy_of(waiting_link), copy_of(waiting_link)]
     first, second = (click.approve(by="dana") for click in clicks)
     sql("UPDATE pending_actions SET status = 'APPROVED' WHERE id = %s", waiting_link.id)
@@ -280,7 +280,7 @@ def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(
 
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite-file"])
 def test_10_two_entry_points_at_once_open_one_conversation(database: peewee.Database) -> None:
-    """They opened two, or failed with a unique-key error."""
+    """Two conversations were opened, or the second attempt failed with a unique-key error."""
     lead = new_lead()
     barrier = threading.Barrier(2)
     opened = []
@@ -302,7 +302,7 @@ def test_10_two_entry_points_at_once_open_one_conversation(database: peewee.Data
 
 
 def test_11_reopening_a_lost_lead_keeps_its_conversation_and_its_past(conversation_in: ConversationIn) -> None:
-    """It deleted the old conversation and its past."""
+    """Reopening deleted the old conversation and its history."""
     conversation = conversation_in(Stage.CLOSED_LOST)
     conversation.collected_data = {"hours": "9-5"}
     conversation.save()
@@ -456,7 +456,7 @@ def test_17_concurrent_answers_are_all_kept(database: peewee.Database) -> None:
 def test_18_a_lead_without_a_phone_number_is_refused_with_a_sentence(
     database: peewee.Database, phone: str | None
 ) -> None:
-    """It crashed the opening."""
+    """Opening a conversation for such a lead crashed."""
     lead = new_lead(phone)
     with pytest.raises(LeadHasNoPhone, match=r"has no phone number, .* add one first"):
         open_conversation(lead, EntryPoint.SMS_REPLY)

@@ -1,4 +1,4 @@
-"""The machine by itself: the table as data, the decision on a draft, and the diagram."""
+"""The machine by itself: the table as data, the decision on facts, and the diagram."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_approved_payment_link_may_be_sent_at_any_autonomy_level(level: Auton
 
 def test_a_trigger_that_the_table_does_not_have_is_an_error_of_its_own() -> None:
     draft = Facts(Stage.QUALIFYING)
-    for name in ("to_COMPLETED", "trigger", "", "may_stall"):  # also what `transitions` itself would make or know
+    for name in ("to_COMPLETED", "trigger", "", "may_stall"):  # including names that `transitions` itself would add
         with pytest.raises(UnknownTrigger) as unknown:
             decide(name, draft)
         assert (unknown.value.trigger, unknown.value.known) == (name, list(TABLE))
@@ -133,7 +133,7 @@ def test_the_machine_is_built_once_and_never_for_a_row() -> None:
 
 
 def read_off(diagram: str) -> set[tuple[str, str, str]]:
-    """Every (trigger, from, to) that the diagram shows; an arrow from or to a group is one from or to each in it."""
+    """Return every (trigger, from, to) in the diagram. An arrow from or to a group counts for each of its stages."""
     meant = {"ACTIVE": ACTIVE, "WHERE_IT_STALLED": ACTIVE}
     arrows = re.findall(r"^ *(\w+) --> (\w+): (\w+)$", diagram, re.MULTILINE)
     assert len(set(arrows)) == len(arrows)

@@ -1,4 +1,4 @@
-"""What an object holds of its row is changed in one place, and so is undone in one place."""
+"""One place changes what an object holds of its row, so that one place can undo it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "close_engine"
 
-#: What changes what an object holds of its row, or which of that is unsaved.
+#: Matches code that changes an object's values, or which of them are unsaved.
 CHANGES = re.compile(r"__data__(\[[^\]]+\])?(, \S+)? = |__data__\.(update|pop|setdefault|clear)|__rel__|\._dirty")
 
-#: What loads a row, what refuses the assignment of a field, and what follows a transaction.
+#: The files that load a row, refuse an assignment, and follow a transaction.
 MAY_CHANGE = {"models.py", "columns.py", "database/transaction.py"}
 
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}

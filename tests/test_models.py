@@ -1,4 +1,4 @@
-"""The tables as the models see them: every column of the design, and nothing of the CRM's own."""
+"""The tables as the models see them: every column of the design, and none of the CRM's others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.servers import postgres_database
 
 MOMENT = "timestamp(3) without time zone"
 
-#: The tables of the design: (column, type, whether NULL is refused, default).
+#: The tables of the design: (column, type, NOT NULL, default).
 COLUMNS: dict[type[peewee.Model], list[tuple[str, str, bool, str | None]]] = {
     CloseEngineConversation: [
         ("id", "text", True, None),
@@ -95,7 +95,7 @@ FOREIGN_KEYS = {
     ),
 }
 
-#: What the models know of tables that the CRM had before.
+#: The columns of the CRM's own tables that the models have.
 THEIRS: dict[type[peewee.Model], set[str]] = {Lead: {"id", "phone"}, Client: {"id"}, User: {"id"}}
 
 
@@ -119,7 +119,7 @@ def test_every_column_of_the_design_is_in_the_database_and_in_the_model(
     assert {field.column_name for field in model._meta.sorted_fields} == {*ours, *theirs}
     if not theirs:
         assert [name for name, *_ in found] == ours
-        # In a row without NULLs, nothing that the model makes is left to the database.
+        # The model allows NULL exactly if the column does.
         for field in model._meta.sorted_fields:
             name, _, required, _ = next(column for column in COLUMNS[model] if column[0] == field.column_name)
             assert field.null is not required, name
@@ -180,7 +180,7 @@ def test_defaults_in_memory_are_the_databases_own(database: peewee.Database) -> 
 
 @pytest.fixture
 def crm(server: str) -> Iterator[str]:
-    """The CRM's database after Prisma has pushed our tables into it: empty, and migrated."""
+    """The CRM's database after `prisma db push` with the library's tables: empty, and migrated."""
     with postgres_database(server) as url:
         restore(url, AFTER)
         database = close_engine.connect(url)

@@ -1,4 +1,4 @@
-"""Messages leave in order, by whichever worker holds the lease, and what comes of them is recorded once."""
+"""Messages leave in order, sent by the worker with the lease, and each result is recorded once."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_a_lease_that_another_worker_holds_is_an_error_and_nothing_changes(
     conversation: CloseEngineConversation, close_engine_clock: MovableClock, report: str
 ) -> None:
     enqueue(conversation, "hello", trigger="start_building")
-    for worker in ("w2", "w1"):  # also where the other one has the same name
+    for worker in ("w2", "w1"):  # even if the other worker has the same name
         late = claimed("w1")
         close_engine_clock.move(MINUTE)
         other = claimed(worker)
@@ -540,7 +540,7 @@ def test_a_hook_that_fails_leaves_the_message_sent_and_is_raised_once_that_is_re
 
 
 def test_a_database_that_fails_in_between_leaves_it_to_be_recorded_again(conversation: CloseEngineConversation) -> None:
-    """As after a deadlock or a timeout: what is true in a minute is not to be recorded as refused."""
+    """A deadlock or a timeout is temporary, so it must not be recorded as a refusal."""
     enqueue(conversation, "hello", trigger="start_building")
     message, hook = claimed(), failing_with(peewee.OperationalError("deadlock detected"), Stage.BUILDING)
     try:
@@ -791,7 +791,7 @@ def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_be
     conversation = opened()
     older, newer = enqueue(conversation, "older", "newer")
     claimed().give_up("no")
-    # Another worker has claimed the newer one and not committed yet; the older one comes back meanwhile.
+    # Another worker has claimed the newer one but not committed yet. Meanwhile the older one is requeued.
     other = psycopg2.connect(postgres_url)
     other.cursor().execute(
         "UPDATE close_engine.outbox SET leased_by = 'w2', attempts = 1, available_at = 'infinity' WHERE id = %s",
@@ -844,7 +844,7 @@ def test_of_many_enqueued_under_one_key_at_once_there_is_one(postgres: peewee.Da
 
 
 def test_the_order_of_ids_is_the_order_of_commits(postgres: peewee.Database, postgres_url: str) -> None:
-    """A message cannot appear before one that was claimed already."""
+    """A message cannot become visible after a later one was already claimed."""
     conversation = opened()
     first = psycopg2.connect(postgres_url)
     first.cursor().execute(

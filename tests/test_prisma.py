@@ -1,4 +1,4 @@
-"""A real CRM database, as Prisma made and filled it: migrated, worked on, and migrated back."""
+"""A real CRM database that Prisma made and filled: migrated, worked on, and migrated back."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def crm_url(server: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def after(server: str) -> Iterator[Catalog]:
-    """What Prisma itself makes of the CRM's schema with our tables in it."""
+    """What Prisma itself makes of the CRM's schema with the library's tables in it."""
     with postgres_database(server) as url:
         restore(url, AFTER)
         yield catalog(url)
 
 
 def pwmigrate(url: str, *arguments: str) -> str:
-    """Peewee's own command, as a stranger to this library runs it."""
+    """Run Peewee's own migration command, without this library."""
     command = [str(Path(sys.executable).with_name("pwmigrate")), url, *arguments, "-d", str(directory())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def pwmigrate(url: str, *arguments: str) -> str:
 
 
 def without(described: Catalog, table: str) -> Catalog:
-    """A catalog without one table and what belongs to it."""
+    """Return a catalog without one table and everything that belongs to it."""
     return {
         kind: {name: rest for name, rest in things.items() if not name.startswith(table)}
         for kind, things in described.items()
@@ -84,7 +84,7 @@ def test_migrated_to_what_prisma_makes_walked_and_migrated_back(crm_url: str, af
 
 
 def walk_all_leads(url: str) -> None:
-    """Open a conversation for every lead and lead each to another stage."""
+    """Open a conversation for every lead and bring each to a different stage."""
     reps = list(User.select().order_by(User.id))
     unreachable, expected = [], {}
     for number, lead in enumerate(Lead.select().order_by(Lead.id)):
@@ -154,7 +154,7 @@ LISTED = """
 
 
 def everything_of_ours(url: str) -> tuple[Catalog, Catalog, list[tuple[str, ...]]]:
-    """Our own schema but for the log, the triggers in the CRM's, and the functions with their text."""
+    """Return the library's schema without the log, its triggers in the CRM's, and its functions with their text."""
     functions = (
         "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'close_engine'::regnamespace ORDER BY 1"
     )

@@ -1,4 +1,4 @@
-"""What users import: every public name passes for a name of `close_engine` itself."""
+"""The names that users import: each is shown as a name of `close_engine` itself."""
 
 from __future__ import annotations
 

@@ -37,20 +37,20 @@ race_between = pytest.mark.parametrize(
 )
 
 
-# What a racer does; a process of its own imports this module to do it.
+# The tasks of a racer. Each process imports this module to run one.
 
 
 barrier: Barrier
 
 
 def get_ready(the_barrier: Barrier) -> None:
-    """Called first in each racer."""
+    """Prepare a racer; called first in each."""
     global barrier
     barrier = the_barrier
 
 
 def fire(conversation_id: str, trigger: str) -> int | tuple[Stage, Stage]:
-    """The id of the history row of the winner, expected and found of the others."""
+    """Fire. The winner returns the id of its history row, the others what they expected and found."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
     barrier.wait(60)
     try:
@@ -60,20 +60,20 @@ def fire(conversation_id: str, trigger: str) -> int | tuple[Stage, Stage]:
 
 
 def fire_with_key(conversation_id: str, trigger: str) -> int:
-    """The id of the history row."""
+    """Fire with a key, and return the id of the history row."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
     barrier.wait(60)
     return int(conversation.fire(trigger, key=f"webhook of {trigger}").id)
 
 
 def open_for(lead_id: str, entry_point: EntryPoint) -> str:
-    """The id of the conversation."""
+    """Open a conversation, and return its id."""
     barrier.wait(60)
     return str(open_conversation(lead_id, entry_point).id)
 
 
 def compete(task: Task, rounds: Rounds, url: str | None = None) -> list[Any]:
-    """What came of each round, none of which begins before the one before has ended; a process connects first."""
+    """Run the rounds one after another, and return the outcome of each. A process connects first."""
     if url:
         close_engine.connect(url)
     outcomes = []
@@ -86,7 +86,7 @@ def compete(task: Task, rounds: Rounds, url: str | None = None) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ProcessPoolExecutor]:
-    """Eight of them, which take their time to start."""
+    """Eight processes, shared because they start slowly."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(8, mp_context=spawn, initializer=get_ready, initargs=(spawn.Barrier(8),)) as pool:
         yield pool
@@ -94,7 +94,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def race(database: peewee.Database, database_url: str, racers: str, request: pytest.FixtureRequest) -> Race:
-    """Let racers compete in a task; returns the outcomes of each round."""
+    """Let racers compete in a task, and return the outcomes of each round."""
     number = int(racers.split()[0])
 
     def run(task: Task, rounds: Rounds) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""What was asked and answered is merged in the database: nobody's answers are overwritten; the lead has them too."""
+"""Questions and answers are merged in the database: none are overwritten, and the lead gets them, too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ConversationIn = Callable[..., CloseEngineConversation]
 
 
 def kept(conversation: CloseEngineConversation) -> tuple[Any, Any, Any]:
-    """What the conversation and its lead hold in the database."""
+    """Return what the conversation and its lead hold in the database."""
     row = copy_of(conversation)
     return row.questions_asked, row.collected_data, Lead.get_by_id(row.lead_id).qualification_data
 

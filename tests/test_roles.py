@@ -1,4 +1,4 @@
-"""Database roles: the CRM's, which has no rights on our schema, and a worker's, which has the least that it needs."""
+"""Database roles: the CRM's, without rights on the library's schema, and a worker's, with only the rights it needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.servers import execute, new_name
 
 PASSWORD = "secret"
 
-#: What the role of the CRM's own application has.
+#: The rights of the CRM's own application.
 CRM = [
     "GRANT SELECT, INSERT, UPDATE, DELETE ON leads, close_engine_conversations, pending_actions TO {role}",
 ]
 
-#: The least that a worker needs, besides what everybody has.
+#: The least rights that a worker needs, besides those of PUBLIC.
 WORKER = [
     "GRANT SELECT (id, phone, autonomy_level, close_entry_point, qualification_data) ON leads TO {role}",
     "GRANT UPDATE (close_entry_point, qualification_data) ON leads TO {role}",
@@ -35,13 +35,13 @@ WORKER = [
     "GRANT UPDATE ON close_engine.outbox, close_engine.silence TO {role}",
 ]
 
-#: What it needs on top to verify the installation.
+#: The rights that it needs in addition to verify the installation.
 VERIFIER = ["GRANT SELECT (id) ON users TO {role}", "GRANT SELECT (id, autonomy_level) ON clients TO {role}"]
 
 
 @pytest.fixture
 def role(server: str) -> Iterator[str]:
-    """A new role that can log in and nothing else; given up after the databases it has rights in."""
+    """A new role that can only log in; dropped after the databases in which it has rights."""
     role = new_name()
     execute(server, f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'")
     yield role
@@ -60,7 +60,7 @@ def granted(url: str, role: str, statements: list[str]) -> None:
 
 @pytest.fixture
 def crm(role: str, postgres_url: str) -> Iterator[ForeignWriter]:
-    """The CRM's application: rights on its tables, none on our schema."""
+    """The CRM's application: it has rights on its tables, none on the library's schema."""
     granted(postgres_url, role, CRM)
     writer = ForeignWriter(psycopg2.connect(url_as(postgres_url, role)))
     writer.connection.autocommit = True
@@ -70,7 +70,7 @@ def crm(role: str, postgres_url: str) -> Iterator[ForeignWriter]:
 
 @pytest.fixture
 def owner(crm: ForeignWriter, postgres_url: str) -> Iterator[ForeignWriter]:
-    """Who may read our schema."""
+    """A writer that may read the library's schema."""
     writer = ForeignWriter(psycopg2.connect(postgres_url))
     writer.connection.autocommit = True
     yield writer
@@ -145,7 +145,7 @@ def test_nobody_can_make_our_functions_write_for_a_table_of_his_own(owner: Forei
 
 @pytest.fixture
 def worker(role: str, postgres: peewee.Database, postgres_url: str) -> Iterator[peewee.Database]:
-    """The library, bound as a worker with the least rights, and leads for it to work on."""
+    """The library, bound as a worker with the least rights, and leads to work on."""
     granted(postgres_url, role, WORKER)
     for stage in Stage:
         new_lead(id=f"lead {stage}")
@@ -155,7 +155,7 @@ def worker(role: str, postgres: peewee.Database, postgres_url: str) -> Iterator[
 
 
 def work() -> None:
-    """All that this library does with a conversation."""
+    """Do everything that this library does with a conversation."""
     assert close_engine.migrate() == []
     for stage in Stage:
         conversation = close_engine.open_conversation(

@@ -1,4 +1,4 @@
-"""The vocabulary: the words that other programs write into the same columns."""
+"""The vocabulary: the same words that other programs write into these columns."""
 
 from __future__ import annotations
 

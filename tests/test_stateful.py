@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: an object equals its row or is known to be stale, and the history is complete."""
+"""Whatever happens, in any order: an object equals its row or is known to be stale, and the history is complete."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VALUES = st.one_of(st.none(), st.lists(st.integers(0, 9), max_size=2), st.text("
 
 
 class Conversations(RuleBasedStateMachine):
-    """One conversation as one worker holds it, while others write."""
+    """One conversation, held by one worker while others write."""
 
     database: peewee.Database
 
@@ -56,7 +56,7 @@ class Conversations(RuleBasedStateMachine):
         self.keys: dict[str, StageChange] = {}
 
     def fire(self, trigger: str, key: str | None = None) -> StageChange | None:
-        """Fire, and check that what came of it is what had to come of it."""
+        """Fire, and check that the outcome is the expected one."""
         conversation, arguments = self.conversation, ARGUMENTS.get(trigger, {})
         before = in_memory(conversation)
         error: type[Exception]
@@ -101,7 +101,7 @@ class Conversations(RuleBasedStateMachine):
     def fire_in_blocks_that_are_undone(
         self, before: list[str], inside: list[str], ways: tuple[bool, bool, bool]
     ) -> None:
-        """A savepoint in a transaction, each of them left by an error or rolled back, or kept."""
+        """Fire in a savepoint in a transaction. Each is left by an error, rolled back or kept."""
         undo_all, undo_savepoint, by_error = ways
         unchanged = in_memory(self.conversation)
         keys = dict(self.keys)
@@ -173,7 +173,7 @@ class Conversations(RuleBasedStateMachine):
     @precondition(lambda self: not self.deleted)
     @rule(stage=st.sampled_from(Stage), aside=st.booleans())
     def somebody_writes_sql(self, stage: Stage, aside: bool) -> None:
-        """With or without a stage; the guard lets through what the table allows."""
+        """Write with or without a stage; the guard allows what the table allows."""
         found = copy_of(self.conversation).stage
         mark = self.database.param
         write = "UPDATE close_engine_conversations SET edit_rounds = 7 WHERE id = " + mark

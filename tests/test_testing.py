@@ -1,4 +1,4 @@
-"""The fixtures for users' tests, as a user's own suite takes them up."""
+"""The fixtures for users' tests, as a user's own suite uses them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ THEIR_TESTS = """
 
 @pytest.fixture
 def their_suite(pytester: pytest.Pytester) -> Callable[[str, str], None]:
-    """Run the tests above with this conftest.py, on this kind of database, in an empty directory."""
+    """Run the tests above with this conftest.py on this kind of database, in an empty directory."""
 
     def run(conftest: str, database: str) -> None:
         pytester.makeconftest(conftest)

@@ -31,7 +31,7 @@ ConversationIn = Callable[..., CloseEngineConversation]
 
 
 def change_much(conversation: CloseEngineConversation) -> None:
-    """Everything that writes into an object."""
+    """Call everything that writes into an object."""
     conversation.collect_info()
     conversation.save()
     conversation.collected_data = {"later": True}
@@ -219,7 +219,7 @@ def test_peewees_blocks_work_inside_ours(database: peewee.Database, conversation
 
 @pytest.fixture
 def fails_at_commit(postgres: peewee.Database) -> Callable[[], object]:
-    """On PostgreSQL: a table whose constraint is checked when the transaction commits."""
+    """A PostgreSQL table with a constraint that is checked when the transaction commits."""
     postgres.execute_sql(
         "CREATE TABLE late (id int PRIMARY KEY, other int REFERENCES late DEFERRABLE INITIALLY DEFERRED)"
     )
@@ -350,7 +350,7 @@ def test_memory_keeps_what_is_committed_whatever_happens_after_the_commit(
 
 
 def test_what_runs_after_the_commit_is_outside_of_it(conversation: CloseEngineConversation) -> None:
-    """A transaction of its own, which it may roll back by itself."""
+    """It has its own transaction, and may roll that back."""
 
     def go_on() -> None:
         with left_by_an_error(atomic()):
@@ -378,7 +378,7 @@ def test_a_failure_after_a_commit_of_peewees_own_is_not_swallowed(
 
     with pytest.raises((AfterCommitError, peewee.OperationalError)) as caught:
         block()
-    # Peewee rolls back when a function fails, where SQLite finds nothing more to roll back.
+    # Peewee rolls back if a function fails. On SQLite there is nothing left to roll back, which is another error.
     told = caught.value if isinstance(caught.value, AfterCommitError) else caught.value.__context__.__context__
     assert [str(error) for error in told.errors] == ["no printer"]
     assert stored(conversation)["stage"] is Stage.COLLECTING_INFO

@@ -27,7 +27,7 @@ Factory = Callable[..., CloseEngineConversation]
 
 
 def tick(clock: MovableClock) -> datetime:
-    """A second later, as the database stores it."""
+    """Move the clock by a second, and return the time as the database stores it."""
     now = clock.move(timedelta(seconds=1))
     return now.replace(microsecond=now.microsecond // 1000 * 1000, tzinfo=None)
 
@@ -43,7 +43,7 @@ def test_a_trigger_does_what_the_table_says_and_from_no_other_stage(
 ) -> None:
     for stage in STAGES:
         conversation = conversation_in(Stage[stage])
-        if trigger == "complete":  # in every stage, as if a link had been sent before
+        if trigger == "complete":  # as if a link had been sent before, in every stage
             conversation.payment_link_sent_at = close_engine_clock()
             conversation.save()
         before, past = foreign.row(conversation.id), foreign.history(conversation.id)
@@ -62,7 +62,7 @@ def test_a_trigger_does_what_the_table_says_and_from_no_other_stage(
 def fired(
     conversation: CloseEngineConversation, trigger: str, before: dict[str, Any], moment: datetime
 ) -> dict[str, Any]:
-    """Fire a trigger that the table allows; what the row must be then."""
+    """Fire a trigger that the table allows, and return what the row must be then."""
     change = conversation.fire(trigger, **GIVEN.get(trigger, {}))
     assert change.__data__ == StageChange.get_by_id(change.id).__data__
     assert change.created_at.replace(tzinfo=None) == moment
@@ -75,7 +75,7 @@ def fired(
 
 
 def refused(conversation: CloseEngineConversation, trigger: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Fire a trigger that the table does not allow; the row must be what it was."""
+    """Fire a trigger that the table does not allow; the row must not change."""
     stage, allowed = before["stage"], triggers_from(before["stage"])
     with pytest.raises(TransitionNotAllowed) as refusal:
         conversation.fire(trigger, **GIVEN.get(trigger, {}))
@@ -140,7 +140,7 @@ def test_an_approval_lets_the_payment_link_out_and_is_remembered(
 
 def test_a_stalled_conversation_resumes_where_it_stalled(conversation_in: Factory, foreign: ForeignWriter) -> None:
     for stage in ACTIVE:
-        conversation = conversation_in(Stage.STALLED)  # once before, in QUALIFYING
+        conversation = conversation_in(Stage.STALLED)  # it stalled once before, in QUALIFYING
         foreign.update(conversation.id, stage=stage)
         conversation.reload()
         conversation.stall()
@@ -225,7 +225,7 @@ def test_conversations_are_found_by_how_long_they_are_in_their_stage(
     returned.stall()
     returned.resume()
     elsewhere.send_preview()
-    foreign.update(old.id, edit_rounds=3)  # a write within the stage is no change of it
+    foreign.update(old.id, edit_rounds=3)  # a write within the stage does not change the stage
     assert ids(building(Stage.BUILDING, hour)) == [old.id]
     close_engine_clock.move(hour + moment)
     assert ids(building(Stage.BUILDING, hour)) == sorted([old.id, returned.id])

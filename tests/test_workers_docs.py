@@ -1,4 +1,4 @@
-"""The ways of running workers that docs/workers.md shows, run as they are run in production: by their own workers."""
+"""The ways to run workers in docs/workers.md, each run as in production: by its own workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def run_page(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunPage]:
-    """Run the page's Python up to the block that has this line in it, in an empty directory; return its names."""
+    """Run the page's Python in an empty directory, up to the block that contains this line, and return its names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
 
@@ -50,7 +50,7 @@ def run_page(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def submitted(count: int) -> None:
-    """A first text for each of so many leads."""
+    """Submit a first text for each of this many leads."""
     for _ in range(count):
         submit(open_conversation(new_lead(), EntryPoint.SMS_REPLY), ActionType.SEND_MESSAGE, "Hello!")
 
@@ -80,7 +80,7 @@ def test_huey_delivers_with_several_workers(run_page: RunPage) -> None:
 
 @pytest.fixture
 def new_to_celery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery shares the tasks of an app with the apps that come after it; here, each has only its own."""
+    """Celery shares the tasks of an app with later apps; here, each app has only its own."""
     from celery import _state
     from celery.app import builtins
 
