@@ -125,7 +125,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Manage close conversations: a state machine whose rules hold in Python and in the database."""
+    """Manage close conversations: a state machine enforced in Python and in the database."""
 
 
 def option(context: typer.Context, name: str) -> str | None:
