@@ -1,4 +1,4 @@
--- The approval queue, exactly as `prisma db push` makes it. Prisma gives it no foreign key.
+-- The approval queue, exactly as `prisma db push` creates it: without a foreign key.
 
 CREATE TABLE public.pending_actions (
     id text NOT NULL,

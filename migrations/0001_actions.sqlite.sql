@@ -1,4 +1,4 @@
--- The approval queue. Prisma gives it no foreign key.
+-- The approval queue. It has no foreign key, because Prisma declares none.
 
 CREATE TABLE pending_actions (
     "id" TEXT NOT NULL PRIMARY KEY,

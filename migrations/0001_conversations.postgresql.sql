@@ -1,7 +1,7 @@
--- The close conversations, exactly as `prisma db push` makes them: Prisma finds nothing to change.
+-- The conversations, exactly as `prisma db push` creates them, so that Prisma finds nothing to change.
 --
--- The two quoted names are the CRM's tables of leads and users. The script puts in what the CRM calls them, and the
--- name of the current schema for `public`.
+-- The script replaces the two quoted names with the CRM's own names for its tables of leads and users, and `public`
+-- with the current schema.
 
 CREATE TABLE public.close_engine_conversations (
     id text NOT NULL,

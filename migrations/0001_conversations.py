@@ -1,13 +1,13 @@
-"""The tables and columns that Prisma declares too: conversations, pending actions, and what leads and clients gain.
+"""The tables and columns that Prisma declares too: conversations, pending actions, new columns of leads and clients.
 
-What Prisma has pushed already is adopted after checking that it matches; what is missing is added exactly as
-`prisma db push` would. What this migration added, and so may drop again, is listed in a table `created`; a schema that
-it made says so in its comment. Nothing is added where anything does not match.
+If Prisma already pushed some of them, the migration checks that they match, and keeps them. It adds the rest exactly as
+`prisma db push` would. If anything does not match, it adds nothing. The table `created` lists what was added, so that
+downgrading drops only that. If the migration creates the schema, the schema's comment says so.
 
-The CRM's table names come from the database object (close_engine.bind sets them) or from the environment variables
+The CRM's table names come from the database object (`close_engine.bind` sets them) or from the environment variables
 CLOSE_ENGINE_LEADS_TABLE, CLOSE_ENGINE_USERS_TABLE and CLOSE_ENGINE_CLIENTS_TABLE.
 
-The statements that make the two tables stand in the SQL files beside this script. What is here looks at the catalog.
+The SQL files beside this script create the two tables. The code here reads the catalog and adds the columns.
 """
 
 import os
@@ -20,10 +20,10 @@ from playhouse.migrations import MigrationError
 
 REQUIRED, NULLABLE = True, False
 
-# What the database says of a schema that a migration made.
+# The comment on a schema that the migrations created.
 MADE_HERE = "Made by the migrations of close_engine, and dropped with them."
 
-# No trigger leads out of any other stage.
+# A conversation in any other stage could never leave it.
 STAGES = [
     "INITIATED",
     "QUALIFYING",
@@ -73,7 +73,7 @@ ACTIONS = [
 ]
 TABLES = {"close_engine_conversations": CONVERSATIONS, "pending_actions": ACTIONS}
 
-# Table: the SQL file that makes it.
+# Table: the SQL file that creates it.
 FILES = {"close_engine_conversations": "0001_conversations", "pending_actions": "0001_actions"}
 
 # Table: its indexes, as (name, column, unique).
@@ -91,13 +91,13 @@ INDEXES = {
     ],
 }
 
-# (constraint, column, the CRM table it refers to, what happens here when the row there is deleted)
+# (constraint, column, the CRM's table that it refers to, ON DELETE action)
 FOREIGN_KEYS = [
     ("close_engine_conversations_lead_id_fkey", "lead_id", "leads", "CASCADE"),
     ("close_engine_conversations_rep_id_fkey", "rep_id", "users", "SET NULL"),
 ]
 
-# The CRM's table: what it gains.
+# The CRM's table: the columns that it gains.
 ADDED = {
     "leads": [
         ("autonomy_level", "text", REQUIRED, "'FULL_AUTO'::text"),
@@ -122,7 +122,8 @@ def up(migrator, db):
         problems += column_mismatches(names[table], [c for c in columns if c[0] in present], present, catalog)
     if problems:
         raise MigrationError(
-            "the tables there are not what is needed; make them so and migrate again:\n  - " + "\n  - ".join(problems)
+            "the existing tables do not match what close_engine needs; fix these and migrate again:\n  - "
+            + "\n  - ".join(problems)
         )
 
     catalog.create_schema()
@@ -155,7 +156,7 @@ def down(migrator, db):
 
 
 def run(db, step, names):
-    """Run the SQL file of this step that stands beside this script, for this database and with the CRM's names."""
+    """Run this step's SQL file for this database, with the CRM's own table names."""
     postgres = isinstance(db, peewee.PostgresqlDatabase)
     there = {'"leads"': quoted(names["leads"]), '"users"': quoted(names["users"])}
     if postgres:
@@ -164,7 +165,7 @@ def run(db, step, names):
     text = Path(__file__).with_name(f"{step}.{'postgresql' if postgres else 'sqlite'}.sql").read_text("utf-8")
     text = re.sub('public[.]|"leads"|"users"', lambda name: there[name[0]], text)
     if postgres:
-        # The driver reads % as the beginning of a placeholder, and %% as a %.
+        # The driver takes % for the start of a placeholder, and %% for a %.
         db.execute_sql(text.replace("%", "%%"))
         return
     statement = ""
@@ -202,17 +203,19 @@ def missing_crm_tables(catalog, names):
         columns = catalog.columns(name)
         if not columns:
             problems.append(
-                f"the CRM's table of {table} was looked for as {name!r}{catalog.place()} and not found: "
-                f"say what it is called with connect(..., {table}=...) or the environment variable {variable(table)}"
+                f"the CRM's {table} table was not found as {name!r}{catalog.place()}: "
+                f"name it with connect(..., {table}=...) or the environment variable {variable(table)}"
             )
         elif "id" not in columns:
-            problems.append(f"the CRM's table {name!r} of {table} has no column id; expected text or varchar")
+            problems.append(f"the CRM's {table} table {name!r} has no column id; expected one of type text or varchar")
         elif not catalog.is_text(columns["id"][0]):
-            problems.append(f"column {name}.id is {columns['id'][0]}; expected text or varchar, as Prisma's String is")
+            problems.append(
+                f"column {name}.id is {columns['id'][0]}; expected text or varchar, like a String in Prisma"
+            )
     if any("not found" in problem for problem in problems):
         problems.append(
-            f"the tables found{catalog.place()} are: {', '.join(found) or 'none at all'}; a database that is to have "
-            "no CRM gets minimal tables with close-engine migrate --standalone"
+            f"the tables found{catalog.place()} are: {', '.join(found) or 'none'}; if this database has no CRM, "
+            "create minimal tables with close-engine migrate --standalone"
         )
     return problems
 
@@ -246,7 +249,7 @@ def table_mismatches(catalog, table, names):
     for name, (_kind, required, default) in present.items():
         if name not in known and required and default is None:
             problems.append(
-                f"column {table}.{name} is not known here and must always be given; "
+                f"column {table}.{name} is not null, has no default, and close_engine does not know it; "
                 "make it nullable or give it a default"
             )
     indexes = catalog.indexes(table)
@@ -267,15 +270,15 @@ def table_mismatches(catalog, table, names):
 def unknown_stages(catalog):
     rows = catalog.db.execute_sql(catalog.stages)
     return [
-        f"{count} of close_engine_conversations have the unknown stage {stage!r}, for example {example!r}; "
-        f"correct them to one of {', '.join(STAGES)}"
+        f"{count} row{'s' * (count > 1)} of close_engine_conversations ({'for example ' * (count > 1)}{example!r}) "
+        f"with the unknown stage {stage!r}; change it to one of {', '.join(STAGES)}"
         for stage, count, example in rows.fetchall()
         if stage not in STAGES
     ]
 
 
 class Postgres:
-    """What PostgreSQL's catalog says, and how things are made there."""
+    """Read PostgreSQL's catalog, and create things there."""
 
     exact = True
     mark = "%s"
@@ -289,13 +292,13 @@ class Postgres:
         self.db = db
 
     def create_schema(self):
-        # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+        # CREATE SCHEMA IF NOT EXISTS needs the right to create schemas even if the schema exists: look first.
         if not self.rows("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"):
             self.db.execute_sql("CREATE SCHEMA close_engine")
             self.db.execute_sql(f"COMMENT ON SCHEMA close_engine IS '{MADE_HERE}'")
 
     def drop_schema(self):
-        # The log of migrations may still be in it.
+        # Keep the schema if the migration log is still in it.
         empty = """
             SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'
                 AND pg_catalog.obj_description(oid, 'pg_namespace'::name) = %s
@@ -317,7 +320,7 @@ class Postgres:
         return self.db.execute_sql(query, values).fetchall()
 
     def execute(self, statement):
-        # The driver reads % as the beginning of a placeholder, and %% as a %.
+        # The driver takes % for the start of a placeholder, and %% for a %.
         self.db.execute_sql(statement.replace("%", "%%"))
 
     def quoted(self, table):
@@ -389,7 +392,7 @@ class Postgres:
 
 
 class Sqlite:
-    """What SQLite's catalog says, and how things are made there: the names and nullability of PostgreSQL."""
+    """Read SQLite's catalog, and create things there, with the same names and nullability as on PostgreSQL."""
 
     exact = False
     mark = "?"
@@ -400,10 +403,10 @@ class Sqlite:
         self.db = db
 
     def create_schema(self):
-        """There are none."""
+        """Do nothing: SQLite has no schemas."""
 
     def drop_schema(self):
-        """There are none."""
+        """Do nothing: SQLite has no schemas."""
 
     def place(self):
         return ""

@@ -1,6 +1,6 @@
--- The close conversations. Prisma's SQLite knows nothing of ours: the names and the nullability of PostgreSQL are enough.
+-- The conversations. Prisma does not manage this database, so only names and nullability are the same as on PostgreSQL.
 --
--- The two quoted names are the CRM's tables of leads and users. The script puts in what the CRM calls them.
+-- The script replaces the two quoted names with the CRM's own names for its tables of leads and users.
 
 CREATE TABLE close_engine_conversations (
     "id" TEXT NOT NULL PRIMARY KEY,

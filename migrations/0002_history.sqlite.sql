@@ -1,8 +1,8 @@
--- The history of stage changes, the table of allowed ones, and since when each active conversation may be silent.
+-- The history of stage changes, the table of allowed changes, and when each active conversation may have gone silent.
 --
--- These tables are ours alone. SQLite has no schemas, so they carry the prefix close_engine_.
+-- SQLite has no schemas, so the library's tables have the prefix close_engine_.
 
--- The guard allows exactly these changes; the Python machine has the same table, and a test compares the two.
+-- The guard allows exactly these changes. The Python machine has the same table, and a test compares the two.
 CREATE TABLE IF NOT EXISTS close_engine_transitions (
     machine TEXT NOT NULL,
     "trigger" TEXT NOT NULL,
@@ -11,7 +11,7 @@ CREATE TABLE IF NOT EXISTS close_engine_transitions (
     PRIMARY KEY (machine, source, dest)
 );
 
--- The history has no foreign key: it outlives its conversation.
+-- No foreign key: the history outlives its conversation.
 CREATE TABLE IF NOT EXISTS close_engine_history (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     conversation_id TEXT NOT NULL,
@@ -26,16 +26,16 @@ CREATE TABLE IF NOT EXISTS close_engine_history (
     created_at TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS close_engine_history_conversation_id_idx ON close_engine_history (conversation_id, id);
--- An idempotency key counts once in a conversation, whoever uses it at the same moment.
+-- A conversation uses an idempotency key only once, even if two writers use it at the same moment.
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
     ON close_engine_history (conversation_id, "key") WHERE "key" IS NOT NULL;
 
--- What the library tells the triggers about the write that it is about to make: SQLite has no settings that end with a
--- transaction. The library writes row 1; row 2 belongs to the triggers themselves.
+-- The context of the library's next write, for the triggers: a table, because SQLite has no settings that end with a
+-- transaction. The library writes row 1. The triggers use row 2 for their own writes.
 CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2)), context TEXT NOT NULL);
 
--- A row says only that the lead was not silent before `since`. A stage change does not move it, because that would slow
--- every change down: the sweep that finds a row due looks into the history.
+-- `since` is only a lower bound: the lead was not silent before it. A stage change does not update the row, because
+-- that would slow down every change. When the sweep finds a row due, it checks the history.
 CREATE TABLE IF NOT EXISTS close_engine_silence (conversation_id TEXT NOT NULL PRIMARY KEY, since TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS close_engine_silence_since_idx ON close_engine_silence (since);
 

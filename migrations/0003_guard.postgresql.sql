@@ -1,21 +1,20 @@
--- The guard: triggers that refuse every stage change outside close_engine.transitions, fill the stamps that a writer
--- forgot, and write the history. They hold for every writer.
+-- The guard: triggers that refuse every stage change that is not in close_engine.transitions, fill in the stamps that a
+-- writer left out, and write the history. They apply to every writer.
 --
--- The functions run with their owner's rights, so that the CRM's role needs none on our schema. Their search_path is
--- fixed, and every function in them is named with its schema, so that no writer can redirect what they call.
+-- The functions run with their owner's rights, so that the CRM's role needs no rights on the schema close_engine. Their
+-- search_path is fixed and they name the schema of every function, so that no writer can redirect their calls.
 --
--- `public` stands for the schema of the CRM's tables; the script puts the name of the current schema in its place.
--- Everything here may run again over what it made before.
+-- The script replaces `public` with the current schema, which holds the CRM's tables. The file can safely run twice.
 
--- The moment by which everything of ours is stamped: the clock in UTC, cut to the milliseconds that are stored. A cast to
--- timestamp(3) would round, and so write a moment that has not been yet. PostgreSQL inlines this function.
+-- The clock for all stamps and history rows: UTC, cut to the milliseconds that the columns store. A cast to
+-- timestamp(3) would round, and could return a moment in the future. PostgreSQL inlines this function.
 CREATE OR REPLACE FUNCTION close_engine.moment() RETURNS timestamp without time zone
 LANGUAGE sql VOLATILE PARALLEL SAFE
 RETURN pg_catalog.date_trunc('milliseconds', pg_catalog.clock_timestamp() AT TIME ZONE 'UTC');
 
--- A writer that goes through close_engine leaves a context (who, why, under which key) in a setting. The guard takes it
--- up only for exactly that write, which it recognises by the row's id, the trigger and the new, later `updated_at`: the
--- caller's next plain UPDATE in the same transaction must not be recorded under somebody else's name.
+-- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
+-- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
+-- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match.
 CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -24,20 +23,20 @@ DECLARE
     context jsonb;
     fired text;
 BEGIN
-    -- A session elsewhere than in UTC wrote its local now(). A session in UTC is left alone: there the library's own
-    -- version may be the same millisecond, and the library finds its row again by it.
+    -- A session in another time zone wrote its local now(): convert it. Leave a session in UTC alone: the library's own
+    -- updated_at may be the same millisecond as now(), and the library finds its row by that value.
     IF NEW.updated_at = localtimestamp(3) AND localtimestamp <> current_timestamp AT TIME ZONE 'UTC' THEN
         NEW.updated_at := pg_catalog.date_trunc('milliseconds', current_timestamp AT TIME ZONE 'UTC');
     END IF;
     IF TG_OP = 'INSERT' THEN
-        -- The default, or now(): the column rounded it, and it is local time in a session elsewhere than in UTC.
+        -- The default or now(): rounded by the column, and local time if the session is not in UTC. Replace it.
         IF NEW.created_at = localtimestamp(3) THEN
             NEW.created_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
         END IF;
         IF NOT EXISTS (SELECT FROM close_engine.transitions
                        WHERE machine = 'conversation' AND NEW.stage IN (source, dest)) THEN
             RAISE EXCEPTION USING ERRCODE = 'check_violation',
-                MESSAGE = 'close_engine: ' || coalesce(NEW.stage, 'NULL') || ' is no stage';
+                MESSAGE = 'close_engine: ' || coalesce(NEW.stage, 'NULL') || ' is not a stage';
         END IF;
         IF NEW.stage = 'PAYMENT_SENT' THEN
             NEW.payment_link_sent_at := coalesce(NEW.payment_link_sent_at, moment);
@@ -53,7 +52,8 @@ BEGIN
 
     IF NEW.id <> OLD.id THEN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
-            MESSAGE = 'close_engine: conversation ' || OLD.id || ' keeps its id, by which its history is found';
+            MESSAGE = 'close_engine: conversation ' || OLD.id
+                || ' cannot change its id: its history is stored under it';
     END IF;
     later := NEW.updated_at > OLD.updated_at;
     IF NOT later THEN
@@ -81,7 +81,7 @@ BEGIN
         END IF;
     END IF;
 
-    -- A column that the writer set keeps what it was set to.
+    -- Fill only columns that the writer did not change.
     CASE fired
     WHEN 'request_edits' THEN
         IF NEW.edit_rounds IS NOT DISTINCT FROM OLD.edit_rounds THEN
@@ -115,7 +115,7 @@ BEGIN
             NEW.closed_lost_reason := NULL;
         END IF;
     ELSE
-        NULL; -- the others stamp nothing
+        NULL; -- the other triggers have no stamps
     END CASE;
 
     INSERT INTO close_engine.history
@@ -134,7 +134,8 @@ BEGIN
 END
 $body$;
 
--- The opening is recorded after the INSERT: an INSERT ... ON CONFLICT DO NOTHING that finds its row taken opens nothing.
+-- Record the opening AFTER the INSERT. A BEFORE trigger also fires for an INSERT ... ON CONFLICT DO NOTHING that then
+-- inserts no row.
 CREATE OR REPLACE FUNCTION close_engine.record_opening() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -177,12 +178,12 @@ BEGIN
 END
 $body$;
 
--- A role that may see our schema could otherwise attach these functions to a table of its own, and forge history.
+-- Without this, a role with USAGE on the schema could attach these functions to its own table and forge history.
 REVOKE EXECUTE ON FUNCTION
     close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_silence() FROM PUBLIC;
 
--- PostgreSQL fires a table's triggers in the order of their names. The guard comes last (zz), so that it sees the row as
--- it will be written; the opening is recorded first (aa), before other people's triggers go on from it.
+-- PostgreSQL fires a table's triggers in the order of their names. The guard comes last (zz), so that it sees the row
+-- as it will be written. The opening is recorded first (aa), so that it precedes any change made by other triggers.
 CREATE OR REPLACE TRIGGER aa_close_engine_opening AFTER INSERT ON public.close_engine_conversations
     FOR EACH ROW EXECUTE FUNCTION close_engine.record_opening();
 CREATE OR REPLACE TRIGGER zz_close_engine_deletion AFTER DELETE ON public.close_engine_conversations
@@ -192,8 +193,8 @@ CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON publi
 CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.close_engine_conversations
     FOR EACH STATEMENT EXECUTE FUNCTION close_engine.forget_silence();
 
--- Conversations that are here already get one row of history each. This comes after the triggers, whose lock keeps other
--- writers out until the commit: no change goes unrecorded in between.
+-- Give every existing conversation one history row. Do it after creating the triggers: that takes a lock, which keeps
+-- other writers out until the commit, so no change is missed.
 INSERT INTO close_engine.history (conversation_id, lead_id, trigger, dest, created_at)
 SELECT c.id, c.lead_id, 'adopted', c.stage, close_engine.moment() FROM public.close_engine_conversations c
 WHERE NOT EXISTS (SELECT FROM close_engine.history h WHERE h.conversation_id = c.id)

@@ -1,15 +1,13 @@
--- The guard: triggers that refuse every stage change outside close_engine_transitions, fill the stamps that a writer
--- forgot, and write the history. They hold for every writer.
+-- The guard: triggers that refuse every stage change that is not in close_engine_transitions, fill in the stamps that a
+-- writer left out, and write the history. They apply to every writer.
 --
--- A writer that goes through close_engine leaves a context (who, why, under which key) in close_engine_context. The
--- triggers take it up only for exactly that write, which they recognise by the row's id, the trigger and the new, later
--- `updated_at`.
+-- The library puts the context of its write (actor, reason, metadata, key) into close_engine_context. The triggers use
+-- it only if the row's id, the trigger and a later `updated_at` match.
 --
--- SQLite fires triggers in no promised order, so each of them works whether it fires first or last. Everything here may
--- run again over what it made before.
+-- SQLite promises no order in which triggers fire, so each of them works in any order. The file can safely run twice.
 
--- The library finds a row again by the text of its updated_at, so every row must have it in one form. strftime() rounds
--- text with more than three digits, and a moment is cut, never rounded: the digits are taken off before.
+-- The library finds a row by the text of its updated_at, so all rows need the same format. strftime() rounds text with
+-- more than three decimals, but moments are cut, never rounded. So remove the extra digits first.
 UPDATE close_engine_conversations SET updated_at = coalesce(
     strftime('%Y-%m-%d %H:%M:%f', CASE WHEN updated_at GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
         THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
@@ -23,14 +21,14 @@ BEFORE INSERT ON close_engine_conversations
 WHEN NOT EXISTS (SELECT 1 FROM close_engine_transitions
                  WHERE machine = 'conversation' AND NEW.stage IN (source, dest))
 BEGIN
-    SELECT RAISE(ABORT, 'close_engine: this is no stage');
+    SELECT RAISE(ABORT, 'close_engine: this is not a stage; the stages are in close_engine_transitions');
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_guard_id
 BEFORE UPDATE OF id ON close_engine_conversations
 WHEN NEW.id IS NOT OLD.id
 BEGIN
-    SELECT RAISE(ABORT, 'close_engine: a conversation keeps its id, by which its history is found');
+    SELECT RAISE(ABORT, 'close_engine: a conversation cannot change its id: its history is stored under it');
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_guard_update
@@ -110,22 +108,25 @@ BEGIN
         AND OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
     ORDER BY id DESC LIMIT 1;
 
-    -- Each UPDATE fills a column that the writer left as it was, and only where that changes something: a write in vain
-    -- would move updated_at.
+    -- Each UPDATE fills a column that the writer did not change, and only if the value differs: any write, even without
+    -- a change, moves updated_at.
     UPDATE close_engine_conversations SET edit_rounds = OLD.edit_rounds + 1
     WHERE id = NEW.id AND NEW.edit_rounds IS OLD.edit_rounds AND edit_rounds IS NOT OLD.edit_rounds + 1
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'request_edits' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET payment_link_sent_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
-    WHERE id = NEW.id AND NEW.payment_link_sent_at IS OLD.payment_link_sent_at AND payment_link_sent_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.payment_link_sent_at IS OLD.payment_link_sent_at
+        AND payment_link_sent_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'send_payment_link' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
-    WHERE id = NEW.id AND NEW.completed_at IS OLD.completed_at AND completed_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.completed_at IS OLD.completed_at
+        AND completed_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'complete' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET stalled_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
-    WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at AND stalled_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at
+        AND stalled_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'stall' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET stalled_at = NULL
@@ -133,7 +134,8 @@ BEGIN
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'resume' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET closed_lost_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
-    WHERE id = NEW.id AND NEW.closed_lost_at IS OLD.closed_lost_at AND closed_lost_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE id = NEW.id AND NEW.closed_lost_at IS OLD.closed_lost_at
+        AND closed_lost_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'close_lost' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET closed_lost_at = NULL
@@ -146,8 +148,8 @@ BEGIN
                     AND "trigger" = 'reopen' AND source = OLD.stage AND dest = NEW.stage);
 END;
 
--- updated_at must be later than before, and in the form by which the library finds the row. Only a row that is being
--- inserted did not have that form before.
+-- updated_at must grow with every write and have the format by which the library finds the row. The old value lacks
+-- this format only while a row is being inserted.
 CREATE TRIGGER IF NOT EXISTS close_engine_version
 AFTER UPDATE ON close_engine_conversations
 WHEN NEW.updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', NEW.updated_at)
@@ -171,7 +173,7 @@ BEGIN
     DELETE FROM close_engine_silence WHERE conversation_id = OLD.id;
 END;
 
--- Conversations that are here already get one row of history each.
+-- Give every existing conversation one history row.
 INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", dest, created_at)
 SELECT c.id, c.lead_id, 'adopted', c.stage, strftime('%Y-%m-%d %H:%M:%f', 'now') FROM close_engine_conversations c
 WHERE NOT EXISTS (SELECT 1 FROM close_engine_history h WHERE h.conversation_id = c.id)

@@ -1,6 +1,6 @@
-"""The outbox, from which messages are sent, and the inbox, which knows what was received already.
+"""The outbox, which holds the messages to send, and the inbox, which records what was received already.
 
-What the database runs stands in the SQL files beside this script.
+The SQL is in the files beside this script.
 """
 
 import sqlite3
@@ -10,11 +10,11 @@ import peewee
 
 
 def run(db, step):
-    """Run the SQL file of this step that stands beside this script, for this database."""
+    """Run this step's SQL file for this database."""
     if isinstance(db, peewee.PostgresqlDatabase):
         text = Path(__file__).with_name(f"{step}.postgresql.sql").read_text("utf-8")
         ((schema,),) = db.execute_sql("SELECT pg_catalog.quote_ident(pg_catalog.current_schema()::text)").fetchall()
-        # The driver reads % as the beginning of a placeholder, and %% as a %.
+        # The driver takes % for the start of a placeholder, and %% for a %.
         db.execute_sql(text.replace("public.", f"{schema}.").replace("%", "%%"))
         return
     statement = ""

@@ -1,7 +1,7 @@
--- The outbox, from which messages are sent, and the inbox, which knows what was received already.
+-- The outbox holds the messages to send, and the inbox records what was received already.
 --
--- They are ours alone, where Prisma does not look. A partial index covers only what still waits, so that it stays as
--- small as that is, however much was sent before.
+-- Prisma does not see these tables. The partial indexes cover only the messages that still wait, so they stay small no
+-- matter how many were sent.
 
 CREATE TABLE IF NOT EXISTS close_engine_outbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -29,7 +29,7 @@ CREATE INDEX IF NOT EXISTS close_engine_outbox_available_at_idx
     ON close_engine_outbox (available_at, id) WHERE status = 'PENDING';
 CREATE INDEX IF NOT EXISTS close_engine_outbox_conversation_id_idx
     ON close_engine_outbox (conversation_id, id) WHERE status = 'PENDING';
--- At most one message of a conversation is in flight, whatever the workers do.
+-- At most one message of a conversation is in flight, no matter what the workers do.
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_in_flight_key
     ON close_engine_outbox (conversation_id) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
 CREATE INDEX IF NOT EXISTS close_engine_outbox_leased_idx
@@ -50,6 +50,6 @@ CREATE TABLE IF NOT EXISTS close_engine_inbox (
     received_at TEXT NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_key_key ON close_engine_inbox (kind, "key");
--- A conversation is paid for once.
+-- A conversation has at most one payment.
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_conversation_id_key
     ON close_engine_inbox (conversation_id) WHERE kind = 'payment';

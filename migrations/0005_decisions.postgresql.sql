@@ -1,15 +1,15 @@
--- Decisions on pending actions, and closings: whatever follows from one happens in the same transaction, whoever made it.
+-- Decisions on pending actions, and the closing of conversations: triggers apply the consequences in the same
+-- transaction, no matter who writes.
 --
--- A second, small machine in close_engine.transitions: PENDING to APPROVED, REJECTED or EXPIRED. Approving puts the
--- message into the outbox, once. Rejecting or expiring the last payment link that waits takes its conversation back from
--- PENDING_APPROVAL. When a conversation closes or is deleted, the texts that still wait for it are withdrawn and its
--- drafts expire.
+-- The actions are a second, small machine in close_engine.transitions: PENDING to APPROVED, REJECTED or EXPIRED.
+-- Approving puts the message into the outbox, once. Rejecting or expiring the last pending payment link returns the
+-- conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting texts are
+-- withdrawn and its drafts expire.
 --
--- A decision locks the action first and then its conversation. A closing goes the other way, so it waits for no action:
--- otherwise the two would deadlock.
+-- A decision locks the action first, then its conversation. Closing locks the conversation first, so it skips locked
+-- actions instead of waiting for them: otherwise the two could deadlock.
 --
--- `public` stands for the schema of the CRM's tables; the script puts the name of the current schema in its place.
--- Everything here may run again over what it made before.
+-- The script replaces `public` with the current schema, which holds the CRM's tables. The file can safely run twice.
 
 INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('action', 'approve', 'PENDING', 'APPROVED'),
@@ -26,10 +26,10 @@ BEGIN
     IF NOT EXISTS (SELECT FROM close_engine.transitions
                    WHERE machine = 'action' AND NEW.status IN (source, dest)) THEN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
-            MESSAGE = 'close_engine: ' || coalesce(NEW.status, 'NULL') || ' is no status of an action';
+            MESSAGE = 'close_engine: ' || coalesce(NEW.status, 'NULL') || ' is not an action status';
     END IF;
     IF TG_OP = 'INSERT' THEN
-        -- The default, or now(): the column rounded it, and it is local time in a session elsewhere than in UTC.
+        -- The default or now(): rounded by the column, and local time if the session is not in UTC. Replace it.
         IF NEW.created_at = localtimestamp(3) THEN
             NEW.created_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
         END IF;
@@ -80,7 +80,7 @@ BEGIN
                 WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
                 WHEN c.stage = 'INITIATED' THEN 'start_qualifying' END,
             NEW.approved_by, NEW.metadata ->> 'submittedBy', 'action:' || NEW.id, NEW.approved_at,
-            -- Text that is not a moment, which a foreign writer put there, is no delay.
+            -- Ignore a sendAfter that is not a timestamp: another writer may have put it there.
             greatest(NEW.approved_at, CASE WHEN NEW.metadata ->> 'sendAfter'
                 ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]+)?$'
                 THEN pg_catalog.date_trunc('milliseconds', (NEW.metadata ->> 'sendAfter')::timestamp) END)
@@ -117,7 +117,7 @@ $body$;
 CREATE OR REPLACE FUNCTION close_engine.withdraw_waiting() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-    -- NEW is NULL in a DELETE, and so is every comparison with it.
+    -- In a DELETE, NEW is NULL, and so is every comparison with it.
     over boolean := coalesce(NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage, true);
     approval_withdrawn boolean := OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT';
 BEGIN
@@ -137,7 +137,7 @@ BEGIN
 END
 $body$;
 
--- A role that may see our schema could otherwise attach these functions to a table of its own.
+-- Without this, a role with USAGE on the schema could attach these functions to its own table.
 REVOKE EXECUTE ON FUNCTION
     close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting() FROM PUBLIC;
 
@@ -146,15 +146,15 @@ CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE OF statu
 CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE OF status ON public.pending_actions
     FOR EACH ROW WHEN (OLD.status = 'PENDING' AND NEW.status <> 'PENDING')
     EXECUTE FUNCTION close_engine.follow_decision();
--- The condition is wider than what the function acts on: PostgreSQL prepares it anew for every statement, so a short one
--- is cheaper.
+-- PostgreSQL prepares the WHEN condition again for every statement, so keep it short. It lets some rows through for
+-- which the function does nothing.
 CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE OF stage ON public.close_engine_conversations
     FOR EACH ROW WHEN (OLD.stage = 'PENDING_APPROVAL' OR NEW.stage IN ('COMPLETED', 'CLOSED_LOST'))
     EXECUTE FUNCTION close_engine.withdraw_waiting();
 CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON public.close_engine_conversations
     FOR EACH ROW EXECUTE FUNCTION close_engine.withdraw_waiting();
 
--- Partial indexes let the sweeps find their rows without reading a table.
+-- With these partial indexes, the sweeps and the approval queue find their rows without scanning a table.
 CREATE INDEX IF NOT EXISTS pending_actions_close_engine_expiry
     ON public.pending_actions (expires_at) WHERE status = 'PENDING';
 CREATE INDEX IF NOT EXISTS pending_actions_close_engine_queue

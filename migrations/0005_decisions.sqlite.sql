@@ -1,11 +1,12 @@
--- Decisions on pending actions, and closings: whatever follows from one happens in the same transaction, whoever made it.
+-- Decisions on pending actions, and the closing of conversations: triggers apply the consequences in the same
+-- transaction, no matter who writes.
 --
--- A second, small machine in close_engine_transitions: PENDING to APPROVED, REJECTED or EXPIRED. Approving puts the
--- message into the outbox, once. Rejecting or expiring the last payment link that waits takes its conversation back from
--- PENDING_APPROVAL. When a conversation closes or is deleted, the texts that still wait for it are withdrawn and its
--- drafts expire.
+-- The actions are a second, small machine in close_engine_transitions: PENDING to APPROVED, REJECTED or EXPIRED.
+-- Approving puts the message into the outbox, once. Rejecting or expiring the last pending payment link returns the
+-- conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting texts are
+-- withdrawn and its drafts expire.
 --
--- Everything here may run again over what it made before.
+-- The file can safely run twice.
 
 INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
     ('action', 'approve', 'PENDING', 'APPROVED'),
@@ -17,7 +18,7 @@ CREATE TRIGGER IF NOT EXISTS close_engine_action_insert
 BEFORE INSERT ON pending_actions
 WHEN NOT EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'action' AND NEW.status IN (source, dest))
 BEGIN
-    SELECT RAISE(ABORT, 'close_engine: this is no status of an action');
+    SELECT RAISE(ABORT, 'close_engine: this is not an action status; the statuses are in close_engine_transitions');
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_update
@@ -26,7 +27,7 @@ WHEN NEW.status IS NOT OLD.status
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
                     WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status)
 BEGIN
-    SELECT RAISE(ABORT, 'close_engine: an action that is decided stays so');
+    SELECT RAISE(ABORT, 'close_engine: this status change is not in close_engine_transitions; a decision is final');
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_expired
@@ -43,7 +44,7 @@ WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
     AND NOT EXISTS (SELECT 1 FROM close_engine_conversations
                     WHERE id = NEW.conversation_id AND stage NOT IN ('COMPLETED', 'CLOSED_LOST'))
 BEGIN
-    SELECT RAISE(ABORT, 'close_engine: the conversation of this action has closed');
+    SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: its conversation is closed or deleted');
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_approved
@@ -53,8 +54,9 @@ BEGIN
     UPDATE pending_actions SET approved_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
     WHERE id = NEW.id AND approved_at IS NULL;
 
-    -- strftime() knows text that is not a moment by NULL: what a foreign writer put there in another form is no delay.
-    -- It rounds text with more than three digits, and a moment is cut, never rounded: the digits are taken off before.
+    -- Ignore a sendAfter that is not a timestamp, for which strftime() returns NULL: another writer may have put it
+    -- there. strftime() rounds text with more than three decimals, but moments are cut, never rounded. So remove the
+    -- extra digits first.
     INSERT INTO close_engine_outbox
         (conversation_id, lead_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", created_at,
          available_at)
@@ -82,7 +84,7 @@ WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.ty
     AND EXISTS (SELECT 1 FROM close_engine_conversations
                 WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL')
 BEGIN
-    -- The way back is recorded under the name of whoever decided, if the library left a context for this decision.
+    -- If the library left a context for this decision, record the withdrawal under the actor who decided.
     INSERT OR REPLACE INTO close_engine_context
     SELECT 2, json_object(
         'trigger', 'withdraw_approval', 'id', NEW.conversation_id,
@@ -127,7 +129,7 @@ BEGIN
     WHERE conversation_id = OLD.id AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK';
 END;
 
--- Partial indexes let the sweeps find their rows without reading a table.
+-- With these partial indexes, the sweeps and the approval queue find their rows without scanning a table.
 CREATE INDEX IF NOT EXISTS pending_actions_close_engine_expiry
     ON pending_actions (expires_at) WHERE status = 'PENDING';
 CREATE INDEX IF NOT EXISTS pending_actions_close_engine_queue

@@ -1,8 +1,8 @@
-"""The migrations, for `close_engine.migrate()`, and as they are for plain `pwmigrate`.
+"""The migrations. `close_engine.migrate()` runs them, and so does Peewee's own `pwmigrate`.
 
-Each script runs SQL files that stand beside it, one for each database: what stands in a file is what runs. Two names
-in a file stand for what differs between deployments, and a script replaces only these: `public.` by the schema of the
-CRM's tables, and in 0001 `"leads"` and `"users"` by the CRM's names for them.
+Each script runs the SQL file beside it, one file for each database, so you can read what will run. A script replaces
+only two things in a file: `public.` with the schema of the CRM's tables and, in 0001, `"leads"` and `"users"` with the
+CRM's own names for these tables.
 
-The scripts never import close_engine, nor each other, and are frozen once released.
+The scripts import neither close_engine nor each other. Once released, they do not change.
 """

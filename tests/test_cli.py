@@ -81,7 +81,7 @@ def test_migrate_without_a_crm_says_what_is_missing_and_names_standalone(empty_u
     result = run("migrate", "--database", empty_url)
 
     assert (result.code, result.out) == (1, "")
-    assert "the CRM's table of leads was looked for as " in result.err
+    assert "the CRM's leads table was not found as " in result.err
     assert "migrate --standalone" in result.err
 
 

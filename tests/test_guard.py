@@ -1,4 +1,4 @@
-"""The guard in the database, against writers who go past the library."""
+"""The guard in the database, against writers that bypass the library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.foreign import REFUSED, Change, ForeignWriter, moment
 OLD = "2026-01-01 00:00:00.000"
 BEFORE = "2025-12-24 18:00:00.000"
 
-#: Trigger: the columns that the guard fills where a writer forgets them, and with what.
+#: Trigger: the columns that the guard fills if a writer leaves them out, and the values.
 FORGOTTEN: dict[str, dict[str, Any]] = {
     "request_edits": {"edit_rounds": 3},
     "send_payment_link": {"payment_link_sent_at": "now"},
@@ -37,7 +37,7 @@ FORGOTTEN: dict[str, dict[str, Any]] = {
 STAMPED = {"COMPLETED": "completed_at", "STALLED": "stalled_at", "CLOSED_LOST": "closed_lost_at"}
 STAMPED["PAYMENT_SENT"] = "payment_link_sent_at"
 
-#: What an earlier stay in other stages may have left in a row.
+#: Values that earlier stages may have left in a row.
 LEFT_OVER: dict[str, Any] = {
     "edit_rounds": 2,
     "closed_lost_reason": "no budget",
@@ -47,7 +47,7 @@ LEFT_OVER: dict[str, Any] = {
 
 @pytest.fixture
 def sqlite(tmp_path: Path, sqlite_template: Path) -> Iterator[ForeignWriter]:
-    """A foreign writer where only SQLite has what is tested."""
+    """A foreign writer on SQLite, for what only SQLite has."""
     url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'test.db')}"
     database = close_engine.connect(url)
     writer = ForeignWriter.beside(database, url)
@@ -62,7 +62,7 @@ def now() -> datetime:
 
 @contextmanager
 def during() -> Iterator[list[datetime]]:
-    """Between which moments something happened, cut to milliseconds as what is stored is."""
+    """Note the moments before and after a block, cut to milliseconds like stored ones."""
     span = [cut(now())]
     yield span
     span.append(cut(now()))
@@ -72,7 +72,7 @@ def cut(at: datetime) -> datetime:
     return at - timedelta(microseconds=at.microsecond % 1000)
 
 
-#: A version is this much later than the last, even where the clock is not.
+#: A version is at least this much later than the last, even if the clock is not.
 TICK = timedelta(milliseconds=1)
 
 
@@ -125,7 +125,7 @@ def test_postgresql_says_what_it_refuses(foreign_postgres: ForeignWriter) -> Non
         foreign_postgres.update(conversation, stage="QUALIFYING")
     assert refused.value.diag.message_primary == "close_engine: conversation c1 cannot go from COMPLETED to QUALIFYING"
     assert refused.value.diag.message_hint == "The allowed stage changes are in close_engine.transitions."
-    with pytest.raises(psycopg2.errors.CheckViolation, match="close_engine: DREAMING is no stage"):
+    with pytest.raises(psycopg2.errors.CheckViolation, match="close_engine: DREAMING is not a stage"):
         foreign_postgres.insert("DREAMING")
 
 
@@ -141,13 +141,13 @@ def test_stamps_that_a_foreign_writer_forgets_are_filled(foreign: ForeignWriter)
             stamps = {name: changed_at if what == "now" else what for name, what in FORGOTTEN[trigger].items()}
             after = {"stage": TABLE[trigger].dests[0], "updated_at": row["updated_at"]}
             assert (trigger, source, row) == (trigger, source, {**before, **after, **stamps})
-            # On SQLite each stamp is one more write.
+            # On SQLite, each stamp is an additional write.
             latest = max(span[1], before["updated_at"] + TICK) + len(stamps) * TICK
             assert span[0] <= row["updated_at"] <= latest
 
 
 def test_stamps_that_a_foreign_writer_sets_are_kept(foreign: ForeignWriter) -> None:
-    given = {"edit_rounds": 7, "closed_lost_reason": "his own words", "updated_at": "2026-02-01 10:00:00.000"}
+    given = {"edit_rounds": 7, "closed_lost_reason": "their own words", "updated_at": "2026-02-01 10:00:00.000"}
     for trigger in FORGOTTEN:
         stamps = {name: given.get(name, "2026-02-01 09:00:00.000") for name in FORGOTTEN[trigger]}
         conversation = foreign.insert(TABLE[trigger].sources[0], **LEFT_OVER)
@@ -270,9 +270,9 @@ def test_an_upsert_is_guarded_as_the_update_that_it_is(foreign: ForeignWriter) -
 
 def test_a_conversation_keeps_its_id(foreign: ForeignWriter) -> None:
     conversation = foreign.insert("QUALIFYING", "c1")
-    with pytest.raises(REFUSED, match="keeps its id, by which its history is found"):
+    with pytest.raises(REFUSED, match="cannot change its id: its history is stored under it"):
         foreign.update(conversation, id="c2")
-    with pytest.raises(REFUSED, match="keeps its id"):
+    with pytest.raises(REFUSED, match="cannot change its id"):
         foreign.update(conversation, id="c2", stage="STALLED")
     assert foreign.stage("c1") == "QUALIFYING"
 
@@ -322,7 +322,7 @@ def test_copied_rows_are_guarded_stamped_and_recorded(foreign_postgres: ForeignW
         with foreign_postgres.connection.cursor() as cursor:
             cursor.copy_from(io.StringIO("".join(lines)), "close_engine_conversations", columns=columns)
 
-    with pytest.raises(REFUSED, match="LIMBO is no stage"):
+    with pytest.raises(REFUSED, match="LIMBO is not a stage"):
         copy("BUILDING", "LIMBO")
     assert foreign_postgres.history("BUILDING") == []
     copy("BUILDING", "STALLED", "COMPLETED")
@@ -398,7 +398,10 @@ def live_with(odd: str, foreign: ForeignWriter) -> None:
     foreign.run("DELETE FROM close_engine_conversations WHERE id = %s", odd)
 
 
-DATESTYLES = ["SET datestyle = 'SQL, DMY'", "SET datestyle = 'German'"]  # which the worker's driver does not allow
+DATESTYLES = [
+    "SET datestyle = 'SQL, DMY'",
+    "SET datestyle = 'German'",
+]  # psycopg2 does not allow these in a worker's session
 SETTINGS = [
     "SET timezone = 'Pacific/Kiritimati'",
     "SET timezone = 'America/Los_Angeles'",
@@ -425,7 +428,7 @@ def test_the_settings_of_a_session_change_nothing(postgres: Any, foreign_postgre
         assert span[0] <= row["stalled_at"] == changed_at <= row["updated_at"] <= span[1], setting
 
         if setting in SETTINGS:
-            postgres.execute_sql(setting)  # a worker's session, too
+            postgres.execute_sql(setting)  # in a worker's session too
         with during() as span:
             resumed = CloseEngineConversation.get_by_id(conversation).resume(actor="worker-7")
         assert StageChange.get_by_id(resumed.id).__data__ == resumed.__data__, setting
@@ -455,7 +458,7 @@ def test_now_in_a_session_elsewhere_than_in_utc_means_now(zone: str, foreign_pos
 
 
 def other_trigger(writer: ForeignWriter, name: str, event: str, body: str) -> None:
-    """A trigger of somebody else on the conversations."""
+    """Create somebody else's trigger on the conversations."""
     writer.run(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body} RETURN NEW; END$$")
     writer.run(f"CREATE TRIGGER {name} {event} ON close_engine_conversations FOR EACH ROW EXECUTE FUNCTION {name}()")
 
@@ -546,7 +549,7 @@ def test_sqlites_replace_is_recorded_as_the_deletion_and_new_beginning_that_it_i
 def test_sqlites_triggers_work_in_whatever_order_they_fire(later: str, sqlite: ForeignWriter) -> None:
     ((sql,),) = sqlite.run("SELECT sql FROM sqlite_master WHERE name = %s", later)
     sqlite.run(f"DROP TRIGGER {later}")
-    sqlite.run(sql.replace("_engine.", "_engine_"))  # the youngest fires first
+    sqlite.run(sql.replace("_engine.", "_engine_"))  # the newest trigger fires first
     conversation = sqlite.insert("QUALIFYING", updated_at=FUTURE)
     sqlite.update(conversation, stage="STALLED", updated_at=OLD)
     assert sqlite.row(conversation)["updated_at"] > moment(FUTURE)

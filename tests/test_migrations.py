@@ -290,15 +290,14 @@ MISMATCHES = [
     ),
     (
         "ALTER TABLE close_engine_conversations ADD brand text NOT NULL",
-        "column close_engine_conversations.brand is not known here and must always be given; "
+        "column close_engine_conversations.brand is not null, has no default, and close_engine does not know it; "
         "make it nullable or give it a default",
     ),
     (
         "INSERT INTO leads (id, first_name, company_name, phone, updated_at) VALUES ('l', '', '', '', now()); "
         "INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, updated_at) "
         "VALUES ('c1', 'l', 'SMS_REPLY', 'WON', now())",
-        "1 of close_engine_conversations have the unknown stage 'WON', for example 'c1'; "
-        f"correct them to one of {STAGES}",
+        f"1 row of close_engine_conversations ('c1') with the unknown stage 'WON'; change it to one of {STAGES}",
     ),
 ]
 
@@ -328,7 +327,7 @@ def test_every_mismatch_is_told_at_once(pushed_url: str) -> None:
 
     assert set(error.problems) == {sentence for _, sentence in changes}
     assert str(error).splitlines() == [
-        "Nothing was changed: the tables there are not what is needed; make them so and migrate again:",
+        "Nothing was changed: the existing tables do not match what close_engine needs; fix these and migrate again:",
         *(f"  - {problem}" for problem in error.problems),
     ]
 
@@ -354,7 +353,7 @@ def test_a_column_more_that_need_not_be_given_is_no_mismatch(pushed_url: str) ->
         ),
         (
             "ALTER TABLE close_engine_conversations ADD brand TEXT NOT NULL",
-            "column close_engine_conversations.brand is not known here and must always be given; "
+            "column close_engine_conversations.brand is not null, has no default, and close_engine does not know it; "
             "make it nullable or give it a default",
         ),
         (
@@ -432,11 +431,11 @@ def test_missing_tables_are_told_with_what_was_found_and_how_to_name_them(empty_
     place = "" if empty_url.startswith("sqlite") else " in schema public"
 
     assert refused(empty_url, users="User").problems == [
-        f"the CRM's table of leads was looked for as 'leads'{place} and not found: say what it is called with "
+        f"the CRM's leads table was not found as 'leads'{place}: name it with "
         "connect(..., leads=...) or the environment variable CLOSE_ENGINE_LEADS_TABLE",
-        f"the CRM's table of clients was looked for as 'clients'{place} and not found: say what it is called with "
+        f"the CRM's clients table was not found as 'clients'{place}: name it with "
         "connect(..., clients=...) or the environment variable CLOSE_ENGINE_CLIENTS_TABLE",
-        f"the tables found{place} are: Lead, User; a database that is to have no CRM gets minimal tables with "
+        f"the tables found{place} are: Lead, User; if this database has no CRM, create minimal tables with "
         "close-engine migrate --standalone",
     ]
     assert "the tables found" in str(refused(empty_url, leads="lead", users="USER", clients="Client"))
@@ -450,7 +449,7 @@ def test_a_schema_that_is_not_there_is_told(server: str) -> None:
             close_engine.migrate()
 
         assert caught.value.problems[-1] == (
-            'the tables found in schema "crm" are: none at all; a database that is to have no CRM gets minimal tables '
+            'the tables found in schema "crm" are: none; if this database has no CRM, create minimal tables '
             "with close-engine migrate --standalone"
         )
 
@@ -464,8 +463,8 @@ def test_an_id_that_is_no_text_is_told(crm_url: str) -> None:
     integer = "INTEGER" if crm_url.startswith("sqlite") else "integer"
 
     assert refused(crm_url).problems == [
-        f"column leads.id is {integer}; expected text or varchar, as Prisma's String is",
-        "the CRM's table 'clients' of clients has no column id; expected text or varchar",
+        f"column leads.id is {integer}; expected text or varchar, like a String in Prisma",
+        "the CRM's clients table 'clients' has no column id; expected one of type text or varchar",
     ]
 
 
@@ -711,7 +710,7 @@ def test_the_printed_script_has_no_statements_of_other_threads(postgres_url: str
 
 def test_a_script_that_cannot_be_run_is_refused_with_the_same_sentence(empty_url: str) -> None:
     with bound(empty_url) as database:
-        with pytest.raises(SchemaError, match="was looked for as 'leads'"):
+        with pytest.raises(SchemaError, match="not found as 'leads'"):
             migration_sql()
         assert database.query_hooks == []
         assert not database.in_transaction()

@@ -86,7 +86,7 @@ def test_a_role_without_rights_on_our_schema_writes_and_is_guarded(
     crm.update(conversation, stage="STALLED")
     with pytest.raises(REFUSED, match="cannot go from STALLED to CLOSED"):
         crm.update(conversation, stage="CLOSED")
-    with pytest.raises(REFUSED, match="LIMBO is no stage"):
+    with pytest.raises(REFUSED, match="LIMBO is not a stage"):
         crm.insert("LIMBO")
     assert crm.row(conversation)["stalled_at"] is not None
     crm.run("DELETE FROM close_engine_conversations")
