@@ -1,4 +1,4 @@
-"""Verifying: a healthy database has no problem, and each way of breaking one is told in a sentence of its own."""
+"""Verifying: a healthy database has no problem, and each way of breaking one is reported in a sentence of its own."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ from tests.servers import execute, postgres_database
 STAGES = ", ".join(Stage)
 LEVELS = "FULL_AUTO, SEMI_AUTO, MANUAL"
 ENTRY_POINTS = "INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA"
-PAST_THE_GUARD = "they were written past the guard"
-AGREE = "make {transitions} agree, with the migrations of this version of close-engine."
+PAST_THE_GUARD = "a writer bypassed the guard"
+ADD = "add it, in place of any other on that column."
+AGREE = "correct the rows of {transitions} to match this version's migrations."
 DEFINER = "must be SECURITY DEFINER with search_path = pg_catalog, pg_temp, so that it works for every role: alter it."
 
 
 def again(*migrations: str) -> str:
     rows = " and ".join(f"the row {migration}" for migration in migrations)
-    return f"delete {rows} from {{migrations}} and run close-engine migrate, which makes it again."
+    return f"delete {rows} from {{migrations}} and run close-engine migrate, which recreates it."
 
 
-#: What breaks a database of either kind, and what is found. Names in braces are our own tables.
+#: Ways to break either kind of database, and the sentences that report them. Names in braces are the library's tables.
 ON_BOTH = {
     "a table that Prisma sees": (
         "DROP TABLE pending_actions",
@@ -63,17 +64,17 @@ ON_BOTH = {
     "a column of a table of our own": (
         "DROP INDEX {index:silence_since_idx}; ALTER TABLE {silence} DROP since",
         [
-            "The table {silence} must have the columns conversation_id, since, found conversation_id: drop it, "
+            "The table {silence} should have the columns conversation_id, since, found conversation_id: drop it, "
             f"{again('0002_history', '0003_guard')}"
         ],
     ),
     "a table of the CRM": (
         "ALTER TABLE clients RENAME TO customers",
-        ["The table clients is missing: restore it from a backup or say what it is called (connect(…, clients=…))."],
+        ["The table clients is missing: restore it from a backup, or name it with connect(…, clients=…)."],
     ),
     "a column that the CRM had": (
         "ALTER TABLE leads DROP phone",
-        ["The column leads.phone is missing, which is read here: the CRM must have a {text} of that name."],
+        ["The column leads.phone is missing, and close_engine reads it: add it to the CRM's table, as {text}."],
     ),
     "a column that leads gained": (
         "ALTER TABLE leads DROP close_entry_point",
@@ -84,14 +85,11 @@ ON_BOTH = {
     ),
     "an index": (
         "DROP INDEX pending_actions_status_idx",
-        [
-            "The table pending_actions must have the index on (status) named pending_actions_status_idx, "
-            "found none of that name: create it so."
-        ],
+        ["The table pending_actions has no index on (status) named pending_actions_status_idx: create it."],
     ),
     "an index of our own": (
         "DROP INDEX {index:history_key_key}",
-        ["The table {history} must have a partial unique index on (conversation_id, key): create it."],
+        ["The table {history} has no partial unique index on (conversation_id, key): create one."],
     ),
     "a stage change that is not in the table": (
         "DELETE FROM {transitions} WHERE trigger = 'reopen'",
@@ -111,42 +109,42 @@ ON_BOTH = {
     "an unknown entry point": (
         "UPDATE close_engine_conversations SET entry_point = 'FAX'",
         [
-            "2 of close_engine_conversations have the unknown entry_point 'FAX', for example 'c1': "
-            f"correct them to one of {ENTRY_POINTS}."
+            "In 2 rows of close_engine_conversations (for example 'c1'), entry_point has the unknown value 'FAX': "
+            f"change it to one of {ENTRY_POINTS}."
         ],
     ),
     "unknown words of a lead": (
         "UPDATE leads SET autonomy_level = 'HALF_AUTO', close_entry_point = 'FAX' WHERE id = 'lead_1'",
         [
-            "1 of leads have the unknown autonomy_level 'HALF_AUTO', for example 'lead_1': "
-            f"correct them to one of {LEVELS}.",
-            "1 of leads have the unknown close_entry_point 'FAX', for example 'lead_1': "
-            f"correct them to one of {ENTRY_POINTS}.",
+            "In 1 row of leads ('lead_1'), autonomy_level has the unknown value 'HALF_AUTO': "
+            f"change it to one of {LEVELS}.",
+            "In 1 row of leads ('lead_1'), close_entry_point has the unknown value 'FAX': "
+            f"change it to one of {ENTRY_POINTS}.",
         ],
     ),
     "an unknown word of a client": (
         "UPDATE clients SET autonomy_level = ''",
-        [f"1 of clients have the unknown autonomy_level '', for example 'client_1': correct them to one of {LEVELS}."],
+        [f"In 1 row of clients ('client_1'), autonomy_level has the unknown value '': change it to one of {LEVELS}."],
     ),
     "an unknown type of an action": (
         "UPDATE pending_actions SET type = 'SEND_FAX'",
         [
-            "1 of pending_actions have the unknown type 'SEND_FAX', for example 'a1': "
-            "correct them to one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW.",
+            "In 1 row of pending_actions ('a1'), type has the unknown value 'SEND_FAX': "
+            "change it to one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW.",
         ],
     ),
     "a conversation without history": (
         "DELETE FROM {history} WHERE conversation_id = 'c2'",
         [
-            "1 of close_engine_conversations have no row in {history}, for example 'c2', which is BUILDING: "
+            "For 1 row of close_engine_conversations ('c2' in BUILDING), {history} has no row: "
             f"{PAST_THE_GUARD}; insert a row with the trigger 'adopted' for each."
         ],
     ),
     "a history that ends elsewhere": (
         "UPDATE {history} SET dest = 'STALLED' WHERE dest = 'BUILDING'",
         [
-            "2 of close_engine_conversations are in another stage than their newest row in {history} says, for "
-            f"example 'c1', which is BUILDING after STALLED: {PAST_THE_GUARD}; insert the row that is missing for each."
+            "In 2 rows of close_engine_conversations (for example 'c1': BUILDING instead of STALLED), the stage "
+            f"differs from the newest row of {{history}}: {PAST_THE_GUARD}; insert the missing row for each."
         ],
     ),
     "a pending migration": (
@@ -157,7 +155,7 @@ ON_BOTH = {
         "UPDATE {migrations} SET name = '0999_later' WHERE name = '0002_history'",
         [
             "The migration 0002_history is pending: run close-engine migrate.",
-            "The migration 0999_later is applied but not known here: upgrade close-engine.",
+            "The migration 0999_later is newer than this version: upgrade close-engine.",
         ],
     ),
     "no migration": (
@@ -172,17 +170,17 @@ ON_BOTH = {
 
 TABLE = "close_engine_conversations"
 MOMENT = "timestamp(3) without time zone"
-LEAD_KEY = f"{TABLE}_lead_id_fkey from lead_id to leads (ON DELETE CASCADE ON UPDATE CASCADE)"
-REP_KEY = f"{TABLE}_rep_id_fkey from rep_id to users (ON DELETE SET NULL ON UPDATE CASCADE)"
+LEAD_KEY = f"{TABLE}_lead_id_fkey (lead_id) REFERENCES leads ON DELETE CASCADE ON UPDATE CASCADE"
+REP_KEY = f"{TABLE}_rep_id_fkey (rep_id) REFERENCES users ON DELETE SET NULL ON UPDATE CASCADE"
 LATE = "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
 
 ON_POSTGRESQL = {
     "a renamed table of the CRM": (
         'ALTER TABLE leads RENAME TO "Lead"',
         [
-            "The table leads is missing: restore it from a backup or say what it is called (connect(…, leads=…)).",
-            f"The table {TABLE} must have the foreign key {LEAD_KEY}, found {LEAD_KEY.replace('leads', 'Lead')}, "
-            f"{REP_KEY}: add it so.",
+            "The table leads is missing: restore it from a backup, or name it with connect(…, leads=…).",
+            f"The table {TABLE} needs the foreign key {LEAD_KEY}, found {LEAD_KEY.replace('leads', 'Lead')}, "
+            f"{REP_KEY}: {ADD}",
         ],
     ),
     "a column": (
@@ -201,11 +199,11 @@ ON_POSTGRESQL = {
     ),
     "a type": (
         f"ALTER TABLE {TABLE} ALTER stalled_at TYPE timestamptz",
-        [f"The column {TABLE}.stalled_at is of type timestamp with time zone, expected {MOMENT}: alter it."],
+        [f"The column {TABLE}.stalled_at has the type timestamp with time zone, expected {MOMENT}: alter it."],
     ),
     "a type of our own": (
         "ALTER TABLE {history} ALTER created_at TYPE timestamp",
-        [f"The column {{history}}.created_at is of type timestamp without time zone, expected {MOMENT}: alter it."],
+        [f"The column {{history}}.created_at has the type timestamp without time zone, expected {MOMENT}: alter it."],
     ),
     "another default": (
         "ALTER TABLE clients ALTER autonomy_level SET DEFAULT 'MANUAL'",
@@ -221,64 +219,55 @@ ON_POSTGRESQL = {
     ),
     "a column that allows NULL": (
         f"ALTER TABLE {TABLE} ALTER updated_at DROP NOT NULL",
-        [
-            f"The column {TABLE}.updated_at must refuse NULL and does not: found {MOMENT}, "
-            f"expected {MOMENT} NOT NULL; alter it."
-        ],
+        [f"The column {TABLE}.updated_at should not allow NULL: found {MOMENT}, expected {MOMENT} NOT NULL; alter it."],
     ),
     "a column that refuses NULL": (
         f"ALTER TABLE {TABLE} ALTER rep_id SET NOT NULL",
         [
-            f"The column {TABLE}.rep_id must allow NULL and does not: found text NOT NULL, expected text; alter it.",
+            f"The column {TABLE}.rep_id should allow NULL: found text NOT NULL, expected text; alter it.",
         ],
     ),
     "a column that must be given": (
         f"ALTER TABLE {TABLE} ADD brand text NOT NULL DEFAULT ''; ALTER TABLE {TABLE} ALTER brand DROP DEFAULT",
         [
-            f"The column {TABLE}.brand is not known here and must always be given, so nothing can be inserted: "
-            "make it nullable or give it a default."
+            f"The column {TABLE}.brand is NOT NULL without a default, and close_engine does not know it, so no row can "
+            "be inserted: make it nullable or give it a default."
         ],
     ),
     "a column that need not be given": (f"ALTER TABLE {TABLE} ADD number int GENERATED ALWAYS AS IDENTITY", []),
     "an index of another name": (
         "ALTER INDEX pending_actions_lead_id_idx RENAME TO anything",
-        [
-            "The table pending_actions must have the index on (lead_id) named pending_actions_lead_id_idx, "
-            "found none of that name: create it so."
-        ],
+        ["The table pending_actions has no index on (lead_id) named pending_actions_lead_id_idx: create it."],
     ),
     "an index of our own with another name": ("ALTER INDEX close_engine.history_key_key RENAME TO anything", []),
     "an index that is not unique": (
         f"DROP INDEX {TABLE}_lead_id_key; CREATE INDEX {TABLE}_lead_id_key ON {TABLE} (lead_id)",
         [
-            f"The table {TABLE} must have the unique index on (lead_id) named {TABLE}_lead_id_key, "
-            "found index on (lead_id): create it so."
+            f"The index {TABLE}_lead_id_key on {TABLE} is wrong: found index on (lead_id), expected unique index on "
+            "(lead_id); drop it and create it again."
         ],
     ),
     "a primary key": (
         "ALTER TABLE pending_actions DROP CONSTRAINT pending_actions_pkey",
-        [
-            "The table pending_actions must have the unique index on (id) named pending_actions_pkey, "
-            "found none of that name: create it so."
-        ],
+        ["The table pending_actions has no unique index on (id) named pending_actions_pkey: create it."],
     ),
     "a foreign key": (
         f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_rep_id_fkey",
-        [f"The table {TABLE} must have the foreign key {REP_KEY}, found {LEAD_KEY}: add it so."],
+        [f"The table {TABLE} needs the foreign key {REP_KEY}, found {LEAD_KEY}: {ADD}"],
     ),
     "every foreign key": (
         f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_rep_id_fkey, DROP CONSTRAINT {TABLE}_lead_id_fkey",
         [
-            f"The table {TABLE} must have the foreign key {LEAD_KEY}, found none: add it so.",
-            f"The table {TABLE} must have the foreign key {REP_KEY}, found none: add it so.",
+            f"The table {TABLE} needs the foreign key {LEAD_KEY}, found none: {ADD}",
+            f"The table {TABLE} needs the foreign key {REP_KEY}, found none: {ADD}",
         ],
     ),
     "a foreign key that keeps conversations from their lead": (
         f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_lead_id_fkey, "
         f"ADD CONSTRAINT {TABLE}_lead_id_fkey FOREIGN KEY (lead_id) REFERENCES leads",
         [
-            f"The table {TABLE} must have the foreign key {LEAD_KEY}, found {REP_KEY}, "
-            f"{TABLE}_lead_id_fkey from lead_id to leads (ON DELETE NO ACTION ON UPDATE NO ACTION): add it so."
+            f"The table {TABLE} needs the foreign key {LEAD_KEY}, found {REP_KEY}, "
+            f"{TABLE}_lead_id_fkey (lead_id) REFERENCES leads ON DELETE NO ACTION ON UPDATE NO ACTION: {ADD}"
         ],
     ),
     "a trigger": (
@@ -314,8 +303,8 @@ ON_POSTGRESQL = {
     "a trigger of somebody else's that comes later": (
         f"{LATE}; CREATE TRIGGER zzz BEFORE UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION late()",
         [
-            f"The trigger zzz on {TABLE} fires after zz_close_engine_guard and may change or drop the row that was "
-            f"recorded: rename it so that it sorts before (ALTER TRIGGER zzz ON {TABLE} RENAME TO …)."
+            f"The trigger zzz on {TABLE} fires after zz_close_engine_guard and can still change or drop the row: "
+            f"rename it so that it sorts before (ALTER TRIGGER zzz ON {TABLE} RENAME TO …)."
         ],
     ),
     "a trigger of somebody else's that comes earlier": (
@@ -325,23 +314,25 @@ ON_POSTGRESQL = {
     "a stage written past the guard": (
         f"SET LOCAL session_replication_role = replica; UPDATE {TABLE} SET stage = 'COMPLETED' WHERE id = 'c2'",
         [
-            f"1 of {TABLE} are in another stage than their newest row in {{history}} says, for example 'c2', "
-            f"which is COMPLETED after BUILDING: {PAST_THE_GUARD}; insert the row that is missing for each."
+            f"In 1 row of {TABLE} ('c2': COMPLETED instead of BUILDING), the stage differs from the newest row of "
+            f"{{history}}: {PAST_THE_GUARD}; insert the missing row for each."
         ],
     ),
     "an unknown stage": (
         f"SET LOCAL session_replication_role = replica; UPDATE {TABLE} SET stage = 'WON'; "
         "UPDATE {history} SET dest = 'WON' WHERE dest = 'BUILDING'",
         [
-            f"2 of {{history}} have the unknown dest 'WON', for example 3: correct them to one of {STAGES}.",
-            f"2 of {TABLE} have the unknown stage 'WON', for example 'c1': correct them to one of {STAGES}.",
+            f"In 2 rows of {{history}} (for example 3), dest has the unknown value 'WON': "
+            f"change it to one of {STAGES}.",
+            f"In 2 rows of {TABLE} (for example 'c1'), stage has the unknown value 'WON': "
+            f"change it to one of {STAGES}.",
         ],
     ),
     "an unknown status of an action": (
         "SET LOCAL session_replication_role = replica; UPDATE pending_actions SET status = 'LOST'",
         [
-            "1 of pending_actions have the unknown status 'LOST', for example 'a1': "
-            "correct them to one of PENDING, APPROVED, REJECTED, EXPIRED.",
+            "In 1 row of pending_actions ('a1'), status has the unknown value 'LOST': "
+            "change it to one of PENDING, APPROVED, REJECTED, EXPIRED.",
         ],
     ),
     "a decision that is not in the table": (
@@ -362,15 +353,15 @@ ON_POSTGRESQL = {
     "a lead that is gone": (
         "SET LOCAL session_replication_role = replica; DELETE FROM leads WHERE id = 'lead_1'",
         [
-            f"1 of {TABLE} refer to leads that do not exist, for example 'c1' to 'lead_1': "
-            "delete them, or restore what they refer to."
+            f"In 1 row of {TABLE} ('c1'), lead_id refers to 'lead_1', which is not in leads: "
+            "delete these conversations, or restore what they refer to."
         ],
     ),
     "a rep that is gone": (
         "SET LOCAL session_replication_role = replica; DELETE FROM users",
         [
-            f"2 of {TABLE} refer to users that do not exist, for example 'c1' to 'rep_1': "
-            "delete them, or restore what they refer to."
+            f"In 2 rows of {TABLE} (for example 'c1'), rep_id refers to 'rep_1', which is not in users: "
+            "delete these conversations, or restore what they refer to."
         ],
     ),
     "our schema": (
@@ -381,7 +372,7 @@ ON_POSTGRESQL = {
 
 
 def rebuilt(table: str, old: str, new: str) -> Callable[[peewee.Database], None]:
-    """SQLite alters no constraint: the table is made anew with another text."""
+    """Recreate a table with changed SQL, because SQLite cannot alter constraints."""
 
     def rebuild(database: peewee.Database) -> None:
         made = database.execute_sql(
@@ -397,37 +388,37 @@ def rebuilt(table: str, old: str, new: str) -> Callable[[peewee.Database], None]
     return rebuild
 
 
-FOREIGN_KEY = "one from rep_id to users (ON DELETE SET NULL ON UPDATE CASCADE)"
+FOREIGN_KEY = "(rep_id) REFERENCES users ON DELETE SET NULL ON UPDATE CASCADE"
 
 ON_SQLITE: dict[str, tuple[Any, list[str]]] = {
     "the context": ("DROP TABLE {context}", [f"The table {{context}} is missing: {again('0002_history')}"]),
     "a column that allows NULL": (
         rebuilt("pending_actions", '"draft_message" TEXT NOT NULL', '"draft_message" TEXT'),
         [
-            "The column pending_actions.draft_message must refuse NULL and does not: found TEXT, "
+            "The column pending_actions.draft_message should not allow NULL: found TEXT, "
             "expected TEXT NOT NULL; alter it."
         ],
     ),
     "a column that must be given": (
         rebuilt("pending_actions", '"metadata"', "brand TEXT NOT NULL, metadata"),
         [
-            "The column pending_actions.brand is not known here and must always be given, so nothing can be "
-            "inserted: make it nullable or give it a default."
+            "The column pending_actions.brand is NOT NULL without a default, and close_engine does not know it, so no "
+            "row can be inserted: make it nullable or give it a default."
         ],
     ),
     "an index that is not unique": (
         f"DROP INDEX {TABLE}_lead_id_key; CREATE INDEX {TABLE}_lead_id_key ON {TABLE} (lead_id)",
         [
-            f"The table {TABLE} must have the unique index on (lead_id) named {TABLE}_lead_id_key, "
-            "found index on (lead_id): create it so."
+            f"The index {TABLE}_lead_id_key on {TABLE} is wrong: found index on (lead_id), expected unique index on "
+            "(lead_id); drop it and create it again."
         ],
     ),
     "a foreign key": (
         rebuilt(TABLE, "ON DELETE SET NULL", "ON DELETE CASCADE"),
         [
-            f"The table {TABLE} must have the foreign key {FOREIGN_KEY}, "
-            "found one from rep_id to users (ON DELETE CASCADE ON UPDATE CASCADE), "
-            "one from lead_id to leads (ON DELETE CASCADE ON UPDATE CASCADE): add it so."
+            f"The table {TABLE} needs the foreign key {FOREIGN_KEY}, "
+            "found (rep_id) REFERENCES users ON DELETE CASCADE ON UPDATE CASCADE, "
+            f"(lead_id) REFERENCES leads ON DELETE CASCADE ON UPDATE CASCADE: {ADD}"
         ],
     ),
     **{
@@ -443,8 +434,8 @@ ON_SQLITE: dict[str, tuple[Any, list[str]]] = {
     "a lead that is gone": (
         "PRAGMA foreign_keys = 0; DELETE FROM leads WHERE id = 'lead_1'",
         [
-            f"1 of {TABLE} refer to leads that do not exist, for example 'c1' to 'lead_1': "
-            "delete them, or restore what they refer to."
+            f"In 1 row of {TABLE} ('c1'), lead_id refers to 'lead_1', which is not in leads: "
+            "delete these conversations, or restore what they refer to."
         ],
     ),
 }
@@ -454,14 +445,14 @@ SQLITE = {**ON_BOTH, **ON_SQLITE}
 
 
 def words(text: str, postgresql: bool) -> str:
-    """The text with the names that this database has."""
+    """Return the text with this database's names."""
     prefix = "close_engine." if postgresql else "close_engine_"
     text = text.replace("{text}", "text" if postgresql else "TEXT").replace("{index:", "{")
     return re.sub(r"\{(\w+)\}", rf"{prefix}\1", text).replace("{{", "{").replace("}}", "}")
 
 
 def fill() -> None:
-    """Rows that have nothing wrong with them."""
+    """Create rows that have nothing wrong with them."""
     User.create(id="rep_1")
     Client.create(id="client_1")
     PendingAction.create(id="a1", conversation_id="c1", lead_id="lead_1", type="SEND_MESSAGE", draft_message="Hi")
@@ -475,7 +466,7 @@ def fill() -> None:
 
 @pytest.fixture(scope="module")
 def healthy_url(server: str, postgres_template: str) -> Iterator[str]:
-    """The URL of a PostgreSQL database with rows; what breaks it is rolled back."""
+    """The URL of a PostgreSQL database with rows. Tests roll back what they break."""
     with postgres_database(server, postgres_template) as url:
         database = close_engine.connect(url)
         fill()
@@ -527,9 +518,7 @@ def test_everything_is_found_at_once(postgres: peewee.Database) -> None:
 
 
 AGAIN = [
-    what
-    for what, (_, problems) in {**SQLITE, **POSTGRESQL}.items()
-    if any("makes it again" in each for each in problems)
+    what for what, (_, problems) in {**SQLITE, **POSTGRESQL}.items() if any("recreates it" in each for each in problems)
 ]
 
 
@@ -573,13 +562,13 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
         f"table {TABLE}",
         "table pending_actions",
         f"table {f'{schema}.' if schema else ''}{history}",
-        "tables of our own",
+        "helper tables",
         f"triggers on {TABLE} by 0003_guard",
         "allowed stage changes",
         "back-references",
         "history",
-        f"words in {TABLE}",
-        "words in leads",
+        f"enum values in {TABLE}",
+        "enum values in leads",
     } <= set(subjects)
 
 

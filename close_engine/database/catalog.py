@@ -1,6 +1,6 @@
-"""What a database says of itself: columns, indexes, foreign keys and triggers, in the same words for each.
+"""Read a database's catalog: columns, indexes, foreign keys and triggers, in one form for every kind of database.
 
-A database's dialect makes its catalog, and `verify` compares it with the models:
+Each dialect has a catalog, which `verify` compares with the models:
 
 >>> from close_engine.database.sqlite import SQLITE
 >>> database = peewee.SqliteDatabase(":memory:")
@@ -25,7 +25,7 @@ class Column:
 
     Attributes:
         type, default: as the database prints them.
-        required: whether NULL is refused.
+        required: bool, whether the column is NOT NULL.
     """
 
     type: str
@@ -38,7 +38,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Index:
-    """An index; a partial one covers only some rows, and Prisma does not see it."""
+    """An index. Prisma does not see partial indexes, which cover only some rows."""
 
     columns: tuple[str, ...]
     unique: bool = False
@@ -50,7 +50,7 @@ class Index:
 
 @dataclass(frozen=True)
 class ForeignKey:
-    """A foreign key of one column. SQLite tells no name: it is None there."""
+    """A foreign key of one column; on SQLite, which does not show names, `name` is None."""
 
     name: str | None
     column: str
@@ -60,8 +60,8 @@ class ForeignKey:
 
     def __str__(self) -> str:
         return (
-            f"{self.name or 'one'} from {self.column} to {self.table} "
-            f"(ON DELETE {self.on_delete} ON UPDATE {self.on_update})"
+            f"{f'{self.name} ' if self.name else ''}({self.column}) REFERENCES {self.table} "
+            f"ON DELETE {self.on_delete} ON UPDATE {self.on_update}"
         )
 
 
@@ -70,9 +70,9 @@ class Trigger:
     """A trigger.
 
     Attributes:
-        enabled: whether it fires for an ordinary writer.
-        rewrites: whether it may change the row that is to be written, and so what another one checked before.
-        protected: whether it works whatever rights and settings the writer has.
+        enabled: bool, whether it fires for an ordinary writer.
+        rewrites: bool, whether it can change a row before it is written, after another trigger checked it.
+        protected: bool, whether it works regardless of the writer's rights and settings.
     """
 
     enabled: bool = True
@@ -81,10 +81,10 @@ class Trigger:
 
 
 class Catalog:
-    """How a catalog is read; by Peewee's introspection where that tells enough.
+    """Reads a catalog, with Peewee's introspection unless a subclass needs more.
 
     Attributes:
-        exact: whether types, defaults and names of foreign keys are to agree, or names and nullability alone.
+        exact: bool, whether types, defaults and names of foreign keys must match too, not only names and nullability.
     """
 
     exact: bool
@@ -93,33 +93,33 @@ class Catalog:
         self.database = database
 
     def columns(self, table: str, schema: str | None = None) -> dict[str, Column]:
-        """The columns of a table by name; none where there is no such table."""
+        """Return the columns of a table by name; an empty dict if there is no such table."""
         return {
             column.name: Column(str(column.full_type), column.primary_key or not column.null, column.default)
             for column in self.database.get_columns(table, schema)
         }
 
     def indexes(self, table: str, schema: str | None = None) -> dict[str, Index]:
-        """The indexes of a table by name."""
+        """Return the indexes of a table by name."""
         return {
             index.name: Index(tuple(index.columns), index.unique, " WHERE " in (index.sql or "").upper())
             for index in self.database.get_indexes(table, schema)
         }
 
     def foreign_keys(self, table: str) -> list[ForeignKey]:
-        """The foreign keys of a table that Prisma sees."""
+        """Return the foreign keys of a table that Prisma sees."""
         raise NotImplementedError
 
     def triggers(self, table: str) -> dict[str, Trigger]:
-        """The triggers of a table that Prisma sees, by name, in the order in which they fire."""
+        """Return the triggers of a table that Prisma sees, by name, in the order in which they fire."""
         raise NotImplementedError
 
     def expected(self, field: Any) -> Column:
-        """The column that a model's field is to be stored in, as this database would print it."""
+        """Return the column that a model's field needs, in the form in which this database prints it."""
         defaults = [constraint.sql for constraint in field.constraints or () if constraint.sql.startswith("DEFAULT ")]
         default = defaults[0].removeprefix("DEFAULT ") if defaults else None
         return self.printed(field.ddl_datatype(self.database.get_sql_context()).sql, not field.null, default)
 
     def printed(self, ddl_type: str, required: bool, default: str | None) -> Column:
-        """A column as this database prints it, from what DDL says."""
+        """Convert a column's DDL to the form in which this database prints it."""
         return Column(ddl_type, required, default)

@@ -1,4 +1,4 @@
-"""The schema: apply the migrations, list them, take them back, and check the database.
+"""The schema: migrate, downgrade, list the migrations, and verify the database.
 
 >>> from close_engine import connect, migrate, schema
 >>> database = connect("sqlite:///:memory:")

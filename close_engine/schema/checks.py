@@ -1,9 +1,9 @@
-"""Whether the bound database is what this library needs: the checklist of an installation, as a function.
+"""Verify that the bound database is what this library needs. Nothing is written.
 
     for problem in close_engine.verify():
         print(problem)
 
-The models say what there must be; the database's catalog and its rows say what there is. Nothing is written.
+The models and the migrations say what to expect. The database's catalog and its rows say what is there.
 
 >>> from close_engine.database.url import connect
 >>> from close_engine import migrate
@@ -24,7 +24,7 @@ from typing import Any
 
 import peewee
 
-from close_engine import approvals, inbox  # noqa: F401 - their tables are checked, too
+from close_engine import approvals, inbox  # noqa: F401 - defines more models to check
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog, Column, ForeignKey, Index
@@ -35,19 +35,19 @@ from close_engine.schema.migrations import directory, status
 
 __all__ = ["Check", "checks", "verify"]
 
-#: What the CRM had before: there the column must be there, and the rest is the CRM's affair.
-_CRMS_OWN: dict[type[BaseModel], set[str]] = {Lead: {"id", "phone"}, User: {"id"}, Client: {"id"}}
+#: The CRM's own columns that the models read: they must exist, but their types are up to the CRM.
+_CRM_COLUMNS: dict[type[BaseModel], set[str]] = {Lead: {"id", "phone"}, User: {"id"}, Client: {"id"}}
 
 _BACK_REFERENCES = ((Lead, "close_conversation"), (User, "close_engine_conversations"))
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the checklist.
+    """The result of one check.
 
     Attributes:
-        subject: what was looked at.
-        problems: list of str, a sentence each: what was expected, what was found, what to do. Empty where all is well.
+        subject: what was checked.
+        problems: list of str, a sentence each: what is wrong and what to do about it. Empty if nothing is wrong.
     """
 
     subject: str
@@ -65,13 +65,13 @@ class Guard:
 
 @dataclass(frozen=True)
 class Helper:
-    """One of our tables that no model stands for, and the migrations that make and fill it."""
+    """A table of the library that has no model, and the migrations that create and fill it."""
 
     columns: tuple[str, ...]
     migrations: tuple[str, ...]
 
 
-#: Our tables that no model stands for, by name.
+#: The library's tables that have no model, by name.
 _HELPERS = {
     "created": Helper(("table_name", "column_name"), ("0001_conversations",)),
     "silence": Helper(("conversation_id", "since"), ("0002_history", "0003_guard")),
@@ -81,10 +81,10 @@ _SQLITE_HELPERS = {"context": Helper(("id", "context"), ("0002_history",))}
 
 
 def verify() -> list[str]:
-    """Everything that is wrong with the bound database.
+    """Compare the bound database with what the library needs, and say what is wrong.
 
     Returns:
-        one sentence for each problem; none where all is well.
+        list of str, one sentence for each problem; empty if nothing is wrong.
 
     Raises:
         ConfigurationError: no database is bound.
@@ -93,10 +93,10 @@ def verify() -> list[str]:
 
 
 def checks() -> list[Check]:
-    """The checklist that `verify` goes through, with what was found.
+    """Run every check of `verify`.
 
     Returns:
-        every check, in order; of a database that is not migrated at all, one.
+        list of Check, in order. A database without any migration gets only one.
 
     Raises:
         ConfigurationError: no database is bound.
@@ -108,18 +108,20 @@ def checks() -> list[Check]:
     pending = [migration.name for migration in migrations if migration.applied_at is None]
     unknown = [migration.name for migration in migrations if not migration.known]
     found = [f"The migration {name} is pending: run close-engine migrate." for name in pending]
-    found += [f"The migration {name} is applied but not known here: upgrade close-engine." for name in unknown]
+    found += [f"The migration {name} is newer than this version: upgrade close-engine." for name in unknown]
 
     catalog = current().dialect.catalog(current().database)
     models = BaseModel.__subclasses__()
     readable = {model for model in models if not _missing_columns(catalog, model)}
     made = [Check("migrations", found)]
     made += [Check(f"table {_name(model)}", list(_table_problems(catalog, model))) for model in models]
-    made.append(Check("tables of our own", list(_helper_problems(catalog))))
+    made.append(Check("helper tables", list(_helper_problems(catalog))))
     made += [Check(_triggers(guard), list(_trigger_problems(catalog, guard))) for guard in guards()]
     made.append(Check("allowed stage changes", list(_transition_problems(catalog, "conversation", pairs()))))
     made.append(Check("allowed decisions", list(_transition_problems(catalog, "action", ACTION_TRANSITIONS))))
-    made += [Check(f"words in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable]
+    made += [
+        Check(f"enum values in {_name(model)}", list(_unknown_words(model))) for model in models if model in readable
+    ]
     if {Lead, User, CloseEngineConversation} <= readable:
         made.append(Check("back-references", list(_reference_problems())))
     if {StageChange, CloseEngineConversation} <= readable:
@@ -127,14 +129,14 @@ def checks() -> list[Check]:
     return made
 
 
-#: A trigger in a SQL file of the migrations: its name and its table.
+#: Finds a trigger in a migration's SQL file: its name and its table.
 _TRIGGER = re.compile(
     r"^CREATE (?:OR REPLACE )?TRIGGER (?:IF NOT EXISTS )?(\w+)\s[^;]*?\sON (?:public\.)?(\w+)", re.MULTILINE
 )
 
 
 def guards() -> Iterator[Guard]:
-    """The triggers that there must be: those that the migrations make on this database."""
+    """Yield the triggers that the migrations create on this kind of database."""
     kind = current().dialect.name
     for script in sorted(directory().glob("[0-9]*.py")):
         file = script.with_name(f"{script.stem}.{kind}.sql")
@@ -155,37 +157,37 @@ def _table_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
     table = _name(model)
     found = catalog.columns(meta.table_name, meta.schema)
     if not found:
-        configured = f" or say what it is called (connect(…, {meta.name}s=…))" if model in _CRMS_OWN else ""
+        configured = f", or name it with connect(…, {meta.name}s=…)" if model in _CRM_COLUMNS else ""
         yield f"The table {table} is missing: restore it from a backup{configured}."
         return
     for field in meta.sorted_fields:
         yield from _column_problems(catalog, model, field, found.get(field.column_name))
-    if model not in _CRMS_OWN:
+    if model not in _CRM_COLUMNS:
         yield from _index_problems(catalog, model)
         yield from _foreign_key_problems(catalog, model)
     known = {field.column_name for field in meta.sorted_fields}
     for name, column in found.items():
-        if model not in _CRMS_OWN and name not in known and column.required and column.default is None:
+        if model not in _CRM_COLUMNS and name not in known and column.required and column.default is None:
             yield (
-                f"The column {table}.{name} is not known here and must always be given, so nothing can be inserted: "
-                "make it nullable or give it a default."
+                f"The column {table}.{name} is NOT NULL without a default, and close_engine does not know it, so no "
+                "row can be inserted: make it nullable or give it a default."
             )
 
 
 def _column_problems(catalog: Catalog, model: type[BaseModel], field: Any, found: Column | None) -> Iterator[str]:
     where, expected = f"{_name(model)}.{field.column_name}", catalog.expected(field)
-    if found is None and field.column_name in _CRMS_OWN.get(model, ()):
-        yield f"The column {where} is missing, which is read here: the CRM must have a {expected} of that name."
+    if found is None and field.column_name in _CRM_COLUMNS.get(model, ()):
+        yield f"The column {where} is missing, and close_engine reads it: add it to the CRM's table, as {expected}."
     elif found is None:
         add = f'ALTER TABLE {_quoted(model)} ADD COLUMN "{field.column_name}" {expected}'
         yield f"The column {where} is missing: add it ({add})."
-    elif field.column_name in _CRMS_OWN.get(model, ()):
+    elif field.column_name in _CRM_COLUMNS.get(model, ()):
         return
     elif found.required != expected.required:
-        null = "refuse NULL" if expected.required else "allow NULL"
-        yield f"The column {where} must {null} and does not: found {found}, expected {expected}; alter it."
+        null = "not allow NULL" if expected.required else "allow NULL"
+        yield f"The column {where} should {null}: found {found}, expected {expected}; alter it."
     elif catalog.exact and found.type != expected.type:
-        yield f"The column {where} is of type {found.type}, expected {expected.type}: alter it."
+        yield f"The column {where} has the type {found.type}, expected {expected.type}: alter it."
     elif catalog.exact and found.default != expected.default and not isinstance(field, peewee.AutoField):
         yield (
             f"The column {where} has the default {found.default or 'none'}, expected {expected.default or 'none'}: "
@@ -206,13 +208,17 @@ def _index_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
             columns, bool(index._unique), index._where is not None
         )
     for name, index in expected.items():
-        # Names matter to Prisma alone, and it does not see our own tables.
+        # Only Prisma needs the names of indexes, and it does not see the library's own tables.
         if hasattr(meta, "own_table"):
             if index not in found.values():
-                yield f"The table {_name(model)} must have a {index}: create it."
-        elif found.get(name) != index:
-            there = found.get(name, "none of that name")
-            yield f"The table {_name(model)} must have the {index} named {name}, found {there}: create it so."
+                yield f"The table {_name(model)} has no {index}: create one."
+        elif name not in found:
+            yield f"The table {_name(model)} has no {index} named {name}: create it."
+        elif found[name] != index:
+            yield (
+                f"The index {name} on {_name(model)} is wrong: found {found[name]}, expected {index}; drop it and "
+                "create it again."
+            )
 
 
 def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[str]:
@@ -230,7 +236,10 @@ def _foreign_key_problems(catalog: Catalog, model: type[BaseModel]) -> Iterator[
         )
         if expected not in found:
             there = ", ".join(map(str, found)) or "none"
-            yield f"The table {_name(model)} must have the foreign key {expected}, found {there}: add it so."
+            yield (
+                f"The table {_name(model)} needs the foreign key {expected}, found {there}: add it, in place of any "
+                "other on that column."
+            )
 
 
 def _helper_problems(catalog: Catalog) -> Iterator[str]:
@@ -239,19 +248,19 @@ def _helper_problems(catalog: Catalog) -> Iterator[str]:
         schema, name = current().dialect.own_table(table)
         found, shown = catalog.columns(name, schema), current().dialect.sql(f"{{{table}}}")
         if not found:
-            yield f"The table {shown} is missing: {_made_again(helper.migrations)}."
+            yield f"The table {shown} is missing: {_how_to_recreate(helper.migrations)}."
         elif not found.keys() >= set(helper.columns):
             yield (
-                f"The table {shown} must have the columns {', '.join(helper.columns)}, found {', '.join(found)}: "
-                f"drop it, {_made_again(helper.migrations)}."
+                f"The table {shown} should have the columns {', '.join(helper.columns)}, found {', '.join(found)}: "
+                f"drop it, {_how_to_recreate(helper.migrations)}."
             )
 
 
-def _made_again(migrations: Sequence[str]) -> str:
-    """What to do about something that migrations make again when they are run again."""
+def _how_to_recreate(migrations: Sequence[str]) -> str:
+    """Say how to run these migrations again, which recreates what they create."""
     return (
         f"delete the row {' and the row '.join(migrations)} from {current().dialect.sql('{migrations}')} and run "
-        "close-engine migrate, which makes it again"
+        "close-engine migrate, which recreates it"
     )
 
 
@@ -268,7 +277,7 @@ def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
         if trigger is None:
             yield (
                 f"The trigger {name} on {guard.table} is missing, so the table is not guarded: "
-                f"{_made_again([guard.migration])}."
+                f"{_how_to_recreate([guard.migration])}."
             )
         elif not trigger.enabled:
             yield (
@@ -284,8 +293,8 @@ def _trigger_problems(catalog: Catalog, guard: Guard) -> Iterator[str]:
         for other in later:
             if found[other].rewrites and found[other].enabled and other not in guard.triggers:
                 yield (
-                    f"The trigger {other} on {guard.table} fires after {name} and may change or drop the row that was "
-                    f"recorded: rename it so that it sorts before (ALTER TRIGGER {other} ON {guard.table} RENAME TO …)."
+                    f"The trigger {other} on {guard.table} fires after {name} and can still change or drop the row: "
+                    f"rename it so that it sorts before (ALTER TRIGGER {other} ON {guard.table} RENAME TO …)."
                 )
 
 
@@ -293,7 +302,7 @@ def _transition_problems(catalog: Catalog, machine: str, expected: Iterable[tupl
     dialect = current().dialect
     schema, name = dialect.own_table("transitions")
     if not catalog.columns(name, schema).keys() >= set(_HELPERS["transitions"].columns):
-        return  # told already
+        return  # the check of the helper tables has reported it
     table = dialect.sql("{transitions}")
     found = set(_rows('SELECT "trigger", source, dest FROM {transitions} WHERE machine = %s', [machine]))
     allowed = {(trigger, str(source), str(dest)) for trigger, source, dest in expected}
@@ -302,7 +311,7 @@ def _transition_problems(catalog: Catalog, machine: str, expected: Iterable[tupl
             against = "allows" if verb == "refuses" else "refuses"
             yield (
                 f"The database {verb} {trigger} from {source} to {dest}, which the machine {against}: "
-                f"make {table} agree, with the migrations of this version of close-engine."
+                f"correct the rows of {table} to match this version's migrations."
             )
 
 
@@ -313,7 +322,7 @@ def _unknown_words(model: type[BaseModel]) -> Iterator[str]:
             words = [str(word.value) for word in field.words]
             marks = ", ".join(["%s"] * len(words))
             builtin = current().dialect.builtin
-            # Past the field, which would refuse to give such a word back.
+            # Plain SQL, because the field refuses to load an unknown value.
             strange = _rows(
                 f'SELECT "{field.column_name}", {builtin}count(*), {builtin}min("{primary_key}") FROM {table} '
                 f'WHERE "{field.column_name}" NOT IN ({marks}) GROUP BY 1 ORDER BY 1',
@@ -321,15 +330,15 @@ def _unknown_words(model: type[BaseModel]) -> Iterator[str]:
             )
             for word, count, example in strange:
                 yield (
-                    f"{count} of {_name(model)} have the unknown {field.column_name} {word!r}, "
-                    f"for example {example!r}: correct them to one of {', '.join(words)}."
+                    f"In {_rows_of(model, count, repr(example))}, {field.column_name} has the unknown value {word!r}: "
+                    f"change it to one of {', '.join(words)}."
                 )
 
 
 def _reference_problems() -> Iterator[str]:
     for model, name in _BACK_REFERENCES:
         if name not in {key.backref for key in model._meta.backrefs}:
-            yield f"{model.__name__} must have the back-reference {name} and has not: import close_engine as a whole."
+            yield f"The model {model.__name__} has no back-reference {name}: import close_engine, not a part of it."
     for key in CloseEngineConversation._meta.refs:
         column, target = key.column_name, key.rel_model._meta.table_name
         dangling = _rows(
@@ -339,8 +348,8 @@ def _reference_problems() -> Iterator[str]:
         )
         for count, example, missing in dangling:
             yield (
-                f"{count} of close_engine_conversations refer to {target} that do not exist, for example {example!r} "
-                f"to {missing!r}: delete them, or restore what they refer to."
+                f"In {_rows_of(CloseEngineConversation, count, repr(example))}, {column} refers to {missing!r}, which "
+                f"is not in {target}: delete these conversations, or restore what they refer to."
             )
 
 
@@ -352,8 +361,8 @@ def _history_problems() -> Iterator[str]:
     )
     for count, example, stage in unrecorded:
         yield (
-            f"{count} of close_engine_conversations have no row in {history}, for example {example!r}, which is "
-            f"{stage}: they were written past the guard; insert a row with the trigger 'adopted' for each."
+            f"For {_rows_of(CloseEngineConversation, count, f'{example!r} in {stage}')}, {history} has no row: a "
+            "writer bypassed the guard; insert a row with the trigger 'adopted' for each."
         )
     differing = _rows(
         f"SELECT {counted}, id, stage, dest FROM (SELECT c.id, c.stage, "
@@ -363,9 +372,8 @@ def _history_problems() -> Iterator[str]:
     )
     for count, example, stage, dest in differing:
         yield (
-            f"{count} of close_engine_conversations are in another stage than their newest row in {history} says, for "
-            f"example {example!r}, which is {stage} after {dest}: they were written past the guard; insert the row "
-            "that is missing for each."
+            f"In {_rows_of(CloseEngineConversation, count, f'{example!r}: {stage} instead of {dest}')}, the stage "
+            f"differs from the newest row of {history}: a writer bypassed the guard; insert the missing row for each."
         )
 
 
@@ -373,6 +381,12 @@ def _rows(sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     binding = current()
     rows: list[tuple[Any, ...]] = binding.database.execute_sql(binding.dialect.sql(sql), values).fetchall()
     return rows
+
+
+def _rows_of(model: type[BaseModel], count: int, example: str) -> str:
+    if count == 1:
+        return f"1 row of {_name(model)} ({example})"
+    return f"{count} rows of {_name(model)} (for example {example})"
 
 
 def _name(model: type[BaseModel]) -> str:
