@@ -1,4 +1,4 @@
-"""Migrating: fresh, over what Prisma pushed, all of it or nothing, many at once, and back without a trace."""
+"""Migrating: fresh, over what Prisma pushed, all or nothing, many at once, and downgrading without a trace."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def crm_url(empty_url: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared_pushed_url(server: str) -> Iterator[str]:
-    """The URL of a CRM's database into which Prisma has pushed our tables, for tests that leave it as it is."""
+    """The URL of a CRM's database into which Prisma pushed the library's tables; tests must not change it."""
     with postgres_database(server) as url:
         restore(url, AFTER)
         yield url
@@ -76,13 +76,13 @@ def shared_pushed_url(server: str) -> Iterator[str]:
 
 @pytest.fixture
 def pushed_url(server: str, shared_pushed_url: str) -> Iterator[str]:
-    """The URL of a copy of it."""
+    """The URL of a copy of that database, which tests may change."""
     with postgres_database(server, urlsplit(shared_pushed_url).path.removeprefix("/")) as url:
         yield url
 
 
 def refused(url: str, **names: str) -> SchemaError:
-    """The error of a migration, which must have changed nothing."""
+    """Return the error of a migration, and check that it changed nothing."""
     before = everything(url)
     with bound(url, **names), pytest.raises(SchemaError) as caught:
         close_engine.migrate()
@@ -162,7 +162,7 @@ def test_conversations_that_exist_already_get_one_row_of_history_each(pushed_url
         assert sorted(change.dest for change in changes) == sorted(Stage)
         assert close_engine.verify() == []
         stalled = CloseEngineConversation.get(CloseEngineConversation.stage == Stage.STALLED)
-        assert stalled.resume().dest is Stage.QUALIFYING  # where it stalled, nobody has recorded
+        assert stalled.resume().dest is Stage.QUALIFYING  # nobody recorded where it stalled
         assert [change.trigger for change in stalled.history()] == ["adopted", "resume"]
         downgrade(SCRIPTS[0])
     assert len(query(pushed_url, rows)) == 11
@@ -199,7 +199,7 @@ def test_what_prisma_pushed_is_adopted_and_stays_when_migrated_back(pushed_url: 
 
 STAGES = ", ".join(Stage)
 
-#: What is different from what Prisma makes, and the sentence that says so.
+#: Differences from what Prisma makes, and the sentences that report them.
 MISMATCHES = [
     (
         "ALTER TABLE close_engine_conversations DROP stalled_at",
@@ -396,7 +396,7 @@ def test_on_sqlite_names_nullability_and_references_must_match(tmp_path: Path, c
         there,
         ";\n".join(["SELECT 1", *statements]).replace("ADD brand TEXT NOT NULL", "ADD brand TEXT NOT NULL DEFAULT ''"),
     )
-    if "brand" in change:  # SQLite adds no such column to a table, but can be made with one
+    if "brand" in change:  # SQLite cannot add such a column, only create a table with it
         query(there, "PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql = replace(sql, ' DEFAULT ''''', '')")
 
     assert "\n".join(refused(there).problems) == sentence
@@ -423,7 +423,7 @@ def test_on_sqlite_what_is_there_is_adopted_and_stays(tmp_path: Path) -> None:
         assert everything(url) == before
 
 
-# -- a CRM that is not there ---------------------------------------------------------------------------------------
+# -- a missing CRM -------------------------------------------------------------------------------------------------
 
 
 def test_missing_tables_are_told_with_what_was_found_and_how_to_name_them(empty_url: str) -> None:
@@ -487,7 +487,7 @@ except close_engine.SchemaError as error:
 
 
 def in_an_installation(place: Path, url: str) -> str:
-    """What a package says that stands as pip installs it, with the migrations inside."""
+    """Migrate with a package laid out as pip installs it, with the migrations inside, and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", MIGRATE, url],
         cwd=place,
@@ -516,7 +516,7 @@ def test_an_installed_package_finds_its_scripts_and_undoes_everything_when_one_f
 
     told = in_an_installation(installation, crm_url)
 
-    assert told.startswith("Nothing was changed: the database refuses, ")
+    assert told.startswith("Nothing was changed: the database refused a statement (")
     assert "nothing_such" in told
     assert everything(crm_url) == before
 
@@ -552,7 +552,7 @@ ROLE = "close_engine_migrator"
 
 @pytest.fixture
 def role(server: str) -> Iterator[str]:
-    """A role that may do nothing but connect."""
+    """A role that may only connect."""
     execute(server, f"CREATE ROLE {ROLE} LOGIN")
     yield ROLE
     execute(server, f"DROP ROLE {ROLE}")
@@ -572,9 +572,11 @@ def test_a_role_without_the_rights_changes_nothing(role_url: tuple[str, str]) ->
 
     with bound(as_role), pytest.raises(SchemaError) as caught:
         close_engine.migrate()
-    assert str(caught.value).startswith("Nothing was changed: the database refuses, permission denied for database ")
+    assert str(caught.value).startswith(
+        "Nothing was changed: the database refused a statement (permission denied for database "
+    )
 
-    # It gets further with every right, until the last is given. (Before 15, everybody could create tables in public.)
+    # It gets further with every right. (Before PostgreSQL 15, everybody could create tables in public.)
     execute(url, f"CREATE SCHEMA close_engine AUTHORIZATION {ROLE}", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     before = everything(url)
     for denied, grant in (
@@ -610,7 +612,7 @@ def test_a_schema_that_was_made_beforehand_needs_no_right_to_make_one_and_stays(
 
 
 def migrate_at_once(url: str, barrier: Any, results: Any) -> None:
-    """One of the processes; it reports what it applied, or its error."""
+    """Migrate in one of the processes, and report what was applied, or the error."""
     database = close_engine.connect(url)
     barrier.wait(60)
     try:
@@ -716,7 +718,7 @@ def test_a_script_that_cannot_be_run_is_refused_with_the_same_sentence(empty_url
         assert not database.in_transaction()
 
 
-# -- and back ------------------------------------------------------------------------------------------------------
+# -- downgrading ---------------------------------------------------------------------------------------------------
 
 
 def test_every_step_back_can_be_taken_alone_and_again(crm_url: str) -> None:
@@ -808,7 +810,7 @@ def test_what_prisma_made_is_not_at_stake(pushed_url: str) -> None:
 
 @pytest.mark.parametrize("file", sorted(directory().glob("*.sql")), ids=lambda file: file.name)
 def test_a_file_is_whole_and_its_comments_hold_nothing_that_is_replaced(file: Path) -> None:
-    """What a name has after a newline would no longer be in the comment."""
+    """A name with a newline in it, put into a comment, would end the comment."""
     text = file.read_text()
     assert sqlite3.complete_statement(text)
     comments = "".join(re.findall(r"--.*", text))
@@ -822,7 +824,7 @@ SOON = timedelta(milliseconds=20)
 
 @pytest.fixture
 def held(empty_url: str) -> Iterator[Any]:
-    """A connection of somebody else's that keeps everybody from migrating."""
+    """Another connection, which holds the migration lock."""
     if empty_url.startswith("sqlite"):
         holder = sqlite3.connect(empty_url.removeprefix("sqlite:///"), isolation_level=None)
         holder.execute("PRAGMA journal_mode = wal")
@@ -910,7 +912,7 @@ def test_all_who_share_the_lock_are_named(postgres_url: str) -> None:
 def test_a_lock_timeout_is_longer_than_nothing(empty_url: str, what: str) -> None:
     with bound(empty_url):
         for timeout in (timedelta(0), timedelta(seconds=-1)):
-            with pytest.raises(InvalidValue, match="it must be longer than nothing"):
+            with pytest.raises(InvalidValue, match="it must be positive"):
                 WAITING[what](timeout)
 
 
@@ -919,7 +921,7 @@ def test_a_very_long_lock_timeout_is_taken(empty_url: str) -> None:
         assert close_engine.migrate(standalone=True, lock_timeout=timedelta.max) == SCRIPTS
 
 
-# -- in a transaction of the caller's ------------------------------------------------------------------------------
+# -- in the caller's transaction -----------------------------------------------------------------------------------
 
 
 def test_downgrade_is_refused_where_a_transaction_is_open(crm_url: str) -> None:

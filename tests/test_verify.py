@@ -606,8 +606,8 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         with pytest.raises(SchemaError) as caught:
             close_engine.verify()
         assert str(caught.value) == (
-            "The database refuses: permission denied for schema close_engine; a right is its owner's to grant, and to "
-            "read which migrations were applied takes USAGE of the schema close_engine and SELECT on its tables."
+            "The database refuses: permission denied for schema close_engine. To read which migrations were applied, "
+            "this role needs USAGE on the schema close_engine and SELECT on its tables: ask their owner to grant both."
         )
 
         execute(

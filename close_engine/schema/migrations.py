@@ -1,10 +1,10 @@
-"""The schema: run the migrations, list them, take them back.
+"""Migrate, downgrade, and list the migrations.
 
     close_engine.connect("postgresql://…")
-    close_engine.migrate()           # safe from many workers at once; all of it or nothing
+    close_engine.migrate()           # all or nothing; many workers may call it at once
 
-The scripts stand in `migrations/` and are run by `playhouse.migrations`; which of them ran is recorded in
-`close_engine.migrations` on PostgreSQL and in `close_engine_migrations` on SQLite.
+`playhouse.migrations` runs the scripts in `migrations/`. The log of what ran is `close_engine.migrations` on PostgreSQL
+and `close_engine_migrations` on SQLite.
 
 >>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:")
@@ -35,7 +35,7 @@ from close_engine.models import BaseModel
 
 __all__ = ["LOCK_TIMEOUT", "MigrationStatus", "migrate", "migration_sql", "downgrade", "status"]
 
-#: How long one process waits for another that migrates.
+#: How long a process waits for another one that migrates.
 LOCK_TIMEOUT = timedelta(minutes=5)
 
 
@@ -44,9 +44,9 @@ class MigrationStatus:
     """One migration.
 
     Attributes:
-        name: the script's name.
-        applied_at: when it was applied, in the local time of the machine that did; None where it is pending.
-        known: False where the database has it, but this version of the library does not.
+        name: str, the script's name.
+        applied_at: datetime, when it was applied, in the local time of the machine that applied it; None if pending.
+        known: bool, False if the database has it but this version of the library does not.
     """
 
     name: str
@@ -55,7 +55,7 @@ class MigrationStatus:
 
 
 def directory() -> Path:
-    """Where the migration scripts are: inside the installed package, or beside it in a checkout."""
+    """Return where the migration scripts are: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
@@ -64,53 +64,54 @@ def directory() -> Path:
 def migrate(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
     """Apply every pending migration to the bound database, in one transaction.
 
-    Many processes may do so at once: one migrates, the others wait and find nothing left to do.
+    Many processes may call it at once: one migrates, the others wait and then find nothing to do.
 
     Args:
-        standalone: first make minimal leads, users and clients tables where there are none; for a database without
-            a CRM.
-        lock_timeout: how long to wait for another process that migrates.
+        standalone: bool, first create minimal leads, users and clients tables if they are missing; for a database
+            without a CRM.
+        lock_timeout: timedelta, how long to wait for another process that migrates.
 
     Returns:
-        the names of the migrations that were applied.
+        list of str, the names of the migrations that were applied.
 
     Raises:
-        SchemaError: the CRM's tables are missing, something there does not match, the database refuses a statement
-            (no right to make tables, say), or another process held the lock of migrations for too long; nothing was
-            changed.
-        InvalidValue: the lock_timeout is not longer than nothing.
+        SchemaError: the CRM's tables are missing, an existing table does not match, the database refused a statement
+            (for example, because the role may not create tables), or another process held the migration lock for too
+            long. Nothing was changed.
+        InvalidValue: the lock_timeout is not positive.
     """
     binding = current()
     _check_timeout(lock_timeout)
     if not standalone and not pending():
         return []
-    with _alone(binding, lock_timeout):
+    with _migration_lock(binding, lock_timeout):
         return _apply(binding, standalone)
 
 
 def migration_sql(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
-    """The statements that `migrate` would run now, without leaving a trace: they are run and rolled back.
+    """Return the statements that `migrate` would run now: run them, record them, and roll them back.
 
     Args:
         standalone, lock_timeout: as for `migrate`.
 
     Returns:
-        SQL, with its values in it: a script to run in one transaction. It records the migrations as applied, too.
+        list of str, SQL with the values filled in: a script to run in one transaction. It also writes the log of
+            migrations.
 
     Raises:
         SchemaError, InvalidValue: as for `migrate`.
     """
     binding = current()
     statements: list[str] = []
-    mine = get_ident()
+    this_thread = get_ident()
 
     def record(event: Any) -> None:
-        # The hooks of a database hear of every thread's statements.
-        if get_ident() == mine and event.sql.split(None, 1)[0].upper() not in _LEAVE_NO_TRACE:
+        # A database calls its hooks for the statements of every thread.
+        if get_ident() == this_thread and event.sql.split(None, 1)[0].upper() not in _NOT_IN_SCRIPT:
             sql = _with_values(event.sql, event.params or (), binding.database.param)
             statements.append(sql.strip().removesuffix(";"))
 
-    with _alone(binding, lock_timeout) as transaction:
+    with _migration_lock(binding, lock_timeout) as transaction:
         binding.database.query_hooks.append(record)
         try:
             _apply(binding, standalone)
@@ -121,81 +122,84 @@ def migration_sql(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TI
 
 
 def downgrade(target: str | None = None, *, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
-    """Take migrations back, in one transaction of its own. What they made is dropped, WITH THE DATA IN IT.
+    """Undo migrations, in a transaction of its own. Drops what they created, WITH THE DATA IN IT.
 
-    What Prisma had made before, and the migrations only adopted, stays; so do minimal tables of a CRM.
+    Tables and columns that existed before, because Prisma created them, stay. So do the minimal tables of a CRM.
 
     Args:
-        target: go back through this migration; the default is the newest alone.
-        lock_timeout: as for `migrate`.
+        target: str, the last migration to undo; all newer ones are undone too. The default is only the newest.
+        lock_timeout: timedelta, as for `migrate`.
 
     Returns:
-        the names of the migrations that were taken back.
+        list of str, the names of the migrations that were undone.
 
     Raises:
-        SchemaError: there is no such migration to take back, something depends on what it made, another process held
-            the lock of migrations for too long, or a transaction is open; nothing was changed.
-        InvalidValue: the lock_timeout is not longer than nothing.
+        SchemaError: no such migration is applied, something depends on what it created, another process held the
+            migration lock for too long, or a transaction is open. Nothing was changed.
+        InvalidValue: the lock_timeout is not positive.
     """
     binding = current()
     if binding.database.in_transaction():
         raise SchemaError(
-            "Nothing was changed: downgrade() drops tables with their data, and here a transaction is open that could "
-            "still be rolled back. End the transaction first."
+            "Nothing was changed: downgrade() drops tables with their data, so it does not run in an open transaction, "
+            "which might still be rolled back. End the transaction first."
         )
-    with _alone(binding, lock_timeout):
-        return _take_back(binding, target)
+    with _migration_lock(binding, lock_timeout):
+        return _undo(binding, target)
 
 
-def _take_back(binding: Binding, target: str | None) -> list[str]:
+def _undo(binding: Binding, target: str | None) -> list[str]:
     runner = _runner(binding)
     reverted: list[str] = runner.down(target)
     if reverted and not runner.applied():
-        # Nothing of ours is left but the record of it.
+        # Only the library's log is left.
         runner.History.drop_table()
         binding.dialect.drop_schema(binding.database)
     return reverted
 
 
 def status() -> list[MigrationStatus]:
-    """Every migration, applied or pending, in order.
+    """List every migration, applied or pending, in order.
+
+    Returns:
+        list of MigrationStatus.
 
     Raises:
-        SchemaError: the database's role may not read which were applied.
+        SchemaError: the role may not read the log of migrations.
     """
     try:
         return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
     except peewee.ProgrammingError as error:
         raise SchemaError(
-            f"The database refuses: {first_line(error)}; a right is its owner's to grant, and to read which "
-            "migrations were applied takes USAGE of the schema close_engine and SELECT on its tables."
+            f"The database refuses: {first_line(error)}. To read which migrations were applied, this role needs USAGE "
+            "on the schema close_engine and SELECT on its tables: ask their owner to grant both."
         ) from error
 
 
 def rows_at_stake(target: str | None = None, *, lock_timeout: timedelta = LOCK_TIMEOUT) -> dict[str, int]:
-    """What `downgrade` would drop: it is tried, and rolled back.
+    """Count the rows that `downgrade` would drop: downgrade, count, and roll back.
 
     Args:
         target, lock_timeout: as for `downgrade`.
 
     Returns:
-        name of a table, or of a column added to one of the CRM's, to the number of rows that have something in it;
-        what is empty is left out.
+        dict of str to int: table, or column added to a CRM's table, to the number of rows with data in it. Empty ones
+            are left out.
 
     Raises:
-        SchemaError, InvalidValue: as for `downgrade`; a transaction may be open.
+        SchemaError, InvalidValue: as for `downgrade`, except that a transaction may be open.
     """
     binding = current()
-    with _alone(binding, lock_timeout) as transaction:
-        before = _rows_of_ours()
-        _take_back(binding, target)
-        after = _rows_of_ours()
+    with _migration_lock(binding, lock_timeout) as transaction:
+        before = _filled_rows()
+        _undo(binding, target)
+        after = _filled_rows()
         transaction.rollback()
     return {name: count for name, count in before.items() if name not in after}
 
 
-def _rows_of_ours() -> dict[str, int]:
-    """By name of a table, or of a column that was added to one of the CRM's: how many rows have something in it."""
+def _filled_rows() -> dict[str, int]:
+    """Count the rows with data, for each of the library's tables and each column added to a CRM's table."""
     binding = current()
     catalog = binding.dialect.catalog(binding.database)
     schema, record = binding.dialect.own_table("created")
@@ -217,7 +221,7 @@ def _rows_of_ours() -> dict[str, int]:
 
 
 class _Runner(Runner):  # type: ignore[misc]
-    """Peewee's runner, but with a look into our own catalog: Peewee's calls functions of PostgreSQL unqualified."""
+    """Peewee's runner, but reading the dialect's catalog: Peewee's own queries do not name the schema of functions."""
 
     def applied(self) -> dict[str, datetime]:
         if not current().dialect.catalog(self.database).columns(self.table_name, self.schema):
@@ -231,20 +235,20 @@ def _runner(binding: Binding) -> Any:
 
 
 def pending() -> list[str]:
-    """The names of the migrations that are still to be applied; errors as for `status`."""
+    """Return the names of the migrations that are not applied yet. Raises what `status` raises."""
     return [migration.name for migration in status() if migration.applied_at is None]
 
 
 def _check_timeout(lock_timeout: timedelta) -> None:
     if lock_timeout <= timedelta(0):
-        raise InvalidValue("lock_timeout", str(lock_timeout), "it must be longer than nothing")
+        raise InvalidValue("lock_timeout", str(lock_timeout), "it must be positive")
 
 
 @contextmanager
-def _alone(binding: Binding, lock_timeout: timedelta) -> Iterator[atomic]:
-    """A transaction in which no other process migrates this database."""
+def _migration_lock(binding: Binding, lock_timeout: timedelta) -> Iterator[atomic]:
+    """Run a transaction in which no other process migrates this database."""
     _check_timeout(lock_timeout)
-    # What fails at the commit is not told as SchemaError: whether anything was changed is then not known.
+    # An error at the commit is not turned into a SchemaError: then nobody knows whether anything was changed.
     with binding.dialect.limit_wait(binding.database, lock_timeout), atomic() as transaction, _schema_errors():
         binding.dialect.lock_migrations(binding.database, lock_timeout)
         yield transaction
@@ -261,7 +265,7 @@ def _apply(binding: Binding, standalone: bool) -> list[str]:
 
 
 def _create_crm_tables(binding: Binding) -> None:
-    """The least that the migrations and the models ask of a CRM."""
+    """Create minimal leads, users and clients tables."""
     definitions = {
         binding.tables.users: "name TEXT",
         binding.tables.leads: "phone TEXT, name TEXT",
@@ -270,7 +274,7 @@ def _create_crm_tables(binding: Binding) -> None:
     for table, columns in definitions.items():
         quoted = '"' + table.replace('"', '""') + '"'
         if binding.database.param == "%s":
-            quoted = quoted.replace("%", "%%")  # which psycopg2 reads as a %, and a lone % as a placeholder
+            quoted = quoted.replace("%", "%%")  # psycopg2 takes a single % for a placeholder
         binding.database.execute_sql(f"CREATE TABLE IF NOT EXISTS {quoted} (id TEXT NOT NULL PRIMARY KEY, {columns})")
 
 
@@ -282,17 +286,18 @@ def _schema_errors() -> Iterator[None]:
         summary, *problems = str(error).split("\n  - ")
         raise SchemaError(f"Nothing was changed: {summary}", problems) from error
     except peewee.DatabaseError as error:
-        raise SchemaError(f"Nothing was changed: the database refuses, {first_line(error)}.") from error
+        raise SchemaError(f"Nothing was changed: the database refused a statement ({first_line(error)}).") from error
 
 
-_LEAVE_NO_TRACE = ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE")
+#: Statements that change nothing, or only make sense in the transaction that is rolled back.
+_NOT_IN_SCRIPT = ("SELECT", "PRAGMA", "SAVEPOINT", "RELEASE")
 
 
 def _with_values(sql: str, values: Sequence[Any], mark: str) -> str:
-    """The statement with its values in place of the marks."""
+    """Return the statement with its values in place of the placeholders."""
     left = iter(values)
     if mark == "%s":
-        # psycopg2 reads %% as a %, also where there are no values.
+        # psycopg2 takes %% for a %, even if there are no values.
         return re.sub("%[s%]", lambda found: "%" if found[0] == "%%" else _literal(next(left)), sql)
     return re.sub(re.escape(mark), lambda _: _literal(next(left)), sql) if values else sql
 
