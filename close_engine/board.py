@@ -211,6 +211,6 @@ def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, date
         # Sample from `silence`: it holds exactly the active conversations, and its rows are small.
         dialect = current().dialect
         chosen = f"SELECT conversation_id FROM ({dialect.sample('silence', one_of)}) AS chosen"
-        query = query.where(peewee.NodeList((model.id, peewee.SQL(dialect.ids_of(chosen)))))
+        query = query.where(peewee.NodeList((model.id, peewee.SQL(dialect.in_subquery(chosen)))))
     read: Any = StageChange.created_at.python_value
     return [(stage, read(at)) for stage, at in query.tuples() if at is not None]

@@ -399,7 +399,7 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
         raise InvalidValue("lease", lease, "it must last for a while")
     binding, moment = current(), now()
     text = _CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o"))
-    text = binding.dialect.sql(text.replace("{next}", binding.dialect.ids_of("SELECT id FROM next")))
+    text = binding.dialect.sql(text.replace("{next}", binding.dialect.in_subquery("SELECT id FROM next")))
     values = (stored_time(moment), limit, worker, stored_time(moment + lease))
     try:
         with atomic() if binding.database.in_transaction() else nullcontext():

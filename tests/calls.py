@@ -1,10 +1,10 @@
-"""Which functions a statement calls without naming their schema, as far as its text says."""
+"""Find the functions that a statement calls without naming their schema, judging by its text."""
 
 from __future__ import annotations
 
 import re
 
-#: What stands before a parenthesis and is not a function.
+#: Words before a parenthesis that are not functions.
 SYNTAX = {
     *("ALL", "AND", "ANY", "ARRAY", "AS", "BEGIN", "BY", "CASE"),
     *("CAST", "CHECK", "COALESCE", "CONFLICT", "CURRENT_TIMESTAMP", "DISTINCT", "ELSE", "ELSIF"),
@@ -15,12 +15,12 @@ SYNTAX = {
     *("WITH", "VARCHAR"),
 }
 
-#: What a name follows that is not called: a table whose columns are listed, an alias whose columns are.
+#: Words before a name that is not called: a table or an alias with a list of its columns.
 NAMED = r"(?:AS|INTO|TABLE|TABLE IF NOT EXISTS|REFERENCES)"
 
 
 def unqualified(sql: str) -> list[str]:
-    """The names of functions that are called without their schema."""
+    """Return the names of the functions that are called without their schema."""
     sql = re.sub(r"--[^\n]*", " ", sql)
     sql = re.sub(r"\$\w*\$", " ", sql)
     sql = re.sub(r"'(?:[^']|'')*'", " 'text' ", sql)

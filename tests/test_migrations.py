@@ -861,7 +861,7 @@ def test_whoever_waits_too_long_for_the_lock_is_told_who_holds_it(empty_url: str
         else:
             pid = held.info.backend_pid
             assert told.startswith(
-                "Nothing was changed: the lock of migrations was not to be had for 0.02 seconds. It is held by process "
+                "Nothing was changed: the migration lock was not free for 0.02 seconds. It is held by process "
                 f"{pid} of the role postgres, since 20"
             )
             assert told.endswith(f"If not, end it: SELECT pg_catalog.pg_terminate_backend({pid}).")
@@ -878,7 +878,7 @@ def test_the_sessions_own_lock_timeout_is_kept(postgres: peewee.Database, postgr
         assert postgres.execute_sql(shown).fetchone() == ("7s",)
         holder = psycopg2.connect(postgres_url)
         holder.cursor().execute("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate'))")
-        with pytest.raises(SchemaError, match="lock of migrations"):
+        with pytest.raises(SchemaError, match="migration lock"):
             rows_at_stake(lock_timeout=SOON)
         holder.close()
         assert postgres.execute_sql(shown).fetchone() == ("7s",)
@@ -893,7 +893,7 @@ def test_a_holder_of_another_role_is_named_as_far_as_it_can_be_seen(server: str,
         with bound(url.replace("//postgres:@", f"//{role}:@")), pytest.raises(SchemaError) as caught:
             close_engine.migrate(lock_timeout=SOON)
         holder.close()
-        assert re.search(r"held by process \d+ of the role postgres\. If that migrates, wait", str(caught.value))
+        assert re.search(r"held by process \d+ of the role postgres\. If that is a migration, wait", str(caught.value))
         execute(url, f"DROP OWNED BY {role}")
 
 

@@ -1,4 +1,4 @@
-"""What differs between databases, stated once: a subclass for each, in a file of its own."""
+"""What differs between databases. Each database has a subclass in a file of its own."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ __all__ = ["Dialect"]
 
 
 class Dialect:
-    """What differs between databases, stated once: one subclass a database."""
+    """What differs between databases: one subclass for each."""
 
-    #: What the SQL files of the migrations are called after.
+    #: The name of this database in the migrations' SQL files: `0003_guard.postgresql.sql`.
     name: str
 
-    #: What stands before the name of one of the database's own functions.
+    #: Prefix of the database's own functions: `pg_catalog.`, or nothing.
     builtin = ""
 
-    #: What Peewee's `atomic()` is given where a transaction begins.
+    #: Arguments of Peewee's `atomic()` when it begins a transaction.
     begin: tuple[str, ...] = ()
 
-    #: What reads the database's own description of itself.
+    #: Reads the database's catalog.
     catalog: type[Catalog]
 
     def own_table(self, name: str) -> tuple[str | None, str]:
-        """Schema and name of one of our tables that Prisma must not see."""
+        """Return schema and name of one of the library's tables, which Prisma must not see."""
         raise NotImplementedError
 
     def sql(self, text: str) -> str:
-        """The statement in this database's words: `%s` for a value, `{history}` for our tables."""
+        """Translate a statement for this database: `%s` is a value, `{history}` a table of the library."""
         raise NotImplementedError
 
     def function(self, name: str, *arguments: Any) -> peewee.Function:
-        """A call of one of the database's own functions, for a query of Peewee's."""
-        # Peewee knows by the plain name which results are not values of the column.
+        """Call one of the database's own functions in a Peewee query."""
+        # Peewee decides by the plain name whether to convert the result like a value of the column.
         coerce = name not in peewee.Function.no_coerce_functions
         return peewee.Function(self.builtin + name, arguments, coerce=coerce)
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
-        """Text of the one statement that changes a stage; `execute_guarded` runs it."""
+        """Return the text of the one statement that changes a stage; `execute_guarded` runs it."""
         raise NotImplementedError
 
     def execute_guarded(
@@ -56,64 +56,71 @@ class Dialect:
         provenance: Provenance,
         write: Write,
     ) -> tuple[Any, ...] | None:
-        """Run a guarded update, and have its history row carry the provenance.
+        """Run a guarded update, and give its history row this provenance.
 
         Returns:
-            the returned columns and, behind them, the id of the history row; None if no row matched.
+            tuple of the returned columns, followed by the id of the history row; None if no row matched.
         """
         raise NotImplementedError
 
     @contextmanager
     def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
-        """Inside a transaction: have the history carry this provenance for the write made within the block."""
+        """Inside a transaction, give the history this provenance for the write that the block makes."""
         raise NotImplementedError
         yield
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        """Inside a transaction: make the query lock the rows it finds against every other writer."""
+        """Inside a transaction, make a query lock the rows that it finds against every other writer."""
         raise NotImplementedError
 
-    #: The end of a query within a statement that locks the rows it finds against every other writer.
+    #: The clause at the end of a query that locks the rows it finds: `FOR NO KEY UPDATE`, or nothing.
     row_lock: str
 
     def skip_locked(self, *aliases: str) -> str:
-        """The end of a query that takes the rows of these tables, but for those that another one holds."""
+        """Return the clause that locks the rows of these tables and skips locked ones.
+
+        On PostgreSQL: `FOR NO KEY UPDATE OF c, s SKIP LOCKED`. On SQLite, which has one writer at a time: nothing.
+        """
         raise NotImplementedError
 
-    def ids_of(self, query: str) -> str:
-        """What a column of ids is compared with, so that few rows are found by it and not a table searched for them."""
+    def in_subquery(self, query: str) -> str:
+        """Compare an id column with a subquery in a form the planner resolves through the primary key.
+
+        On PostgreSQL: `= ANY (ARRAY(SELECT …))`. With `IN (SELECT …)`, the planner might scan the whole table
+        for a few ids. On SQLite: `IN (SELECT …)`.
+        """
         raise NotImplementedError
 
     def sample(self, table: str, every: int) -> str:
-        """A query for one of so many rows of a table of ours, the same ones each time and without an order."""
+        """Return a query for about one in `every` rows of one of the library's tables, the same rows each time."""
         raise NotImplementedError
 
     def merged_list(self, column: str) -> str:
-        """What a JSON column becomes when a list is merged into it: each element once, in the order of its first."""
+        """Return an expression that merges a list into a JSON column: each element once, in its first position."""
         raise NotImplementedError
 
     def merged_mapping(self, column: str) -> str:
-        """What a JSON column becomes when a mapping is merged into it, key by key."""
+        """Return an expression that merges a mapping into a JSON column, key by key."""
         raise NotImplementedError
 
     def prepare(self, database: peewee.Database) -> None:
-        """Once for a database: what its connections need."""
+        """Set up what every connection of this database needs. Called once."""
 
     def failed(self, database: peewee.Database) -> bool:
-        """Inside a transaction: whether it would be rolled back even if it were told to commit."""
+        """Inside a transaction, return whether it has failed, so that even a COMMIT would roll it back."""
         return False
 
     @contextmanager
     def limit_wait(self, database: peewee.Database, timeout: timedelta) -> Iterator[None]:
-        """Around a transaction that migrates: limit how long its beginning waits, if that is where it waits.
+        """Limit how long the BEGIN of a migrating transaction waits, if this database waits there.
 
         Raises:
-            SchemaError: another process wrote for all of that time.
+            SchemaError: another process was writing for all of that time.
         """
         yield
 
     def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
-        """Inside a transaction: wait until no other process migrates this database.
+        """Inside a transaction, wait until no other process migrates this database.
 
         Raises:
             SchemaError: another process held the lock for all of that time.
@@ -121,7 +128,7 @@ class Dialect:
         raise NotImplementedError
 
     def create_schema(self, database: peewee.Database) -> None:
-        """Make room for our tables."""
+        """Create the schema of the library's tables, if there is none."""
 
     def drop_schema(self, database: peewee.Database) -> None:
-        """Take away the room, if `create_schema` made it."""
+        """Drop that schema if `create_schema` created it."""

@@ -1,4 +1,4 @@
-"""PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction.
+"""PostgreSQL: the library's tables have a schema of their own; the context is a setting that ends with the transaction.
 
 >>> POSTGRES.own_table("history")
 ('close_engine', 'history')
@@ -20,26 +20,26 @@ from close_engine.errors import SchemaError
 
 __all__ = ["POSTGRES", "Postgres", "PostgresCatalog"]
 
-#: As in the first migration, which makes the schema where it is run without this library.
+#: The same text as in the first migration, which creates the schema if it runs without this library.
 _MADE_HERE = "Made by the migrations of close_engine, and dropped with them."
 
-#: Type in DDL to how PostgreSQL prints it, where that is not the same in lower case.
+#: Type in DDL to type as PostgreSQL prints it, unless that is the same in lower case.
 _PRINTED = {"BIGSERIAL": "bigint", "SERIAL": "integer", "TIMESTAMP(3)": "timestamp(3) without time zone"}
 
-#: The advisory lock that whoever migrates holds.
-_MIGRATIONS = "pg_catalog.hashtext('close_engine.migrate'::text)::bigint"
+#: The key of the advisory lock that a migrating process holds.
+_LOCK_KEY = "pg_catalog.hashtext('close_engine.migrate'::text)::bigint"
 
-#: The SQLSTATE of a lock that was not given within lock_timeout.
+#: The SQLSTATE of a lock that was not free within lock_timeout.
 _LOCK_NOT_AVAILABLE = "55P03"
 
-#: The most milliseconds that lock_timeout takes.
+#: The longest lock_timeout, in milliseconds.
 _LONGEST_WAIT = 2**31 - 1
 
 _ACTIONS = {"a": "NO ACTION", "c": "CASCADE", "d": "SET DEFAULT", "n": "SET NULL", "r": "RESTRICT"}
 
 
 class PostgresCatalog(Catalog):
-    """PostgreSQL's, read for any role: its information_schema shows a role only what that role owns."""
+    """Reads pg_catalog, because information_schema shows a role only what the role has rights on."""
 
     exact = True
 
@@ -119,21 +119,21 @@ class PostgresCatalog(Catalog):
         return Column(type_, required, default)
 
 
-#: Local to the transaction, so that no other client of a connection pool ever meets it.
+#: Local to the transaction (`true`), so that no other client of a connection pool can see it.
 _SET_CONTEXT = "pg_catalog.set_config('close_engine.context'::text, %s::text, true)"
 
 
 class Postgres(Dialect):
-    """PostgreSQL: our tables in a schema of their own, the context in a setting that ends with the transaction."""
+    """PostgreSQL: a schema for the library's tables, a setting for the context of a write."""
 
     name = "postgresql"
 
-    # A role that may create in `public` could put a better match for an unqualified call there.
+    # A role that may create functions in `public` could put one there that matches an unqualified call better.
     builtin = "pg_catalog."
 
     catalog = PostgresCatalog
 
-    # NO KEY: the CRM may go on adding messages and events that refer to a held lead.
+    # NO KEY, so that the CRM can still insert rows that refer to a locked lead.
     row_lock = "FOR NO KEY UPDATE"
 
     def own_table(self, name: str) -> tuple[str | None, str]:
@@ -143,7 +143,11 @@ class Postgres(Dialect):
         return text.replace("{", "close_engine.").replace("}", "")
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
-        # The provenance is a condition that always holds, so that it travels in the same round trip.
+        # Setting the context is part of the WHERE clause, so it needs no round trip of its own:
+        #
+        #     UPDATE "close_engine_conversations" SET "stage" = %s, … WHERE "id" = %s AND …
+        #     AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
+        #     RETURNING …, pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass)
         return self.sql(
             f'UPDATE "{table}" SET {assignments} WHERE {conditions} '
             f"AND {_SET_CONTEXT} IS NOT NULL RETURNING {returning}, "
@@ -177,7 +181,7 @@ class Postgres(Dialect):
     def skip_locked(self, *aliases: str) -> str:
         return f"{self.row_lock} OF {', '.join(aliases)} SKIP LOCKED"
 
-    def ids_of(self, query: str) -> str:
+    def in_subquery(self, query: str) -> str:
         return f"= ANY (ARRAY({query}))"
 
     def sample(self, table: str, every: int) -> str:
@@ -195,25 +199,25 @@ class Postgres(Dialect):
         return f"CASE pg_catalog.jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
 
     def failed(self, database: peewee.Database) -> bool:
-        # The driver knows it, without a round trip; 3 is libpq's PQTRANS_INERROR.
+        # The driver knows without a round trip. 3 is libpq's PQTRANS_INERROR.
         return bool(database.connection().info.transaction_status == 3)
 
     def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
         ((before,),) = database.execute_sql("SELECT pg_catalog.current_setting('lock_timeout'::text)").fetchall()
         milliseconds = min(max(1, round(timeout.total_seconds() * 1000)), _LONGEST_WAIT)
         try:
-            # A savepoint, so that the transaction lives on and can ask who holds the lock.
+            # A savepoint keeps the transaction usable, to ask who holds the lock.
             with database.atomic():
                 _set_lock_timeout(database, f"{milliseconds}ms")
-                database.execute_sql(f"SELECT pg_catalog.pg_advisory_xact_lock({_MIGRATIONS})")
+                database.execute_sql(f"SELECT pg_catalog.pg_advisory_xact_lock({_LOCK_KEY})")
                 _set_lock_timeout(database, before)
         except peewee.OperationalError as error:
             if getattr(getattr(error, "orig", None), "pgcode", None) != _LOCK_NOT_AVAILABLE:
                 raise
-            raise SchemaError(_who_migrates(database, timeout)) from error
+            raise SchemaError(_lock_timeout_sentence(database, timeout)) from error
 
     def create_schema(self, database: peewee.Database) -> None:
-        # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+        # CREATE SCHEMA IF NOT EXISTS needs the right to create schemas even if the schema exists: look first.
         found = database.execute_sql("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'")
         if not found.fetchall():
             database.execute_sql("CREATE SCHEMA close_engine")
@@ -232,8 +236,8 @@ def _set_lock_timeout(database: peewee.Database, value: str) -> None:
     database.execute_sql("SELECT pg_catalog.set_config('lock_timeout'::text, %s::text, true)", (value,))
 
 
-def _who_migrates(database: peewee.Database, timeout: timedelta) -> str:
-    """The sentence that says who holds the lock of migrations; what a role may not see is left out."""
+def _lock_timeout_sentence(database: peewee.Database, timeout: timedelta) -> str:
+    """Say which processes hold the migration lock, without what this role may not see of them."""
     holders = database.execute_sql(
         f"""
         SELECT l.pid, a.usename, pg_catalog.to_char(
@@ -242,21 +246,21 @@ def _who_migrates(database: peewee.Database, timeout: timedelta) -> str:
         JOIN pg_catalog.pg_database d ON d.oid = l.database AND d.datname = pg_catalog.current_database()
         LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
-            AND (l.classid::bigint << 32) | l.objid::bigint = {_MIGRATIONS} AND l.pid IS NOT NULL
+            AND (l.classid::bigint << 32) | l.objid::bigint = {_LOCK_KEY} AND l.pid IS NOT NULL
         ORDER BY l.pid
         """
     ).fetchall()
-    waited = f"Nothing was changed: the lock of migrations was not to be had for {timeout.total_seconds():g} seconds."
+    waited = f"Nothing was changed: the migration lock was not free for {timeout.total_seconds():g} seconds."
     if not holders:
-        return f"{waited} Nobody that can be seen holds it now: run it again."
+        return f"{waited} No process holds it now: run this again."
     named = " and ".join(
         f"process {pid}{f' of the role {role}' * bool(role)}{f', since {since} UTC' * bool(since)}"
         for pid, role, since in holders
     )
     end = "; ".join(f"SELECT pg_catalog.pg_terminate_backend({pid})" for pid, *_ in holders)
     return (
-        f"{waited} It is held by {named}. If that migrates, wait for it: run this again, or with a longer lock_timeout "
-        f"(--lock-timeout). If not, end it: {end}."
+        f"{waited} It is held by {named}. If that is a migration, wait for it: run this again, if needed with a longer "
+        f"lock_timeout (--lock-timeout). If not, end it: {end}."
     )
 
 

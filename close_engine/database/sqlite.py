@@ -1,4 +1,4 @@
-"""SQLite: our tables carry a prefix, the context is a row that lives for the one write it belongs to.
+"""SQLite: the library's tables have a prefix; the context is a row that exists only during its write.
 
 >>> SQLITE.own_table("history")
 (None, 'close_engine_history')
@@ -24,15 +24,15 @@ from close_engine.errors import SchemaError
 
 __all__ = ["SQLITE", "Sqlite", "SqliteCatalog", "WalConnection"]
 
-#: Seconds that a connection to SQLite waits for another's lock.
+#: How many seconds a connection waits for another one's lock.
 _SQLITE_WAITS = 60
 
-#: The most milliseconds that PRAGMA busy_timeout takes.
+#: The longest busy_timeout, in milliseconds.
 _LONGEST_WAIT = 2**31 - 1
 
 
 class SqliteCatalog(Catalog):
-    """SQLite's: there the names and the nullability are enough."""
+    """Reads SQLite's catalog. Only names and nullability must match."""
 
     exact = False
 
@@ -50,16 +50,16 @@ class SqliteCatalog(Catalog):
 
 
 class Sqlite(Dialect):
-    """SQLite: our tables carry a prefix, the context is a row that lives for the one write it belongs to."""
+    """SQLite: a prefix for the library's tables, a row for the context of a write."""
 
     name = "sqlite"
 
-    #: Take the write lock at once: a transaction that reads first may be refused it later.
+    #: Take the write lock at once: SQLite may refuse it to a transaction that has already read.
     begin = ("IMMEDIATE",)
 
     catalog = SqliteCatalog
 
-    row_lock = ""  # there is one writer at a time
+    row_lock = ""  # SQLite has one writer at a time
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return None, f"close_engine_{name}"
@@ -94,14 +94,14 @@ class Sqlite(Dialect):
         database.execute_sql("DELETE FROM close_engine_context")
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
-        # Writing anything takes the write lock, of which SQLite has one for the whole file.
+        # Any write takes the write lock, which covers the whole file.
         database.execute_sql("DELETE FROM close_engine_context")
         return query
 
     def skip_locked(self, *aliases: str) -> str:
         return self.row_lock
 
-    def ids_of(self, query: str) -> str:
+    def in_subquery(self, query: str) -> str:
         return f"IN ({query})"
 
     def sample(self, table: str, every: int) -> str:
@@ -133,11 +133,11 @@ class Sqlite(Dialect):
             database.execute_sql(f"PRAGMA busy_timeout = {before}")
 
     def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
-        """BEGIN IMMEDIATE holds the file already."""
+        """Do nothing: BEGIN IMMEDIATE already locked the file."""
 
 
 def _merge_json(stored: str | None, merged: str) -> str:
-    """SQLite runs in this process, and has no JSON function that keeps a null and does not merge deeply."""
+    """Merge in Python: SQLite's own json_patch() drops nulls and merges deeply."""
     old, new = json.loads(stored or "null"), json.loads(merged)
     if isinstance(new, dict):
         return dump_json({**(old if isinstance(old, dict) else {}), **new})
@@ -146,9 +146,9 @@ def _merge_json(stored: str | None, merged: str) -> str:
 
 
 class WalConnection(sqlite3.Connection):
-    """A connection in WAL mode, which many processes may give a new file at once.
+    """A connection in WAL mode, even if many processes open a new file at once.
 
-    SQLite lets one of them make the change and turns the others away without waiting, whatever their timeout.
+    SQLite lets one of them change the mode and refuses the others at once, regardless of their timeout. So try again.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
