@@ -1,4 +1,4 @@
-"""The outbox: messages that commit with what causes them, and are sent from here, in order, by any number of workers.
+"""The outbox: messages are stored in the transaction that causes them, and any number of workers send them, in order.
 
     with close_engine.atomic():
         conversation.start_building(actor="worker-7")
@@ -7,9 +7,9 @@
     for message in outbox.claim(limit=10, lease=timedelta(minutes=1), worker="worker-7"):
         message.sent(provider_id=send(message))         # or message.retry(error), or message.give_up(error)
 
-At most one message of a conversation is in flight, oldest first. A claimed message is leased: if its worker dies, it
-can be claimed again when the lease ends, so a message may reach the provider twice in a crash. `message.send_key` is
-the same each time: hand it to the provider as its idempotency key.
+At most one message of a conversation is in flight, the oldest first. Claiming a message leases it. If the worker dies,
+another one can claim the message when the lease ends, so after a crash a message may reach the provider twice. Pass
+`message.send_key` to the provider as the idempotency key: it is the same every time.
 """
 
 from __future__ import annotations
@@ -44,32 +44,36 @@ from close_engine.stages import CLOSED_STAGES, ActionType, MessageStatus, Stage
 
 __all__ = ["OutboxMessage", "claim", "effect", "enqueue", "requeue"]
 
-#: What says something to the lead, and so is not sent once the conversation has closed; other effects are.
+#: Topics that are texts to the lead: they are not sent after the conversation has closed. Other effects still are.
 TEXTS = tuple(ActionType)
 
-#: The first retry comes after about this long, each further one after twice as long as the one before …
+#: The first retry comes after about this long, and each further one after twice as long, …
 BACKOFF = timedelta(seconds=15)
-#: … but never after more than this.
+#: … up to this.
 LONGEST_BACKOFF = timedelta(hours=1)
 
 
 class OutboxMessage(BaseModel):
-    """One message, or one other effect, that is to leave the system: a row of the outbox.
+    """A row of the outbox: one message, or one other effect outside the database.
 
     Attributes:
         id: int, ascending in the order of a conversation's messages.
-        topic: what it is: an ActionType's value, or a name of your own for another effect.
-        body: the text to send; None where the payload says it all.
-        payload: what else the sender needs, for example `paymentUrl`.
-        trigger: the trigger that is fired when it is marked sent; None where there is none.
-        approved_by: who approved it; None where nobody had to.
-        submitted_by: who drafted it, as given to `submit`.
-        available_at: it cannot be claimed before: the delay, the pause after an error, or the end of its lease.
-        attempts: how often it was claimed.
-        leased_by: the worker that has it, or sent it.
-        provider_id: the provider's own id of it.
-        last_error: what went wrong at the last attempt.
-        refusal: why its trigger could not be fired when it was marked sent.
+        topic: str, an ActionType's value, or your own name for another effect.
+        body: str, the text to send; None if the payload is all there is.
+        payload: JSON, what else the sender needs, for example `paymentUrl`.
+        trigger: str, the trigger to fire when it is marked sent; None if there is none.
+        approved_by: str, who approved it; None if it needed no approval.
+        submitted_by: str, who drafted it, as given to `submit`.
+        status: MessageStatus.
+        available_at: datetime before which it cannot be claimed: the end of a delay, of a pause after an error, or of
+            its lease.
+        attempts: int, how often it was claimed.
+        max_attempts: int, how often it may be claimed.
+        leased_by: str, the worker that holds it, or sent it.
+        sent_at: datetime, when it was marked sent.
+        provider_id: str, the provider's id of it.
+        last_error: str, what went wrong at the last attempt.
+        refusal: str, why its trigger could not be fired when it was marked sent.
     """
 
     id: Any = peewee.BigAutoField()
@@ -101,33 +105,38 @@ class OutboxMessage(BaseModel):
 
     @property
     def send_key(self) -> str:
-        """The idempotency key to hand to the provider: the same at every attempt to send this message."""
+        """The idempotency key to pass to the provider: the same at every attempt to send this message."""
         return f"close-engine-{self.id}"
 
     def sent(self, provider_id: str | None = None) -> OutboxMessage:
-        """Record that it is sent, and fire the trigger behind it, in one transaction.
+        """Record that the message was sent, and fire its trigger, in one transaction.
 
-        A trigger that is no longer allowed (the lead has paid meanwhile, say) leaves the message sent all the same,
-        with the sentence in `refusal`. So does one whose hooks fail; that error is raised once the record is committed.
-        Where it is the database that fails (it is away, there is a deadlock), nothing is recorded: report again.
+        If the trigger is no longer allowed (for example, because the lead has paid in the meantime), the message is
+        still recorded as sent, and `refusal` says why. The same happens if a hook of the trigger fails; its error is
+        raised after the commit. If the database fails (it is down, or there was a deadlock), nothing is recorded: call
+        this again.
 
         Args:
-            provider_id: the provider's id of the message; the same again changes nothing.
+            provider_id: str, the provider's id of the message; reporting the same id again changes nothing.
+
+        Returns:
+            the message itself.
 
         Raises:
-            LeaseLost: it is no longer this worker's.
+            LeaseLost: this worker no longer holds the lease.
             ProviderIdTaken: another message has this provider's id.
+            MessageNotFound: the message was deleted.
         """
         failure: Exception | None = None
         try:
             with atomic() if self.trigger or current().database.in_transaction() else nullcontext():
                 refusal = None
-                if self.trigger and self._is_held():
+                if self.trigger and self._holds_lease():
                     refusal, failure = self._fire(self.trigger, provider_id)
                 done = {"status": MessageStatus.SENT, "sent_at": now(), "provider_id": provider_id, "refusal": refusal}
                 self._report(done)
         except peewee.IntegrityError:
-            # Another message was given this provider's id at this very moment.
+            # Another message got this provider's id at the same moment.
             self._refuse_unless_reported(provider_id)
             raise
         if failure is not None:
@@ -135,67 +144,85 @@ class OutboxMessage(BaseModel):
         return self
 
     def retry(self, error: object, after: timedelta | None = None) -> OutboxMessage:
-        """Give it back to be tried again; after `max_attempts` it is dead instead.
+        """Put the message back, to be tried again later. After `max_attempts`, it is DEAD instead.
 
         Args:
-            error: what went wrong; its text is kept.
-            after: how long to wait; the default doubles from attempt to attempt, give or take a half.
+            error: an exception or a text, what went wrong; stored in `last_error`.
+            after: timedelta, how long to wait. The default doubles with every attempt, plus or minus half of it.
+
+        Returns:
+            the message itself.
 
         Raises:
-            LeaseLost: it is no longer this worker's.
+            LeaseLost: this worker no longer holds the lease.
         """
         if self.attempts >= self.max_attempts:
             return self.give_up(error)
         pause = after if after is not None else _backoff(self.attempts)
-        return self._report({"leased_by": None, "available_at": now() + pause, "last_error": _told(error)})
+        return self._report({"leased_by": None, "available_at": now() + pause, "last_error": _error_text(error)})
 
     def give_up(self, error: object) -> OutboxMessage:
-        """Record that it cannot be sent: it is dead until somebody requeues it, and those behind it go on.
+        """Record that the message cannot be sent: it stays DEAD until somebody requeues it. Later ones are sent.
+
+        Args:
+            error: an exception or a text, what went wrong; stored in `last_error`.
+
+        Returns:
+            the message itself.
 
         Raises:
-            LeaseLost: it is no longer this worker's.
+            LeaseLost: this worker no longer holds the lease.
         """
-        return self._report({"status": MessageStatus.DEAD, "leased_by": None, "last_error": _told(error)})
+        return self._report({"status": MessageStatus.DEAD, "leased_by": None, "last_error": _error_text(error)})
 
     def extend(self, lease: timedelta) -> OutboxMessage:
-        """Keep it for longer, counted from now.
+        """Extend the lease.
+
+        Args:
+            lease: timedelta, how long to keep the message, counted from now.
+
+        Returns:
+            the message itself.
 
         Raises:
-            LeaseLost: it is no longer this worker's.
+            LeaseLost: this worker no longer holds the lease.
         """
         return self._report({"available_at": now() + lease})
 
     def release(self) -> OutboxMessage:
-        """Give it back untried: it may be tried as often as before.
+        """Put the message back untried. The attempt does not count: `max_attempts` grows by one.
+
+        Returns:
+            the message itself.
 
         Raises:
-            LeaseLost: it is no longer this worker's.
+            LeaseLost: this worker no longer holds the lease.
         """
         return self._report({"leased_by": None, "available_at": now(), "max_attempts": self.max_attempts + 1})
 
     @classmethod
     def with_provider_id(cls, provider_id: str) -> OutboxMessage | None:
-        """The message that the provider knows by this id, as for its delivery callbacks; None where there is none."""
+        """Find a message by the provider's id, for example in a delivery callback; None if there is no such message."""
         message: OutboxMessage | None = cls.get_or_none(cls.provider_id == provider_id)
         return message
 
-    def _held(self) -> peewee.Expression:
+    def _has_same_lease(self) -> peewee.Expression:
         # The number of attempts tells this lease from a later one of the same worker.
-        held: peewee.Expression = (
+        same_lease: peewee.Expression = (
             (OutboxMessage.id == self.id)
             & OutboxMessage.status.is_still(MessageStatus.PENDING)
             & OutboxMessage.leased_by.is_null(False)
             & (OutboxMessage.leased_by == self.leased_by)
             & (OutboxMessage.attempts == self.attempts)
         )
-        return held
+        return same_lease
 
-    def _is_held(self) -> bool:
-        return OutboxMessage.select().where(self._held()).exists()
+    def _holds_lease(self) -> bool:
+        return OutboxMessage.select().where(self._has_same_lease()).exists()
 
     def _report(self, values: dict[str, Any]) -> OutboxMessage:
-        """Write what came of it, if it is still this worker's."""
-        condition = self._held()
+        """Write the outcome if this worker still holds the lease."""
+        condition = self._has_same_lease()
         provider_id = values.get("provider_id")
         if provider_id is not None:
             other = OutboxMessage.alias()
@@ -208,7 +235,7 @@ class OutboxMessage(BaseModel):
         return self
 
     def _refuse_unless_reported(self, provider_id: str | None) -> None:
-        """Raise why it cannot be reported on; if this very report was made before, take over the row."""
+        """Raise the reason why the outcome could not be written. If it was written before, copy the row instead."""
         found = OutboxMessage.get_or_none(OutboxMessage.id == self.id)
         if found is None:
             raise MessageNotFound(self.id)
@@ -220,7 +247,7 @@ class OutboxMessage(BaseModel):
         accept_row(self, found)
 
     def _fire(self, trigger: str, provider_id: str | None) -> tuple[str | None, Exception | None]:
-        """Fire the trigger behind it: the sentence that says why not, and the error of a hook that failed."""
+        """Fire the trigger; return the sentence for `refusal` and the error of a hook that failed, or None for each."""
         payload = self.payload if isinstance(self.payload, dict) else {}
         try:
             with locked(self.conversation_id) as conversation:
@@ -241,7 +268,7 @@ class OutboxMessage(BaseModel):
                     )
                 except TransitionRefused as refusal:
                     if trigger == "send_payment_link" and conversation.payment_link_sent_at is None:
-                        # The lead has the link, whatever the stage, and can pay.
+                        # The lead has the link and can pay, whatever the stage is: record that.
                         conversation.payment_link_url, conversation.payment_link_sent_at = link, now()
                         conversation.save()
                     return str(refusal), None
@@ -250,15 +277,15 @@ class OutboxMessage(BaseModel):
             return str(refusal), None
         except Exception as error:
             if is_transient(error):
-                raise  # The database's own trouble passes: nothing is recorded, so that it can be reported again.
-            return _told(error), error
+                raise  # The database may recover: record nothing, so that the worker can report again.
+            return _error_text(error), error
 
     def __repr__(self) -> str:
         return f"<OutboxMessage {self.id}: {self.topic} of {self.conversation_id}, {self.status}>"
 
 
 def _index_pending(*fields: Any, leased: bool = False, unique: bool = False) -> None:
-    """An index of what waits only, so that it stays as small as that is."""
+    """Declare an index that covers only waiting messages, so that it stays small."""
     pending = OutboxMessage.status == MessageStatus.PENDING
     where = pending & OutboxMessage.leased_by.is_null(False) if leased else pending
     OutboxMessage.add_index(*fields, unique=unique, where=where)
@@ -286,27 +313,27 @@ def enqueue(
     submitted_by: str | None = None,
     max_attempts: int = 10,
 ) -> OutboxMessage:
-    """Put a message into the outbox, in the caller's transaction where one is open.
+    """Put a message into the outbox, in the caller's transaction if one is open.
 
     Args:
-        conversation: whose it is, or the id; its messages leave in the order in which they were put in.
-        topic: an ActionType, or a name of your own for another effect.
-        body: the text to send.
-        payload: what else the sender needs; anything JSON can hold.
-        send_after: how long it waits, or until when (timezone-aware); those behind it wait with it.
-        key: idempotency key, unique within the conversation: the same key again returns the first message.
-        trigger: the trigger to fire when it is marked sent.
-        approved_by: who approved it.
-        submitted_by: who drafted it.
-        max_attempts: how often it may be tried.
+        conversation: CloseEngineConversation, or its id. Its messages are sent in the order of their ids.
+        topic: ActionType, or your own name for another effect.
+        body: str, the text to send.
+        payload: mapping that JSON can hold, what else the sender needs.
+        send_after: timedelta, how long to wait, or datetime with a timezone, until when. Later messages wait too.
+        key: str, idempotency key, unique within the conversation. Using it again returns the first message.
+        trigger: str, the trigger to fire when the message is marked sent.
+        approved_by: str, who approved it.
+        submitted_by: str, who drafted it.
+        max_attempts: int, how often it may be claimed.
 
     Returns:
-        the message.
+        OutboxMessage.
 
     Raises:
         ConversationNotFound: there is no such conversation.
         UnknownTrigger: there is no such trigger.
-        InvalidValue: an argument cannot be stored.
+        InvalidValue: an argument makes no sense or cannot be stored.
     """
     conversation_id = conversation if isinstance(conversation, str) else conversation.id
     if trigger is not None and trigger not in TRIGGERS:
@@ -327,7 +354,7 @@ def enqueue(
         available_at=moment_after(send_after),
         max_attempts=max_attempts,
     )
-    # The row's lock makes the order of a conversation's ids the order in which they are committed.
+    # Lock the conversation, so that its messages commit in the order of their ids.
     with locked(conversation_id) as held:
         same = (OutboxMessage.conversation_id == conversation_id) & (OutboxMessage.key == key)
         if key is not None and (first := OutboxMessage.get_or_none(same)) is not None:
@@ -343,16 +370,17 @@ def effect(
     payload: Mapping[str, Any] | Callable[[CloseEngineConversation, StageChange], Mapping[str, Any]] | None = None,
     send_after: timedelta | None = None,
 ) -> Hook:
-    """Whenever one of these stages is entered, enqueue this, committed with the stage change.
+    """Enqueue an effect whenever a conversation enters one of these stages, in the transaction of the stage change.
 
     Args:
-        stages: the stages.
-        topic: what your sender does, for example `build_site`.
-        payload: what it needs: a mapping, or a function of the conversation and the StageChange that returns one.
-        send_after: how long it waits.
+        stages: Stage, one or more.
+        topic: str, what your sender should do, for example `build_site`.
+        payload: mapping with what the sender needs, or a function that gets the conversation and the StageChange and
+            returns one.
+        send_after: timedelta, how long to wait.
 
     Returns:
-        the hook; `remove()` it to stop.
+        Hook; call its `remove()` to stop.
     """
 
     @on_enter(*stages)
@@ -363,6 +391,12 @@ def effect(
     return enqueue_effect
 
 
+# On PostgreSQL, the statement ends like this:
+#
+#     ORDER BY o.available_at, o.id LIMIT %s FOR NO KEY UPDATE OF o SKIP LOCKED
+#     )
+#     UPDATE close_engine.outbox SET leased_by = %s, available_at = %s, attempts = attempts + 1
+#     WHERE id = ANY (ARRAY(SELECT id FROM next)) RETURNING *
 _CLAIM = """
 WITH next AS (
     SELECT o.id FROM {outbox} o
@@ -381,22 +415,25 @@ WHERE id {next} RETURNING *
 
 
 def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str = "worker") -> list[OutboxMessage]:
-    """Lease the messages that are next, for this worker alone: at most one of a conversation, the oldest first.
+    """Lease the next messages to a worker: at most one per conversation, its oldest.
 
     Args:
-        limit: at most so many.
-        lease: how long they are its own; then they can be claimed again.
-        worker: its name.
+        limit: int, the most messages to claim.
+        lease: timedelta, how long no other worker can claim them.
+        worker: str, the worker's name.
 
     Returns:
-        the messages, oldest first.
+        list of OutboxMessage, oldest first.
+
+    Raises:
+        InvalidValue: the worker has no name, the limit is less than 1, or the lease is not positive.
     """
     if not clean_text("worker", worker).strip():
         raise InvalidValue("worker", worker, "a worker must have a name")
     if limit < 1:
         raise InvalidValue("limit", limit, "it must be at least 1")
     if lease <= timedelta(0):
-        raise InvalidValue("lease", lease, "it must last for a while")
+        raise InvalidValue("lease", lease, "it must be positive")
     binding, moment = current(), now()
     text = _CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o"))
     text = binding.dialect.sql(text.replace("{next}", binding.dialect.in_subquery("SELECT id FROM next")))
@@ -405,16 +442,16 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
         with atomic() if binding.database.in_transaction() else nullcontext():
             claimed = list(OutboxMessage.raw(text, *values))
     except peewee.IntegrityError:
-        # Another one took a message of the same conversation (that was requeued) at this very moment: look again.
+        # Another worker claimed a requeued message of the same conversation at the same moment: try again.
         return claim(limit, lease, worker)
-    wanted = _without_late(claimed)
+    wanted = _withdraw_late(claimed)
     if claimed and not wanted:
         return claim(limit, lease, worker)
     return sorted(wanted, key=lambda message: int(message.id))
 
 
-def _without_late(claimed: list[OutboxMessage]) -> list[OutboxMessage]:
-    """Withdraw the texts that were in flight when their conversation closed, and came back from there unsent."""
+def _withdraw_late(claimed: list[OutboxMessage]) -> list[OutboxMessage]:
+    """Withdraw texts that were in flight when their conversation closed, and return the other messages."""
     again = [message.id for message in claimed if message.attempts > 1 and message.topic in TEXTS]
     if not again:
         return claimed
@@ -430,14 +467,17 @@ def _without_late(claimed: list[OutboxMessage]) -> list[OutboxMessage]:
 
 
 def requeue(message: OutboxMessage | int) -> OutboxMessage:
-    """Put a dead message back, to be tried as often again.
+    """Put a DEAD message back into the outbox, with all its attempts.
 
     Args:
-        message: the message, or its id.
+        message: OutboxMessage, or its id.
+
+    Returns:
+        OutboxMessage, as it is now.
 
     Raises:
-        MessageNotFound: there is none.
-        MessageNotDead: it is not dead.
+        MessageNotFound: there is no such message.
+        MessageNotDead: the message is not DEAD.
         ConversationClosed, ConversationNotFound: it is a text, and its conversation has closed or was deleted.
     """
     message_id = message if isinstance(message, int) else message.id
@@ -459,7 +499,7 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
 
 
 def moment_after(wait: timedelta | datetime | None) -> datetime:
-    """The moment that is meant: after this duration, at this moment, or now."""
+    """Convert a duration from now, a moment or None (for now) to a moment."""
     if isinstance(wait, timedelta):
         return now() + wait
     moment: datetime = OutboxMessage.available_at.clean(wait) if wait is not None else now()
@@ -471,6 +511,6 @@ def _backoff(attempts: int) -> timedelta:
     return min(doubled * random.uniform(0.5, 1.5), LONGEST_BACKOFF)
 
 
-def _told(error: object) -> str:
+def _error_text(error: object) -> str:
     text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
     return text.replace("\x00", "").encode(errors="replace").decode()

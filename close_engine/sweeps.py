@@ -1,10 +1,10 @@
-"""Sweeps: what time alone brings about. Each is one call that returns what it moved; the timer lives elsewhere.
+"""Sweeps: changes that happen because time passes. Call them from a timer; each returns what it changed.
 
-    sweep()                                             # all of them, as a cron job or a worker's timer does
+    sweep()                                             # all of them, from a cron job or a worker's timer
     stall_silent(after=timedelta(hours=72))
 
-Each takes hold of what is due in batches, passing over what others hold, and moves a batch with one set-based
-statement: any number of workers may sweep at once. The guard and the history are the same as for a trigger.
+A sweep locks the rows that are due, a batch at a time, and changes each batch with one statement. It skips rows that
+others have locked, so any number of workers may sweep at once. The guard checks every change and the history has it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from close_engine.machine import TRIGGERS
 
 __all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
 
-#: Who moved them, in the history.
+#: The actor of these changes in the history.
 ACTOR = "sweep"
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What one `sweep` moved.
+    """What one `sweep` changed.
 
     Attributes:
-        stalled: ids of conversations.
-        lost: ids of conversations.
-        expired: ids of pending actions.
-        released: ids of messages whose lease had run out.
+        stalled: list of str, ids of the conversations that were stalled.
+        lost: list of str, ids of the conversations that were closed as lost.
+        expired: list of str, ids of the pending actions that expired.
+        released: list of int, ids of the messages whose lease had run out.
     """
 
     stalled: list[str]
@@ -48,7 +48,7 @@ class Swept:
     released: list[int]
 
 
-# What is due, in the order in which it became so: {lock} passes over what others hold.
+# The rows that are due, oldest first. On PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, s SKIP LOCKED.
 _PERHAPS_SILENT = """
     SELECT c.id FROM {silence} s JOIN close_engine_conversations c ON c.id = s.conversation_id
     WHERE s.since <= %s AND c.updated_at < %s AND c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
@@ -70,22 +70,26 @@ _RUN_OUT = """
 
 
 def sweep() -> Swept:
-    """All of the sweeps, as they are by default."""
+    """Run all sweeps with their defaults.
+
+    Returns:
+        Swept.
+    """
     return Swept(stall_silent(), lose_stalled(), expire_actions(), release_leases())
 
 
 def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -> list[str]:
-    """Stall the active conversations whose leads are silent.
+    """Stall active conversations whose leads are silent.
 
     Args:
-        after: since the later of the last inbound text and the last stage change.
-        batch: how many are moved in one transaction.
+        after: timedelta, how long since the last inbound text or the last stage change, whichever is later.
+        batch: int, how many to change in one transaction.
 
     Returns:
-        the ids of the conversations.
+        list of str, ids of the conversations.
 
     Raises:
-        InvalidValue: the batch is less than one.
+        InvalidValue: the batch is less than 1.
     """
     return _move("stall", _PERHAPS_SILENT, ("c", "s"), after, batch, spared=_not_silent)
 
@@ -93,35 +97,35 @@ def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -
 def lose_stalled(
     after: timedelta = timedelta(days=7), reason: str = "silent since it stalled", *, batch: int = 1000
 ) -> list[str]:
-    """Close the conversations that have been stalled for long as lost.
+    """Close long-stalled conversations as lost.
 
     Args:
-        after: since it stalled.
-        reason: stands in `closed_lost_reason` and in the history.
-        batch: how many are moved in one transaction.
+        after: timedelta, how long since the conversation stalled.
+        reason: str, for `closed_lost_reason` and the history.
+        batch: int, how many to change in one transaction.
 
     Returns:
-        the ids of the conversations.
+        list of str, ids of the conversations.
 
     Raises:
-        InvalidValue: the reason is empty, or the batch is less than one.
+        InvalidValue: the reason is empty, or the batch is less than 1.
     """
     if not reason.strip():
-        raise InvalidValue("reason", reason, "a lost conversation must have one")
+        raise InvalidValue("reason", reason, "a reason must be given")
     return _move("close_lost", _STALLED, ("c",), after, batch, reason)
 
 
 def expire_actions(*, batch: int = 1000) -> list[str]:
-    """Expire the pending actions that are past their time; conversations that waited for them go back.
+    """Expire pending actions whose time is up. A conversation without a pending payment link leaves PENDING_APPROVAL.
 
     Args:
-        batch: how many are moved in one transaction.
+        batch: int, how many to change in one transaction.
 
     Returns:
-        the ids of the actions.
+        list of str, ids of the actions.
 
     Raises:
-        InvalidValue: the batch is less than one.
+        InvalidValue: the batch is less than 1.
     """
     moment = stored_time(now())
     provenance = Provenance(ACTOR, "it was not approved in time")
@@ -134,16 +138,16 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
 
 
 def release_leases(*, batch: int = 1000) -> list[int]:
-    """Take messages back from workers that died with them; one that was tried as often as it may be is dead.
+    """Reclaim messages whose lease has run out. After `max_attempts`, a message is DEAD.
 
     Args:
-        batch: how many are moved in one transaction.
+        batch: int, how many to change in one transaction.
 
     Returns:
-        the ids of the messages.
+        list of int, ids of the messages.
 
     Raises:
-        InvalidValue: the batch is less than one.
+        InvalidValue: the batch is less than 1.
     """
 
     def release(held: list[int]) -> list[int]:
@@ -166,9 +170,9 @@ def _move(
     reason: str | None = None,
     spared: Callable[[list[str], str], set[str]] | None = None,
 ) -> list[str]:
-    """Fire a trigger on every conversation that is due: in one statement, or one by one where hooks ask for it.
+    """Fire a trigger on every conversation that is due: in one statement, or one by one if hooks must run.
 
-    `spared` says which of those that are held are not due after all.
+    `spared` returns those of the locked conversations that are not due after all.
     """
     transition, moment = TRIGGERS[trigger], now()
     before, at, given = stored_time(moment - after), stored_time(moment), {"closed_lost_reason": reason}
@@ -191,7 +195,7 @@ def _move(
 
 
 def _not_silent(held: list[str], before: str) -> set[str]:
-    """Those whose stage changed later than their row says, which is moved on: only now, to spare each stage change."""
+    """Return those whose stage changed after `since`, and move their `since` up to that change."""
     changed = (
         "(SELECT created_at FROM {history} WHERE conversation_id = {silence}.conversation_id "
         "AND \"trigger\" <> 'adopted' ORDER BY id DESC LIMIT 1)"
@@ -213,18 +217,18 @@ def _in_batches(
     write: Callable[[list[Any]], list[Any]],
     attributed_to: tuple[Provenance, Write] | None = None,
 ) -> list[Any]:
-    """Hold what is due and write it, a batch in a transaction, until there is no full batch left.
+    """Lock the rows that are due and write them, one batch per transaction, until a batch is not full.
 
     Args:
-        due: the query for the ids of what is due, with {lock} at its end.
-        lock: the aliases in it whose rows are to be held.
-        due_before: the values in it, but for the size of the batch.
-        batch: how many rows at once.
-        write: gets the ids that are held, and returns those that it moved.
-        attributed_to: what the history says of them.
+        due: str, the query for the ids of the rows that are due, ending in {lock}.
+        lock: tuple of str, the aliases in the query whose rows to lock.
+        due_before: list of str, the query's values, except the size of the batch.
+        batch: int, how many rows to lock at a time.
+        write: function that gets the ids of the locked rows and returns those that it changed.
+        attributed_to: the provenance of the changes, and their write.
 
     Returns:
-        the ids of all that was moved.
+        list of the ids of all changed rows.
     """
     if batch < 1:
         raise InvalidValue("batch", batch, "it must be at least 1")
@@ -240,7 +244,7 @@ def _in_batches(
 
 
 def _execute(text: str, *values: Any, these: list[Any]) -> list[tuple[Any, ...]]:
-    """Run a statement on these ids; the other values come before them."""
+    """Run a statement on these ids, which replace {these}. The other values come before them in the text."""
     marks = ", ".join(["%s"] * len(these))
     cursor = current().execute(text.replace("{these}", f"({marks})"), (*values, *these))
     rows: list[tuple[Any, ...]] = cursor.fetchall() if cursor.description else []
