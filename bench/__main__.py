@@ -1,4 +1,4 @@
-"""The command line: run the questions, print their tables, keep them in bench/results.json."""
+"""The command line: run the questions, print their tables and store them in bench/results.json."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ QUESTIONS = ("stage_change", "sweeps", "claims", "growth", "contention", "sqlite
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Close Engine.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(QUESTIONS)}; the default is all")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: small, and nothing is written")
-    parser.add_argument("--page", action="store_true", help="quote bench/results.json in docs/performance.md, no more")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(QUESTIONS)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="do a small smoke run and write nothing")
+    parser.add_argument("--page", action="store_true", help="only quote bench/results.json in docs/performance.md")
     given = parser.parse_args()
     if given.page:
         page.quote()
         return
     if unknown := set(given.names) - set(QUESTIONS):
-        parser.error(f"there is no question {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped, too
+        parser.error(f"there is no question {', '.join(sorted(unknown))}; the questions are {', '.join(QUESTIONS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server stops too
     with private_server() as server:
         results = Results(server)
         for name in given.names or QUESTIONS:

@@ -1,9 +1,9 @@
-"""Does a stage change, or a claim, cost more than it did at another commit?
+"""Does a stage change or a claim cost more than at another commit?
 
     python -m bench.against fc8225f
 
-Both are installed side by side, each with a database of its own on one server, and take turns: 20 rounds. Ratios below
-one mean that this checkout is cheaper.
+Both versions are installed side by side, each with its own database on one server, and take turns for 20 rounds. A
+ratio below one means that this checkout is cheaper.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from bench.server import Server, private_server, processor_seconds
 
 ROOT = Path(__file__).parent.parent
 
-#: How many conversations there are, and how many messages are claimed in one round.
+#: How many conversations exist, and how many messages are claimed in one round.
 CONVERSATIONS, MESSAGES = 2000, 500
 
 
 class Side:
-    """A process that works with one of the two versions."""
+    """A process that runs one of the two versions."""
 
     def __init__(self, directory: str, url: str) -> None:
         command = [sys.executable, "-m", "bench.driven", directory, url]
@@ -47,16 +47,16 @@ class Side:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError("a process of the comparison ended early; its error is above")
+            raise RuntimeError("one of the two processes ended early; its error is above")
         return json.loads(answer)
 
     def close(self) -> None:
-        self.process.communicate()  # it ends with its input
+        self.process.communicate()  # it ends when its input ends
 
 
 @contextmanager
 def installed(commit: str) -> Iterator[dict[str, str]]:
-    """Install this checkout and another commit: name to the directory that has its package."""
+    """Install another commit (`before`) and this checkout (`now`), and yield the directory of each."""
     with tempfile.TemporaryDirectory(prefix="close_engine_against_") as place:
         source = f"{place}/source"
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
@@ -77,7 +77,7 @@ def compare(server: Server, directories: dict[str, str], rounds: int, changes: i
             sides[name] = Side(directory, urls[name])
             stack.callback(sides[name].close)
             found = sides[name].tell("migrate")
-            assert found.startswith(directory), f"{found} was imported, and not what is in {directory}"
+            assert found.startswith(directory), f"{found} was imported instead of the package in {directory}"
             fill(server, f"against_{name}", CONVERSATIONS, stages=list(DEST), history=5)
         server.set("synchronous_commit", "off")
         yield table("One stage change", server, directories, sides, "stage change", rounds, changes, 1)
@@ -135,12 +135,12 @@ def table(
 
 
 def ratio(these: list[float], those: list[float]) -> float:
-    """The median, over the rounds, of the ratio of a round."""
+    """Return the median of the rounds' ratios."""
     return median(this / that for this, that in zip(these, those, strict=True))
 
 
 def on_the_wire(server: Server, directory: str, name: str, operation: str, at_once: int) -> list[str]:
-    """Statements and round trips."""
+    """Count statements and round trips."""
     if operation == "claim":
         refill_outbox(server, f"against_{name}", CONVERSATIONS)
     with counting_proxy(server) as proxy:
@@ -155,8 +155,8 @@ def on_the_wire(server: Server, directory: str, name: str, operation: str, at_on
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.against", description="Compare with another commit.")
-    parser.add_argument("commit", help="what git calls it")
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("commit", help="the commit, as git names it")
+    parser.add_argument("--quick", action="store_true", help="do a small smoke run")
     given = parser.parse_args()
     with installed(given.commit) as directories, private_server() as server:
         rounds, changes = (2, 50) if given.quick else (20, 1000)

@@ -1,7 +1,7 @@
-"""How many messages a second do 1, 2 and 4 worker processes claim and mark sent, with nothing to send?
+"""How many messages a second do 1, 2 and 4 worker processes claim and mark sent, if sending does nothing?
 
-Beside it procrastinate runs jobs that do nothing, on the same server. Order within a conversation is kept by both:
-procrastinate by a `lock` for each conversation; without locks it is shown as well.
+The comparison is procrastinate, which runs jobs that do nothing on the same server. Both keep the order within a
+conversation; procrastinate does it with a `lock` per conversation. It also runs without locks.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def beside_procrastinate(
     contenders: dict[str, Callable[[], object]] = {
         "Close Engine, claim and sent": partial(claim_and_send, ours_url, 10),
         "Close Engine, Worker": partial(run_worker, ours_url, 10),
-        "procrastinate, a lock a conversation": partial(run_procrastinate, jobs_url, 1),
-        "procrastinate, a lock a conversation, concurrency=10": partial(run_procrastinate, jobs_url, 10),
+        "procrastinate, a lock per conversation": partial(run_procrastinate, jobs_url, 1),
+        "procrastinate, a lock per conversation, concurrency=10": partial(run_procrastinate, jobs_url, 10),
         "procrastinate, no locks": partial(run_procrastinate, jobs_url, 1),
     }
 
@@ -108,7 +108,7 @@ def throughput(
     messages: int,
     rounds: int,
 ) -> dict[str, float]:
-    """Messages a second, in the median: from when all the processes are ready until the last has found nothing."""
+    """Return the median of messages per second, from when all processes are ready until the last one finds no more."""
     seconds = interleave(
         {name: partial(in_processes, work, workers) for name, work in contenders.items()},
         rounds=rounds,
@@ -136,7 +136,7 @@ def run_worker(url: str, limit: int) -> None:
 
 
 def waiting(database: peewee.Database) -> int:
-    """What cannot be claimed may be behind a message that another process has in flight."""
+    """Count waiting messages: some cannot be claimed yet, because another process has an older one in flight."""
     ((count,),) = database.execute_sql("SELECT count(*) FROM close_engine.outbox WHERE status = 'PENDING'").fetchall()
     found: int = count
     return found

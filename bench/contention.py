@@ -1,7 +1,7 @@
-"""What happens when 1 to 64 threads change stages at once, of one conversation and of different ones?
+"""What happens if 1 to 64 threads change stages at once, of one conversation or of different ones?
 
-On one conversation the threads race: one wins, the others are told of the conflict, load it again and go on. The
-history must have exactly one row for each change that a thread was told it made.
+On one conversation, the threads race: one wins, the others get a conflict, reload and try again. The history must have
+exactly one row for each change that a thread made.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
     database = server.migrated("contention")
     fill(server, database, 100, stages=list(TRIGGER))
     ways = {
-        "a connection a thread": server.url(database),
+        "a connection per thread": server.url(database),
         "a pool of connections": pooled(server.url(database)),
     }
     if not which("pgbouncer"):
-        yield table(server, ways, threads, changes, rounds, "PgBouncer is not installed here")
+        yield table(server, ways, threads, changes, rounds, "PgBouncer is not installed here.")
     else:
         with pgbouncer(server, database) as url:
             ways["PgBouncer, transaction mode"] = url
@@ -80,12 +80,12 @@ def table(
         "Stage changes a second, by the number of threads",
         ["on", *map(str, threads)],
         rows,
-        f"(in brackets: conflicts for each change). Each change has exactly one row of history. {note}".strip(),
+        f"In brackets: conflicts per change. Each change has exactly one row of history. {note}".strip(),
     )
 
 
 def race(server: Server, url: str, threads: int, changes: int, one: bool, conflicts: dict[str, int]) -> float:
-    """The seconds that the threads take for so many changes together."""
+    """Return how many seconds the threads take for all changes together."""
     database = close_engine.connect(url)
     ready = threading.Barrier(threads + 1)
     lost = [0] * threads
@@ -117,7 +117,7 @@ def race(server: Server, url: str, threads: int, changes: int, one: bool, confli
 
 
 def change(found: str) -> int:
-    """Change it, and return how many conflicts came before."""
+    """Change a conversation's stage, and return the number of conflicts on the way."""
     for conflicts in range(10_000):
         conversation = close_engine.CloseEngineConversation.get_by_id(found)
         try:
@@ -136,7 +136,7 @@ def recorded(server: Server) -> int:
 
 @contextmanager
 def pgbouncer(server: Server, database: str) -> Iterator[str]:
-    """The URL of the database through PgBouncer in transaction mode, with four connections to the server."""
+    """Run PgBouncer in transaction mode with four connections to the server, and yield the URL through it."""
     with tempfile.TemporaryDirectory(prefix="close_engine_bench_pgbouncer_") as directory:
         place = Path(directory)
         place.chmod(0o777)
@@ -170,7 +170,7 @@ FOREIGN_WRITE = """
 
 
 def leaks(server: Server, url: str, database: str) -> Table:
-    """Whether what one client said of its write is taken for what another one says of his."""
+    """Check that one client's context is never recorded with another client's write."""
     connected, writes, left = close_engine.connect(url), 50, 0
     for number in range(1, writes + 1):
         change(conversation_id(number))
@@ -183,7 +183,10 @@ def leaks(server: Server, url: str, database: str) -> Table:
     foreign = "SELECT count(*) FROM close_engine.history WHERE actor = 'database:postgres'"
     ((recorded_as_such,),) = server.rows(foreign, database=database)
     return Table(
-        "Through PgBouncer in transaction mode: what one client leaves to the next on the same connection",
+        "Through PgBouncer in transaction mode: what one client leaves behind for the next on the same connection",
         ["what", f"of {writes} writes"],
-        [["a context left behind", left], ["a foreign write recorded as ours", writes - recorded_as_such]],
+        [
+            ["a context left behind", left],
+            ["another writer's change recorded as the library's", writes - recorded_as_such],
+        ],
     )

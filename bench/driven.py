@@ -1,6 +1,6 @@
-"""One side of `bench.against`: does what it is told with the close_engine of a directory, and says what it took.
+"""One side of `bench.against`: run the close_engine in a given directory and measure it.
 
-It reads one JSON array a line, [verb, argument, …], and answers each with one line of JSON.
+It reads one JSON array per line, [verb, argument, …], and answers each with one line of JSON.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def main(directory: str, url: str) -> None:
         return int(pid)
 
     def run(operation: str, count: int) -> float:
-        """Return seconds on the processor."""
+        """Return the CPU time in seconds."""
         started = time.process_time()
         for _ in range(count):
             operations[operation]()
         return time.process_time() - started
 
     def alone(count: int) -> float:
-        """Return seconds on the processor of one stage change whose answers come from a tape."""
+        """Return the CPU time in seconds of one stage change with the server's answers replayed."""
         nonlocal ids, database
         with replayed() as tape:
             database = close_engine.connect(url)

@@ -1,6 +1,6 @@
-"""Two ways to look at what a driver does: count what goes over the wire, or answer in the server's place.
+"""Two ways to measure what a driver does: count what goes over the wire, or replay the server's answers.
 
-Both work on whatever connects, be it through Peewee, Django or SQLAlchemy.
+Both work for every library that connects through psycopg2: Peewee, Django, SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bench.server import Server
 
 
 class CountingProxy:
-    """Passes everything on, and counts the server's `CommandComplete` and `ReadyForQuery` messages.
+    """A proxy that counts the server's `CommandComplete` and `ReadyForQuery` messages.
 
-    A statement ends with the first, and with the second the server waits for the client: one round trip.
+    The first ends a statement. With the second, the server waits for the client, so it ends a round trip.
     """
 
     def __init__(self, server: Server, directory: str) -> None:
@@ -39,11 +39,11 @@ class CountingProxy:
         return f"postgresql://postgres@/{database}?host={self.directory}&port=5432"
 
     def counts(self) -> tuple[int, int]:
-        """Statements and round trips until now."""
+        """Return the number of statements and of round trips so far."""
         return self.statements, self.round_trips
 
     def _accept(self) -> None:
-        with suppress(OSError):  # it is closed
+        with suppress(OSError):  # the socket was closed
             while True:
                 client, _ = self.listening.accept()
                 upstream = socket.socket(socket.AF_UNIX)
@@ -55,7 +55,7 @@ class CountingProxy:
         pending = b""
         while data := upstream.recv(65536):
             pending += data
-            # A message is its kind, one byte, then its length, which counts itself.
+            # A message is one byte for its kind, then its length, which includes itself.
             while len(pending) >= 5 and len(pending) > (length := int.from_bytes(pending[1:5], "big")):
                 self.statements += pending[:1] == b"C"
                 self.round_trips += pending[:1] == b"Z"
@@ -82,7 +82,7 @@ def counting_proxy(server: Server) -> Iterator[CountingProxy]:
 
 
 class Tape:
-    """What the server answered while it was recording, to be answered again."""
+    """Records the server's answers, to replay them."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[Any, int, list[tuple[Any, ...]]]] = []
@@ -97,13 +97,13 @@ class Tape:
 
     @contextmanager
     def playing(self) -> Iterator[None]:
-        """Answer from the tape; after the last answer comes the first again.
+        """Answer from the tape, and start again after the last answer.
 
         Raises:
-            RuntimeError: nothing was recorded, so nothing that was to be replayed went through these cursors.
+            RuntimeError: nothing was recorded, because the code does not use these cursors.
         """
         if not self.answers:
-            raise RuntimeError("the tape is empty: what was recorded does not connect through psycopg2.connect")
+            raise RuntimeError("the tape is empty: the recorded code does not connect through psycopg2.connect")
         self.state = "playing"
         yield
         self.state = "through"
@@ -115,7 +115,7 @@ class Tape:
 
 
 class TapeCursor(psycopg2.extensions.cursor):
-    """A cursor that records what it is answered, or answers from the tape."""
+    """A cursor that records the server's answers, or answers from the tape."""
 
     def __init__(self, *arguments: Any, tape: Tape, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -163,11 +163,11 @@ class TapeCursor(psycopg2.extensions.cursor):
 
 @contextmanager
 def replayed() -> Iterator[Tape]:
-    """Whatever connects through psycopg2 within this block has cursors that follow the tape."""
+    """Give every connection that psycopg2 opens within this block cursors that use the tape."""
     tape, connect = Tape(), psycopg2.connect
 
     def connect_to_tape(*arguments: Any, **options: Any) -> psycopg2.extensions.connection:
-        # Over what the caller says: Django names the factory that is psycopg2's default.
+        # Override the caller's factory: Django passes psycopg2's default one.
         return connect(*arguments, **{**options, "cursor_factory": partial(TapeCursor, tape=tape)})
 
     with mock.patch("psycopg2.connect", connect_to_tape):

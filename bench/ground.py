@@ -1,7 +1,7 @@
-"""Conversations, history and messages by the million, generated in the server with the triggers off.
+"""Generate conversations, history and messages by the million, in the server, with the triggers off.
 
-The n-th conversation is `conversation_id(n)` to PostgreSQL and to Python: an id of the length and the disorder of a
-cuid, so that an index on it is used as it is in production.
+The id of the n-th conversation is `conversation_id(n)`, in PostgreSQL and in Python. It is as long and as random as a
+cuid, so that an index on it behaves as in production.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from datetime import datetime, timezone
 
 from bench.server import Server
 
-#: A way round that never ends: from the stage to the trigger, to the next stage, and to what `edit_rounds` grows by.
+#: Two stages to go back and forth between: the trigger, the next stage, and by how much `edit_rounds` grows.
 TRIGGER = {"PREVIEW_SENT": "request_edits", "EDIT_LOOP": "send_preview"}
 DEST = {"PREVIEW_SENT": "EDIT_LOOP", "EDIT_LOOP": "PREVIEW_SENT"}
 EDITS = {"PREVIEW_SENT": 1, "EDIT_LOOP": 0}
 
-# n stands for the number of a conversation.
+# n is the number of a conversation.
 ID = "('c' || left(md5(n::text), 24))"
 LEAD_ID = "('l' || left(md5(n::text), 24))"
 
-#: Stages by n % 20: how a working agency's board looks, most of it closed.
+#: Stages by n % 20. As for a real agency, most conversations are closed.
 STAGES = (
     ["QUALIFYING"] * 3
     + ["COLLECTING_INFO", "BUILDING", "PREVIEW_SENT", "EDIT_LOOP", "PAYMENT_SENT"]
@@ -61,7 +61,7 @@ MESSAGES = f"""
     FROM (SELECT n, date_trunc('milliseconds', localtimestamp - interval '1 hour' + step * interval '1 ms') AS moment
         FROM generate_series(1, {{each}}) step, generate_series(1, {{count}}) n) AS numbered
 """
-#: For the session: no triggers run, neither ours nor those of foreign keys.
+#: Turns off all triggers in the session, even those of foreign keys.
 WITHOUT_TRIGGERS = "SET session_replication_role = replica"
 SECONDARY_INDEXES = """
     SELECT i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid) FROM pg_index i
@@ -71,17 +71,17 @@ SECONDARY_INDEXES = """
 
 
 def utc_now() -> datetime:
-    """The moment as a `timestamp` without a time zone takes it."""
+    """Return the current moment as naive UTC, for a `timestamp` without time zone."""
     return datetime.now(timezone.utc).replace(tzinfo=None)
 
 
 def conversation_id(number: int) -> str:
-    """The id of the n-th conversation, counted from 1."""
+    """Return the id of the n-th conversation, counted from 1."""
     return "c" + hashlib.md5(str(number).encode()).hexdigest()[:24]
 
 
 def lead_id(number: int) -> str:
-    """The id of its lead."""
+    """Return the id of the n-th conversation's lead."""
     return "l" + conversation_id(number)[1:]
 
 
@@ -99,12 +99,12 @@ def fill(
     """Fill an empty database.
 
     Args:
-        count: how many conversations.
-        stages: their stages, in turn; the default is `STAGES`.
-        history: how many rows of history each has.
-        spare_leads: how many leads more, without a conversation; their numbers follow.
-        sent: how many sent messages each has.
-        pending: how many conversations have one message that waits, the first ones.
+        count: int, number of conversations.
+        stages: list of str, their stages, in turn; the default is `STAGES`.
+        history: int, history rows per conversation.
+        spare_leads: int, additional leads without a conversation, with the next numbers.
+        sent: int, sent messages per conversation.
+        pending: int, number of conversations, from the first, that have one waiting message.
     """
     array = "ARRAY[" + ", ".join(f"'{stage}'" for stage in stages or STAGES) + "]"
     statements = [

@@ -1,7 +1,7 @@
 """Does the cost stay flat from 10 thousand to 1 million conversations, with ten rows of history each?
 
-The contenders are the sizes: the same operation on each in turn, and its ratio to the smallest. A sweep by hand, one
-statement with the triggers off, stands beside ours: what it grows by is the database's own.
+The contenders are the sizes: the same operation runs on each in turn, and the result is the ratio to the smallest. For
+comparison, one statement with the triggers off does a sweep by hand. What it grows by is due to the database itself.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ BY_HAND = """
 
 
 class Grown:
-    """A database of a size, and the operations on it.
+    """A database of one size, and the operations on it.
 
-    Each binds the models first, for the others are bound in between; that is not timed.
+    The models must be bound before each operation, because the other sizes run in between. That is not timed.
     """
 
     def __init__(self, server: Server, count: int, operations: int) -> None:
@@ -75,7 +75,7 @@ class Grown:
         close_engine.bind(self.database)
 
     def load(self) -> None:
-        """Choose a conversation that can be changed; what the change costs is loading it and firing the trigger."""
+        """Choose a conversation that can be changed. Only loading it again and firing the trigger is timed."""
         self.bind()
         while True:
             self.chosen = conversation_id(self.random.randint(1, self.count))
@@ -91,7 +91,7 @@ class Grown:
         assert len(close_engine.outbox.claim(CLAIMED, timedelta(hours=1), "bench")) == CLAIMED
 
     def make_due(self) -> None:
-        """Age as many, and put back what was swept before: the smallest has not enough for every round."""
+        """Make conversations due, and put back those swept before: the smallest size has too few for every round."""
         self.bind()
         with self.without_triggers():
             self.database.execute_sql(PUT_BACK)
@@ -143,7 +143,7 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
         "Cost by the number of conversations",
         ["operation", *databases, "largest to smallest"],
         rows,
-        "ten rows of history and two sent messages a conversation; one in ten has a message that waits",
+        "Each conversation has ten rows of history and two sent messages; one in ten has a waiting message",
     )
     for grown in databases.values():
         grown.database.close()

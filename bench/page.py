@@ -1,6 +1,6 @@
-"""docs/performance.md quotes bench/results.json: the tables between its marks are written anew from the file.
+"""Quote bench/results.json in docs/performance.md: rewrite the tables between the page's marks.
 
-A mark is `<!-- bench: NAME -->`, and the quote ends at the next `<!-- end -->`.
+A quote begins with the mark `<!-- bench: NAME -->` and ends at the next `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ QUOTE = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def quote() -> None:
-    """Write into the page what the file holds; a question that was not run yet is said to be missing."""
+    """Write the results into the page. A question without results is shown as not measured yet."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     PAGE.write_text(QUOTE.sub(lambda mark: f"{mark[1]}\n{_quoted(results.get(mark[2]))}\n{mark[3]}", PAGE.read_text()))
 

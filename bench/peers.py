@@ -1,7 +1,7 @@
-"""What people would use instead, each as its documentation shows it: the contenders of `stage_change`.
+"""The contenders of `stage_change`: what people would use instead, each used as its documentation shows.
 
 Each is a context manager that connects once and yields a function that makes one durable stage change: load by id,
-check with its state machine, write the row and a history row in one transaction. All have the whole transition table,
+check with the state machine, write the row and a history row in one transaction. All have the whole transition table,
 the same columns and the same driver, psycopg2.
 """
 
@@ -29,7 +29,7 @@ from close_engine.stages import Stage
 
 Change = Callable[[str], object]
 
-# Where `resume` leads is in the history: to a machine without one, to QUALIFYING.
+# `resume` looks into the history for its destination. A machine without a history goes to QUALIFYING.
 TABLE = [[t.trigger, [s.value for s in t.sources], (t.dest or Stage.QUALIFYING).value] for t in TRANSITIONS]
 
 
@@ -95,7 +95,7 @@ def load_with_machine(conversation_id: str) -> PeeweeConversation:
 
 @contextmanager
 def peewee_machine(url: str) -> Iterator[Change]:
-    """A `transitions.Machine` for each object, then `save()` and a history row."""
+    """Use a `transitions.Machine` for each object, then `save()` and a history row."""
     database = db_url.connect(url)
     PeeweeModel._meta.database.initialize(database)
 
@@ -126,11 +126,11 @@ def peewee_machine(url: str) -> Iterator[Change]:
 
 @cache
 def django_models() -> SimpleNamespace:
-    """The models, made when Django is set up."""
+    """Set up Django and define the models."""
     import django
     from django.conf import settings
 
-    # Django prefers psycopg 3 where it finds it; all contenders are to have the same driver.
+    # Hide psycopg 3, which Django would prefer: all contenders must use the same driver.
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "psycopg"}
     sys.modules["psycopg"] = None  # type: ignore[assignment]
     settings.configure(
@@ -202,7 +202,7 @@ def django_models() -> SimpleNamespace:
 
 @contextmanager
 def django_fsm(url: str) -> Iterator[Change]:
-    """`ConcurrentTransitionMixin`, whose `save()` writes only from the stage that was loaded, and a history row."""
+    """Use `ConcurrentTransitionMixin`, whose `save()` checks the stage that was loaded, and a history row."""
     django = django_models()
     given = sqlalchemy.make_url(url)
     django.connection.settings_dict.update(
@@ -262,7 +262,7 @@ class SqlAlchemyConversation(SqlAlchemyModel):
     created_at: orm.Mapped[datetime]
     updated_at: orm.Mapped[datetime] = orm.mapped_column()
 
-    # SQLAlchemy's own guard: an UPDATE of a version that is no longer there is a StaleDataError.
+    # SQLAlchemy's own version check: if the version has changed, the UPDATE raises StaleDataError.
     __mapper_args__ = {"version_id_col": updated_at, "version_id_generator": lambda _: utc_now()}  # noqa: RUF012
 
 
@@ -296,7 +296,7 @@ ConversationMachine = _conversation_machine()
 
 @contextmanager
 def python_statemachine(url: str) -> Iterator[Change]:
-    """A machine on a SQLAlchemy object with a version column, and a history row."""
+    """Use a machine on a SQLAlchemy object with a version column, and a history row."""
     given = sqlalchemy.make_url(url)
     engine = sqlalchemy.create_engine(given.set(drivername="postgresql+psycopg2"))
 

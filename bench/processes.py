@@ -1,4 +1,4 @@
-"""Run the same work in several processes at once, from when all of them are ready until the last is done."""
+"""Run the same work in several processes at once, and time it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def in_processes(work: Callable[[], object], count: int) -> float:
-    """The seconds that it takes so many processes, each of which opens its own connections.
+    """Return the seconds from when all processes are ready until the last is done. Each opens its own connections.
 
     Raises:
         RuntimeError: one of them failed.
@@ -39,4 +39,4 @@ def _work(work: Callable[[], object], ready: Any, finished: Any) -> None:
     except Exception as error:
         finished.put(repr(error))
         raise
-    finished.put(time.monotonic())  # the same clock for every process of the machine
+    finished.put(time.monotonic())  # all processes of the machine share this clock

@@ -1,4 +1,4 @@
-"""Tables as they are printed, and as they are kept in bench/results.json with what they were measured on."""
+"""Print tables, and store them in bench/results.json with the machine and the versions."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ PACKAGES = (
 
 @dataclass
 class Table:
-    """What one measurement showed.
+    """The result of one measurement.
 
     Attributes:
-        title: what was measured.
-        columns: their headings; the first names the contender.
-        rows: a row a contender.
-        note: what has to be known to read it.
+        title: str, what was measured.
+        columns: list of str, the headings; the first is the contender's.
+        rows: list of list, one for each contender.
+        note: str, what readers need to know.
     """
 
     title: str
@@ -69,7 +69,7 @@ def per_second(operations: float) -> str:
 
 
 def show(table: Table) -> None:
-    """Print it."""
+    """Print a table."""
     grid = Grid(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
     for number, column in enumerate(table.columns):
         grid.add_column(column, justify="right" if number else "left")
@@ -79,7 +79,7 @@ def show(table: Table) -> None:
 
 
 class Results:
-    """The file of results: one entry a question, each with its own run."""
+    """The file of results, with one entry for each question."""
 
     def __init__(self, server: Server) -> None:
         ((version,),) = server.rows("SHOW server_version")
@@ -91,7 +91,7 @@ class Results:
         }
 
     def keep(self, name: str, tables: list[Table], seconds: float) -> None:
-        """Write what a question showed in place of what it showed before."""
+        """Replace a question's entry in the file."""
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         kept[name] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -106,7 +106,7 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Describe this machine."""
     cpu = memory = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

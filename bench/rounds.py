@@ -1,4 +1,4 @@
-"""Contenders take turns, and are compared within a round: what slows the machine down slows all of them.
+"""Let contenders take turns and compare them within a round, so that a slow moment of the machine slows all of them.
 
 >>> import itertools
 >>> times = interleave({"floor": lambda: None, "ours": lambda: sum(range(2000))}, rounds=5, repeat=20)
@@ -16,24 +16,24 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: The seconds that each operation took, round by round.
+#: Seconds of each operation, in a list for each round.
 Times = list[list[float]]
 
 
 def timed(operation: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """The seconds that it takes."""
+    """Return how many seconds an operation takes."""
     started = clock()
     operation()
     return clock() - started
 
 
 def measured_itself(operation: Callable[[], float]) -> float:
-    """The seconds that it returns."""
+    """Return the seconds that the operation itself measured."""
     return operation()
 
 
 def nothing() -> None:
-    """What is done before a round, unless there is more to do."""
+    """Do nothing, the default before a turn."""
 
 
 def interleave(
@@ -45,19 +45,19 @@ def interleave(
     warm_up: bool = True,
     timer: Callable[[Callable[[], Any]], float] = timed,
 ) -> dict[str, Times]:
-    """Let the contenders take turns, in another order each round.
+    """Let the contenders take turns, in a different order each round.
 
     Args:
-        contenders: name to one operation.
-        rounds: how often each has its turn.
-        repeat: how many operations in a turn.
-        before: name to what restores the ground before its turn; it is not timed.
-        warm_up: have one round more, which does not count.
-        timer: runs an operation and returns its seconds; the default is `timed`. An operation that returns them itself
-            is run with `measured_itself`.
+        contenders: name to operation.
+        rounds: int, number of rounds.
+        repeat: int, operations per turn.
+        before: name to a function that prepares the contender's turn; not timed.
+        warm_up: bool, whether to run one more round first, which does not count.
+        timer: function that runs an operation and returns its seconds; the default is `timed`. Use `measured_itself`
+            for operations that return their seconds.
 
     Returns:
-        name to its times.
+        dict of name to Times.
     """
     times: dict[str, Times] = {name: [] for name in contenders}
     shuffled, order = random.Random(4), list(contenders)
@@ -70,18 +70,18 @@ def interleave(
 
 
 def median(times: Times) -> float:
-    """The median of all operations."""
+    """Return the median of all operations."""
     return statistics.median(second for turn in times for second in turn)
 
 
 def percentile(times: Times, percent: float) -> float:
-    """What so many percent of all operations do not exceed."""
+    """Return the seconds that this percentage of all operations does not exceed."""
     ordered = sorted(second for turn in times for second in turn)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
 def ratio(times: Times, floor: Times) -> float:
-    """How many times as long as the floor: the median, over the rounds, of the ratio of the round's medians."""
+    """Return the ratio to the floor: divide the medians of each round, and take the median of that."""
     return statistics.median(
         statistics.median(turn) / statistics.median(turn_of_floor)
         for turn, turn_of_floor in zip(times, floor, strict=True)

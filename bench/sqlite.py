@@ -1,6 +1,6 @@
-"""What does a stage change cost on SQLite, in WAL mode, with one and with four processes that write?
+"""What does a stage change cost on SQLite, in WAL mode, with one or four processes that write?
 
-By hand it is `sqlite3` with the same pragmas: a transaction with a SELECT, a guarded UPDATE and an INSERT.
+The floor is `sqlite3` by hand with the same pragmas: one transaction with a SELECT, a guarded UPDATE and an INSERT.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
 
 
 def prepare(directory: Path) -> tuple[str, str, list[str]]:
-    """A file with conversations that can be changed, the same without triggers, and the ids."""
+    """Return a file with conversations that can be changed, a copy without triggers, and the ids."""
     ours_file, plain_file = str(directory / "ours.db"), str(directory / "plain.db")
     database = close_engine.connect(f"sqlite:///{ours_file}")
     close_engine.migrate(standalone=True)
@@ -73,7 +73,7 @@ def changes(contenders: dict[str, Callable[[int], object]], processes: int, each
             ]
             for name in contenders
         ],
-        f"WAL, synchronous FULL; {rounds} rounds of {each} changes a process",
+        f"WAL, synchronous FULL; {rounds} rounds of {each} changes per process",
     )
 
 
@@ -102,7 +102,7 @@ def by_hand(file: str, ids: list[str], changes: int) -> None:
 
 
 def ours(file: str, ids: list[str], changes: int) -> None:
-    """Of several processes that loaded the same conversation one wins; the others load it again."""
+    """Change stages. If another process wins, load the conversation again."""
     database = close_engine.connect(f"sqlite:///{file}")
     for number in range(changes):
         while True:

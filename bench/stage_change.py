@@ -1,8 +1,8 @@
 """What does one durable stage change cost: load by id, check, write with the guard, history row, committed?
 
-The floor is two statements by hand, without a machine, a model or a trigger in the database: the least that keeps
-"exactly one of several racing workers wins" and "each change has its history row". It keeps no guard against other
-writers and nothing of since when a lead is silent.
+The floor is two statements by hand, without a machine, a model or a trigger in the database. That is the minimum for
+"exactly one of several racing workers wins" and "each change has its history row". It does not guard against other
+writers and does not record when a lead went silent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOVED = """
 
 @contextmanager
 def floor(url: str) -> Iterator[Change]:
-    """psycopg2 by hand, in autocommit: a SELECT and one statement that writes both rows."""
+    """Use psycopg2 by hand, in autocommit: a SELECT and one statement that writes both rows."""
     connection = psycopg2.connect(url)
     connection.autocommit = True
     cursor = connection.cursor()
@@ -92,7 +92,7 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
 
 
 def ground(server: Server, count: int) -> dict[str, str]:
-    """A database for each contender, with the same tables and rows."""
+    """Create a database for each contender, with the same tables and rows."""
     ours_database = server.migrated("stage_change_ours")
     fill(server, ours_database, count, stages=list(DEST), history=5)
     plain = server.plain(ours_database, "stage_change_plain")
@@ -105,7 +105,7 @@ def ground(server: Server, count: int) -> dict[str, str]:
 
 
 def operations(stack: ExitStack, urls: dict[str, str], count: int) -> dict[str, Callable[[], None]]:
-    """Name to one stage change, of one conversation after the other."""
+    """Map each name to a function that changes the stage of the next conversation."""
 
     def prepare(name: str) -> Callable[[], None]:
         change, ids = stack.enter_context(CONTENDERS[name](urls[name])), cycle(ids_of(count))
@@ -144,7 +144,7 @@ def latency(
 
 
 def effort(server: Server, databases: dict[str, str], changes: int) -> Table:
-    """What depends little on the machine's mood: statements, round trips, and time on a processor."""
+    """Measure what depends little on the machine's load: statements, round trips and CPU time."""
     processor = processor_times(server, databases, changes)
     return Table(
         "What one stage change takes",
@@ -158,8 +158,8 @@ def effort(server: Server, databases: dict[str, str], changes: int) -> Table:
             ]
             for name in CONTENDERS
         ],
-        "BEGIN and COMMIT are statements, too. Python alone: the driver's cursor replays the server's answers; the "
-        "fastest tenth, for other processes only add to it. Client and server: synchronous_commit off, Unix socket",
+        "BEGIN and COMMIT count as statements. Python alone: the driver's cursor replays the server's answers; the "
+        "fastest tenth, because other processes only add to it. Client and server: synchronous_commit off, Unix socket",
     )
 
 
@@ -173,7 +173,7 @@ def counted_on_the_wire(server: Server, name: str, database: str, changes: int =
 
 
 def python_alone(server: Server, name: str, database: str, changes: int) -> float:
-    """Seconds on the processor."""
+    """Return the CPU time in seconds."""
     with replayed() as tape, CONTENDERS[name](server.url(database)) as change:
         change(conversation_id(1))
         with tape.recording():  # there and back again
@@ -187,7 +187,7 @@ def python_alone(server: Server, name: str, database: str, changes: int) -> floa
 def processor_times(
     server: Server, databases: dict[str, str], changes: int, rounds: int = 10
 ) -> dict[str, tuple[float, float]]:
-    """Seconds on the processor for each change, of the client and of the server: the medians of the rounds."""
+    """Return the CPU time per change in seconds, of the client and of the server: the medians of the rounds."""
     server.set("synchronous_commit", "off")
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
     with ExitStack() as stack:
@@ -211,7 +211,7 @@ def processor_times(
 
 
 def memory(server: Server, databases: dict[str, str], count: int) -> Table:
-    """What a conversation takes that was loaded and is kept."""
+    """Measure the memory of a conversation that is loaded and kept."""
     loaders: dict[str, Callable[[str], object]] = {
         OURS: close_engine.CloseEngineConversation.get_by_id,
         "django-fsm-2": lambda found: peers.django_models().Conversation.objects.get(pk=found),
@@ -241,7 +241,7 @@ def memory(server: Server, databases: dict[str, str], count: int) -> Table:
         "Memory of a conversation that is loaded and kept",
         ["contender", "bytes"],
         [[name, f"{sizes[name]:,.0f}"] for name in CONTENDERS],
-        "with its machine, where it has one of its own; the floor keeps the row as a tuple",
+        "Includes its machine if it has one of its own; the floor keeps the row as a tuple",
     )
 
 
@@ -266,7 +266,7 @@ def connector(server: Server, database: str) -> Callable[[], psycopg2.extensions
 
 
 def left_behind(server: Server, databases: dict[str, str], changes: int) -> Table:
-    """What is still there after many changes, and whether the last thousand were as fast as the first."""
+    """Count the objects left after many changes, and compare the last thousand changes with the first."""
     server.set("synchronous_commit", "off")
     with ours(server.url(databases[OURS])) as change:
         ids = cycle(ids_of(200))
@@ -283,5 +283,5 @@ def left_behind(server: Server, databases: dict[str, str], changes: int) -> Tabl
         f"Left behind after {changes:,} stage changes",
         ["contender", "objects", "last 1000 to first 1000"],
         [[OURS, more, times(statistics.median(last) / statistics.median(warm))]],
-        "objects that the garbage collector tracks, after a collection",
+        "Objects that the garbage collector tracks after a collection",
     )

@@ -1,8 +1,8 @@
 """What does a sweep cost that stalls 100,000 of 1,000,000 conversations, with stamps and history?
 
-By hand it is one set-based statement, over the whole table, for there is no index on `updated_at`. It keeps no guard
-and nothing of since when a lead is silent; "by hand, silence kept" also does the latter. Each contender has a copy of
-the same database in every round.
+By hand, it is one set-based statement. It scans the whole table, because there is no index on `updated_at`. It has no
+guard and does not record when a lead went silent; "by hand, silence kept" does the latter. Each contender gets a fresh
+copy of the same database in every round.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
             contenders[name]()
         first, highest = peak()
         rows.append([name, f"{first / 1e6:.1f} MB", f"{highest / 1e6:.1f} MB"])
-    yield Table(
-        "Memory that the sweeping backend has for itself", ["contender", "when it was first seen", "at most"], rows
-    )
+    yield Table("Private memory of the sweeping backend", ["contender", "at first", "at most"], rows)
     server.drop("sweep", ours_template, plain_template)
 
 
@@ -129,7 +127,7 @@ def ours(server: Server, batch: int, due: int) -> None:
 
 
 def row_by_row(server: Server, some: int) -> None:
-    """Stall so many one by one; whether they are due makes no difference to the cost."""
+    """Stall some conversations one by one. Whether they are due does not change the cost."""
     database = close_engine.connect(server.url("sweep"))
     for number in range(1, some + 1):
         close_engine.CloseEngineConversation.get_by_id(conversation_id(number)).stall(actor="sweep")
@@ -138,7 +136,7 @@ def row_by_row(server: Server, some: int) -> None:
 
 @contextmanager
 def watched(server: Server) -> Iterator[Callable[[], tuple[int, int]]]:
-    """Watch the private memory of whatever backend works on the database: the first and the highest figure."""
+    """Watch the private memory of the database's backends, and yield a function for its first and highest value."""
     seen: list[int] = []
     done = threading.Event()
 
@@ -148,7 +146,7 @@ def watched(server: Server) -> Iterator[Callable[[], tuple[int, int]]]:
                 try:
                     seen.append(private_memory(process))
                 except (FileNotFoundError, ProcessLookupError, IndexError):
-                    continue  # it has ended meanwhile
+                    continue  # it ended in the meantime
 
     thread = threading.Thread(target=watch)
     thread.start()
