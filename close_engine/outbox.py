@@ -426,14 +426,14 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
         list of OutboxMessage, oldest first.
 
     Raises:
-        InvalidValue: the worker has no name, the limit is less than 1, or the lease is not positive.
+        InvalidValue: the worker has no name, the limit is less than 1, or the lease is not greater than zero.
     """
     if not clean_text("worker", worker).strip():
         raise InvalidValue("worker", worker, "a worker must have a name")
     if limit < 1:
         raise InvalidValue("limit", limit, "it must be at least 1")
     if lease <= timedelta(0):
-        raise InvalidValue("lease", lease, "it must be positive")
+        raise InvalidValue("lease", lease, "it must be greater than zero")
     binding, moment = current(), now()
     text = _CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o"))
     text = binding.dialect.sql(text.replace("{next}", binding.dialect.in_subquery("SELECT id FROM next")))

@@ -176,7 +176,7 @@ def test_f7_notes_arrive_with_the_error() -> None:
 )
 def test_f7_a_value_that_cannot_be_pickled_arrives_as_text(value: Any) -> None:
     """The refused value may be anything; the error that refuses it must arrive all the same."""
-    error = errors.InvalidValue("lease", value, "it must be positive")
+    error = errors.InvalidValue("lease", value, "it must be greater than zero")
     for way, travel in ways():
         arrived = travel(error)
         assert (str(arrived), arrived.field) == (str(error), "lease"), way

@@ -61,7 +61,7 @@ def test_migrating_and_back_wait_only_so_long_for_another_process(empty_url: str
             told = refused(*command, "--lock-timeout", "0.02", "--database", empty_url)
             assert re.match("Nothing was changed: .* 0.02 seconds", told)
             assert "--lock-timeout" in told
-    assert "it must be positive" in refused("downgrade", "--lock-timeout", "0", "--database", empty_url)
+    assert "it must be greater than zero" in refused("downgrade", "--lock-timeout", "0", "--database", empty_url)
 
 
 def connection_that_migrates(url: str) -> Any:

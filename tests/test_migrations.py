@@ -912,7 +912,7 @@ def test_all_who_share_the_lock_are_named(postgres_url: str) -> None:
 def test_a_lock_timeout_is_longer_than_nothing(empty_url: str, what: str) -> None:
     with bound(empty_url):
         for timeout in (timedelta(0), timedelta(seconds=-1)):
-            with pytest.raises(InvalidValue, match="it must be positive"):
+            with pytest.raises(InvalidValue, match="it must be greater than zero"):
                 WAITING[what](timeout)
 
 

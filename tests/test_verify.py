@@ -155,7 +155,7 @@ ON_BOTH = {
         "UPDATE {migrations} SET name = '0999_later' WHERE name = '0002_history'",
         [
             "The migration 0002_history is pending: run close-engine migrate.",
-            "The migration 0999_later is newer than this version: upgrade close-engine.",
+            "The migration 0999_later is unknown to this version: upgrade close-engine.",
         ],
     ),
     "no migration": (
@@ -606,7 +606,7 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         with pytest.raises(SchemaError) as caught:
             close_engine.verify()
         assert str(caught.value) == (
-            "The database refuses: permission denied for schema close_engine. To read which migrations were applied, "
+            "Database error: permission denied for schema close_engine. To read which migrations were applied, "
             "this role needs USAGE on the schema close_engine and SELECT on its tables: ask their owner to grant both."
         )
 

@@ -108,7 +108,7 @@ def checks() -> list[Check]:
     pending = [migration.name for migration in migrations if migration.applied_at is None]
     unknown = [migration.name for migration in migrations if not migration.known]
     found = [f"The migration {name} is pending: run close-engine migrate." for name in pending]
-    found += [f"The migration {name} is newer than this version: upgrade close-engine." for name in unknown]
+    found += [f"The migration {name} is unknown to this version: upgrade close-engine." for name in unknown]
 
     catalog = current().dialect.catalog(current().database)
     models = BaseModel.__subclasses__()

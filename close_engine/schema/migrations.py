@@ -78,7 +78,7 @@ def migrate(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT)
         SchemaError: the CRM's tables are missing, an existing table does not match, the database refused a statement
             (for example, because the role may not create tables), or another process held the migration lock for too
             long. Nothing was changed.
-        InvalidValue: the lock_timeout is not positive.
+        InvalidValue: the lock_timeout is not greater than zero.
     """
     binding = current()
     _check_timeout(lock_timeout)
@@ -136,7 +136,7 @@ def downgrade(target: str | None = None, *, lock_timeout: timedelta = LOCK_TIMEO
     Raises:
         SchemaError: no such migration is applied, something depends on what it created, another process held the
             migration lock for too long, or a transaction is open. Nothing was changed.
-        InvalidValue: the lock_timeout is not positive.
+        InvalidValue: the lock_timeout is not greater than zero.
     """
     binding = current()
     if binding.database.in_transaction():
@@ -171,7 +171,7 @@ def status() -> list[MigrationStatus]:
         return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
     except peewee.ProgrammingError as error:
         raise SchemaError(
-            f"The database refuses: {first_line(error)}. To read which migrations were applied, this role needs USAGE "
+            f"Database error: {first_line(error)}. To read which migrations were applied, this role needs USAGE "
             "on the schema close_engine and SELECT on its tables: ask their owner to grant both."
         ) from error
 
@@ -241,7 +241,7 @@ def pending() -> list[str]:
 
 def _check_timeout(lock_timeout: timedelta) -> None:
     if lock_timeout <= timedelta(0):
-        raise InvalidValue("lock_timeout", str(lock_timeout), "it must be positive")
+        raise InvalidValue("lock_timeout", str(lock_timeout), "it must be greater than zero")
 
 
 @contextmanager
