@@ -478,8 +478,8 @@ def test_a_role_without_rights_is_told_so(postgres_url: str, server: str) -> Non
     with postgres_role(server) as (name, password):
         for command in (("show", "c1"), ("verify",), ("migrate",)):
             sentence = refused(*command, "--database", as_user(postgres_url, name, password))
-            assert "permission denied for " in sentence
-            assert "grant" in sentence
+            assert "Database error: permission denied for " in sentence
+            assert "ask their owner to grant both." in sentence
             assert password not in sentence
 
 
