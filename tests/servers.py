@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import psycopg2
 
+#: What tells the names of this process from those of any other, on a server that many may use.
+_here = secrets.token_hex(4)
 _numbers = itertools.count(1)
 
 
@@ -23,7 +26,9 @@ def postgres_server() -> Iterator[str]:
     if given:
         yield given
         return
-    with PrivateServer("synchronous_commit = off", "fsync = off", "full_page_writes = off") as server:
+    # A lock that is never given up is an error in the end, and no test that hangs.
+    settings = ("synchronous_commit = off", "fsync = off", "full_page_writes = off", "lock_timeout = '5min'")
+    with PrivateServer(*settings) as server:
         yield server.url
 
 
@@ -85,8 +90,8 @@ def database_url(server: str, name: str) -> str:
 
 
 def new_name() -> str:
-    """A database name that no other test uses."""
-    return f"close_engine_test_{os.getpid()}_{next(_numbers)}"
+    """A name for a database or a role that no other test uses, of this run or another."""
+    return f"close_engine_test_{_here}_{next(_numbers)}"
 
 
 @contextmanager

@@ -36,11 +36,11 @@ from close_engine import (
     pending_actions,
     submit,
 )
-from close_engine.database.binding import now
 from close_engine.database.fields import milliseconds
 from close_engine.testing import FakeSender, MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
-from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
+from tests.waiting import Running, until_they_wait
+from tests.workers import LINK, assert_consistent, claimed, held, messages, race, sql, values
 
 ConversationIn = Callable[..., CloseEngineConversation]
 Waiting = Callable[..., PendingAction]
@@ -798,7 +798,7 @@ def test_two_hundred_concurrent_approvals_of_one_action_produce_one_outbox_row(p
     def approve_ten_copies() -> set[int]:
         return {copy_of(action).approve(by=f"somebody {number}").id for number in range(10)}
 
-    (message,) = set.union(*race([approve_ten_copies] * 20))
+    (message,) = set.union(*race([approve_ten_copies] * 20, behind=held(action)))
     assert [m.id for m in messages()] == [message]
     assert_consistent()
 
@@ -815,7 +815,8 @@ def test_an_action_that_is_approved_and_rejected_at_once_is_one_of_both(postgres
         copies = [copy_of(action) for _ in range(4)]
         results = race(
             [lambda c=c: c.approve(by="dana") for c in copies[:2]]
-            + [lambda c=c: c.reject(by="eve") for c in copies[2:]]
+            + [lambda c=c: c.reject(by="eve") for c in copies[2:]],
+            behind=held(action),
         )
         approved = copy_of(action).status is ActionStatus.APPROVED
         refused = results[2:] if approved else results[:2]
@@ -826,41 +827,116 @@ def test_an_action_that_is_approved_and_rejected_at_once_is_one_of_both(postgres
     assert_consistent()
 
 
-def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_two_states(
-    postgres: peewee.Database,
-) -> None:
-    # Approved from long before to shortly after they expire, while two sweeps go on all the time.
-    ahead = [timedelta(milliseconds=before) for before in (400, 30, 20, 15, 12, *range(10, -5, -1))]
-    actions = [waiting_link(expires_after=timedelta(milliseconds=1500 + 10 * number)) for number in range(len(ahead))]
+HOUR = timedelta(hours=1)
 
-    def approve_each() -> list[OutboxMessage | ActionStatus]:
-        results: list[OutboxMessage | ActionStatus] = []
-        for action, before in zip(actions, ahead, strict=True):
-            assert action.expires_at is not None
-            while now() < action.expires_at - before:
-                pass
+
+@pytest.fixture
+def expiring(postgres: peewee.Database, close_engine_clock: MovableClock) -> PendingAction:
+    """An action that can be approved for an hour, by a clock that stands still until it is moved."""
+    close_engine.bind(postgres, clock=close_engine_clock)
+    return waiting_link(expires_after=HOUR)
+
+
+def click(action: PendingAction) -> Running:
+    return Running(lambda: copy_of(action).approve(by="dana"))
+
+
+def assert_approved(action: PendingAction, results: list[Any]) -> None:
+    (message,) = messages(conversation_of(action))
+    assert results == [message] * len(results)
+    assert sql("SELECT status FROM pending_actions WHERE id = %s", action.id) == [("APPROVED",)]
+    assert conversation_of(action).stage is Stage.PENDING_APPROVAL
+
+
+def assert_expired(action: PendingAction, results: list[Any]) -> None:
+    assert messages(conversation_of(action)) == []
+    assert [type(result) for result in results] == [ActionDecided] * len(results)
+    assert {result.status for result in results} <= {ActionStatus.EXPIRED}
+    assert sql("SELECT status FROM pending_actions WHERE id = %s", action.id) == [("EXPIRED",)]
+    assert conversation_of(action).stage is Stage.PREVIEW_SENT
+
+
+def test_an_action_that_expires_before_its_approval_is_committed_is_approved(
+    expiring: PendingAction, close_engine_clock: MovableClock
+) -> None:
+    with close_engine.atomic():
+        first = copy_of(expiring).approve(by="dana")
+        close_engine_clock.move(HOUR)
+        assert Running(close_engine.expire_actions).result() == [], "the sweep passes over it"
+        late = click(expiring)
+        until_they_wait([late])
+    assert_approved(expiring, [first, late.result()])
+    assert close_engine.expire_actions() == []
+    assert_consistent()
+
+
+def test_an_action_that_expires_while_its_approval_waits_for_it_is_approved(
+    expiring: PendingAction, close_engine_clock: MovableClock
+) -> None:
+    with close_engine.atomic():
+        held(expiring)()
+        in_time = click(expiring)
+        until_they_wait([in_time])
+        close_engine_clock.move(HOUR)
+        assert Running(close_engine.expire_actions).result() == [], "the sweep passes over it"
+        late = click(expiring)
+        until_they_wait([in_time, late])
+    assert_approved(expiring, [in_time.result(), late.result()])
+    assert close_engine.expire_actions() == []
+    assert_consistent()
+
+
+def test_an_action_that_a_sweep_expires_while_its_approval_waits_for_it_is_expired(
+    expiring: PendingAction, close_engine_clock: MovableClock
+) -> None:
+    with close_engine.atomic():
+        held(expiring)()
+        in_time = click(expiring)
+        until_they_wait([in_time])
+        close_engine_clock.move(HOUR)
+        assert close_engine.expire_actions() == [expiring.id]
+        late = click(expiring)
+        until_they_wait([in_time, late])
+        assert Running(close_engine.expire_actions).result() == [], "another sweep passes over it"
+    assert_expired(expiring, [in_time.result(), late.result()])
+    assert_consistent()
+
+
+def test_an_action_whose_time_is_over_is_not_approved_although_no_sweep_has_been_by(
+    expiring: PendingAction, close_engine_clock: MovableClock
+) -> None:
+    close_engine_clock.move(HOUR)
+    late = click(expiring).result()
+    assert sql("SELECT status FROM pending_actions") == [("PENDING",)]
+    assert close_engine.expire_actions() == [expiring.id]
+    assert_expired(expiring, [late])
+    assert_consistent()
+
+
+def test_an_action_that_expires_while_it_is_approved_ends_in_exactly_one_of_the_two_states(
+    expiring: PendingAction, close_engine_clock: MovableClock
+) -> None:
+    """The tests before this one force what can come of it; this holds whoever of them all comes first."""
+    actions = [expiring, *(waiting_link(expires_after=HOUR) for _ in range(9))]
+
+    def approve_each() -> list[Any]:
+        results: list[Any] = []
+        for action in actions:
             try:
                 results.append(copy_of(action).approve(by="dana"))
             except ActionDecided as refused:
-                results.append(refused.status)
+                results.append(refused)
         return results
 
-    def sweep_until_all_are_decided() -> None:
-        while list(PendingAction.select(PendingAction.id).where(PendingAction.status == "PENDING").tuples()):
-            close_engine.expire_actions()
+    def let_them_expire() -> list[str]:
+        close_engine_clock.move(HOUR)
+        return close_engine.expire_actions(batch=1)
 
-    *approved, _, _ = race([approve_each, approve_each, sweep_until_all_are_decided, sweep_until_all_are_decided])
+    *approved, _, _ = race([approve_each, approve_each, let_them_expire, close_engine.expire_actions])
+    close_engine.expire_actions()  # what the sweeps passed over, and nobody approved
     statuses = dict(sql("SELECT id, status FROM pending_actions"))
-    assert set(statuses.values()) == {"APPROVED", "EXPIRED"}
     for action, *results in zip(actions, *approved, strict=True):
-        conversation = conversation_of(action)
-        sent = messages(conversation)
-        if statuses[action.id] == "APPROVED":
-            assert results == [*sent, *sent]
-            assert conversation.stage is Stage.PENDING_APPROVAL
-        else:
-            assert (sent, results) == ([], [ActionStatus.EXPIRED] * 2)
-            assert conversation.stage is Stage.PREVIEW_SENT
+        (assert_approved if statuses[action.id] == "APPROVED" else assert_expired)(action, results)
     assert_consistent()
 
 
@@ -869,7 +945,8 @@ def test_two_payment_links_rejected_at_once_take_the_conversation_back_once(post
         first = waiting_link()
         conversation = conversation_of(first)
         second = submit(conversation, ActionType.SEND_PAYMENT_LINK, "again", metadata={"paymentUrl": LINK})
-        assert race([lambda a=a: a.reject(by="dana") for a in (first, second)]) == [None, None]
+        rejections = [lambda a=a: a.reject(by="dana") for a in (first, second)]
+        assert race(rejections, behind=held(conversation)) == [None, None]
         assert triggers(conversation)[-2:] == ["request_approval", "withdraw_approval"]
     assert_consistent()
 
@@ -880,7 +957,8 @@ def test_of_many_drafts_from_one_state_one_is_submitted(postgres: peewee.Databas
         bring_to(conversation, Stage.PREVIEW_SENT)
         copies = [copy_of(conversation) for _ in range(8)]
         results = race(
-            [lambda c=c: submit(c, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}) for c in copies]
+            [lambda c=c: submit(c, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}) for c in copies],
+            behind=held(conversation),
         )
         assert sorted(type(result) is StageConflict for result in results) == [False] + [True] * 7
 
@@ -889,7 +967,8 @@ def test_of_many_submissions_under_one_key_all_return_the_one_result(postgres: p
     for level in AutonomyLevel:
         conversation = close_engine.open_conversation(new_lead(autonomy_level=level), EntryPoint.SMS_REPLY)
         copies = [copy_of(conversation) for _ in range(8)]
-        results = race([lambda c=c: submit(c, ActionType.SEND_MESSAGE, "hello", key="k") for c in copies])
+        submissions = [lambda c=c: submit(c, ActionType.SEND_MESSAGE, "hello", key="k") for c in copies]
+        results = race(submissions, behind=held(conversation))
         assert len({result.id for result in results}) == 1
 
 
@@ -901,12 +980,10 @@ def test_a_conversation_that_closes_while_its_draft_is_approved_sends_nothing(
     closing.cursor().execute(
         "UPDATE close_engine_conversations SET stage = 'CLOSED_LOST' WHERE id = %s", (action.conversation_id,)
     )
-
-    def commit_once_somebody_waits() -> None:
-        until_somebody_waits()
-        closing.commit()
-
-    refused, _ = race([lambda: copy_of(action).approve(by="dana"), commit_once_somebody_waits])
+    approval = click(action)
+    until_they_wait([approval], closing.info.backend_pid)
+    closing.commit()
+    refused = approval.result()
     closing.close()
     assert isinstance(refused, ActionDecided)
     assert (refused.status, copy_of(action).status) == (ActionStatus.EXPIRED, ActionStatus.EXPIRED)
@@ -925,12 +1002,10 @@ def test_a_draft_that_is_being_approved_while_its_conversation_closes_is_refused
         "UPDATE close_engine_conversations SET stage = 'CLOSED_LOST' WHERE id = %s", (action.conversation_id,)
     )
     holding.commit()
-
-    def commit_once_somebody_waits() -> None:
-        until_somebody_waits()
-        closing.commit()
-
-    refused, _ = race([lambda: copy_of(action).approve(by="dana"), commit_once_somebody_waits])
+    approval = click(action)
+    until_they_wait([approval], closing.info.backend_pid)
+    closing.commit()
+    refused = approval.result()
     for connection in (closing, holding):
         connection.close()
     assert isinstance(refused, ConversationClosed)

@@ -15,7 +15,6 @@ from close_engine import (
     ACTIVE_STAGES,
     ActionType,
     CloseEngineConversation,
-    CloseEngineError,
     EntryPoint,
     InboxEntry,
     InvalidValue,
@@ -34,7 +33,8 @@ from close_engine import (
 from close_engine.database.fields import milliseconds
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
-from tests.workers import LINK, assert_consistent, race, sql, values
+from tests.waiting import Running
+from tests.workers import LINK, assert_consistent, held, race, sql, values
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -291,9 +291,13 @@ def opened(stage: Stage) -> CloseEngineConversation:
 
 
 def test_of_many_deliveries_of_one_text_one_is_processed(postgres: peewee.Database) -> None:
-    leads = [opened(Stage.STALLED).lead_id, opened(Stage.QUALIFYING).lead_id, new_lead().id]
-    for lead_id in leads:
-        results = race([lambda lead_id=lead_id: receive(lead_id, f"SM {lead_id}", "hello")] * 8)
+    for conversation in (opened(Stage.STALLED), opened(Stage.QUALIFYING), None):
+        lead_id = conversation.lead_id if conversation else new_lead().id
+        # Where there is no conversation, nothing is held: this holds however they overlap.
+        results = race(
+            [lambda lead_id=lead_id: receive(lead_id, f"SM {lead_id}", "hello")] * 8,
+            behind=held(conversation) if conversation else None,
+        )
         assert sorted(result.duplicate for result in results) == [False] + [True] * 7
     assert len(entries()) == 3
     assert_consistent()
@@ -301,15 +305,16 @@ def test_of_many_deliveries_of_one_text_one_is_processed(postgres: peewee.Databa
 
 def test_of_many_deliveries_of_one_payment_one_is_processed_and_all_return_it(postgres: peewee.Database) -> None:
     conversation = opened(Stage.PAYMENT_SENT)
-    results = race([lambda: record_payment(conversation.lead_id, "evt_1")] * 8)
+    results = race([lambda: record_payment(conversation.lead_id, "evt_1")] * 8, behind=held(conversation))
     assert len({result.id for result in results}) == 1
     assert triggers(conversation).count("complete") == 1
 
 
 def test_of_two_payments_of_one_lead_at_once_one_is_unmatched(postgres: peewee.Database) -> None:
     for _ in range(5):
-        lead_id = opened(Stage.PAYMENT_SENT).lead_id
-        results = race([lambda k=key, i=lead_id: record_payment(i, f"{i} {k}") for key in range(4)])
+        conversation = opened(Stage.PAYMENT_SENT)
+        payments = [lambda k=key, i=conversation.lead_id: record_payment(i, f"{i} {k}") for key in range(4)]
+        results = race(payments, behind=held(conversation))
         assert sorted(type(result) is PaymentUnmatched for result in results) == [False] + [True] * 3
 
 
@@ -331,24 +336,30 @@ def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversatio
             copy_of(conversation).record(data={"n": 1})
         return record_payment(conversation.lead_id, "evt_1")
 
-    results = race([lambda n=number: write(n) for number in range(3)] + [fire, fire, pay])
-    assert not [result for result in results if isinstance(result, CloseEngineError)]
-    assert results[-1].dest is Stage.COMPLETED
+    *others, paid = race([lambda n=number: write(n) for number in range(3)] + [fire, fire, pay])
+    assert others == [None] * 5
+    assert paid.dest is Stage.COMPLETED
     assert InboxEntry.select().count() == 3 * 15 + 1
     assert copy_of(conversation).stage is Stage.COMPLETED
     assert_consistent()
 
 
 def test_a_text_that_comes_while_the_conversation_is_opened_is_not_lost(postgres: peewee.Database) -> None:
-    for _ in range(5):
-        lead_id = new_lead().id
-        opening, received = race(
-            [
-                lambda i=lead_id: close_engine.open_conversation(i, EntryPoint.SMS_REPLY),
-                lambda i=lead_id: receive(i, f"SM {i}", "hello"),
-            ]
-        )
+    first, second, *others = [new_lead().id for _ in range(5)]
+
+    def open_for(lead_id: str) -> CloseEngineConversation:
+        return close_engine.open_conversation(lead_id, EntryPoint.SMS_REPLY)
+
+    with close_engine.atomic():
+        open_for(first)
+        assert Running(lambda: receive(first, f"SM {first}", "hello")).result().conversation is None
+    with close_engine.atomic():
+        assert receive(second, f"SM {second}", "hello").conversation is None
+        assert isinstance(Running(lambda: open_for(second)).result(), CloseEngineConversation)
+    for lead_id in others:  # whichever comes first
+        opening, received = race([lambda i=lead_id: open_for(i), lambda i=lead_id: receive(i, f"SM {i}", "hello")])
         assert isinstance(opening, CloseEngineConversation)
         assert received.conversation in (None, opening)
-        assert Lead.get_by_id(lead_id).close_conversation == opening
-    assert InboxEntry.select().count() == 5
+    for lead_id in (first, second, *others):
+        assert Lead.get_by_id(lead_id).close_conversation.stage is Stage.INITIATED
+    assert sorted(entry.lead_id for entry in InboxEntry.select()) == sorted([first, second, *others])

@@ -36,7 +36,8 @@ from close_engine.database.fields import milliseconds
 from close_engine.hooks import Hook
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
-from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, until_somebody_waits, values
+from tests.waiting import Running, until_they_wait
+from tests.workers import LINK, assert_consistent, claimed, held, messages, race, sql, values
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -745,20 +746,18 @@ def test_every_message_is_claimed_exactly_once_and_in_the_order_of_its_conversat
         for conversation in conversations:
             enqueue(conversation, str(number), trigger="stall" if number == 7 else None)
 
-    def work(worker: str) -> list[tuple[str, str | None]]:
-        sent = []
+    sent: list[tuple[str, str | None]] = []  # by all of them, in the order in which they sent
+
+    def work(worker: str) -> None:
         while OutboxMessage.select().where(OutboxMessage.status == MessageStatus.PENDING).exists():
-            for message in outbox.claim(limit=3, worker=worker):
+            for message in outbox.claim(limit=3, worker=worker, lease=timedelta(days=1)):
                 sent.append((message.conversation_id, message.body))
                 message.sent(f"p{message.id}")
-        return sent
 
-    results = race([lambda w=f"w{number}": work(w) for number in range(8)])
-    sent = [message for result in results for message in result]
+    assert race([lambda w=f"w{number}": work(w) for number in range(8)]) == [None] * 8
     assert sorted(sent) == sorted((c.id, str(number)) for c in conversations for number in range(8))
     for conversation in conversations:
-        order = [m.body for m in sorted(messages(conversation), key=lambda message: (message.sent_at, message.id))]
-        assert order == [str(number) for number in range(8)]
+        assert [body for id, body in sent if id == conversation.id] == [str(number) for number in range(8)]
         assert copy_of(conversation).stage is Stage.STALLED
     assert {message.attempts for message in messages()} == {1}
     assert_consistent()
@@ -767,6 +766,7 @@ def test_every_message_is_claimed_exactly_once_and_in_the_order_of_its_conversat
 def test_many_claimers_at_once_share_what_there_is(postgres: peewee.Database) -> None:
     for _ in range(40):
         enqueue(opened(), "hello", "again")
+    # Claims wait for nobody, so nothing can hold them up: this holds however they overlap.
     results = race([lambda w=f"w{number}": outbox.claim(limit=10, worker=w) for number in range(8)])
     ids = [message.id for result in results for message in result]
     assert len(ids) == len(set(ids)) == 40
@@ -798,14 +798,11 @@ def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_be
         (newer.id,),
     )
     outbox.requeue(older)
-
-    def commit_once_somebody_waits() -> None:
-        until_somebody_waits()
-        other.commit()
-
-    result, _ = race([outbox.claim, commit_once_somebody_waits])
+    claim = Running(outbox.claim)
+    until_they_wait([claim], other.info.backend_pid)
+    other.commit()
     other.close()
-    assert result == []
+    assert claim.result() == []
     assert [message.leased_by for message in messages()] == [None, "w2"]
 
 
@@ -824,6 +821,7 @@ def test_requeuing_while_others_claim_keeps_one_message_in_flight(postgres: peew
             for message in OutboxMessage.select().where(OutboxMessage.status == MessageStatus.DEAD):
                 outbox.requeue(message)
 
+    # This holds however they overlap; the test before this one forces the moment that matters.
     assert race([lambda: work("w1"), lambda: work("w2"), lambda: work("w3"), requeue_all]) == [None] * 4
     assert_consistent()
 
@@ -831,7 +829,12 @@ def test_requeuing_while_others_claim_keeps_one_message_in_flight(postgres: peew
 def test_one_id_of_the_provider_given_to_many_messages_at_once_is_had_by_one(postgres: peewee.Database) -> None:
     for _ in range(8):
         enqueue(opened(), "hello", trigger="start_building")
-    results = race([lambda m=message: m.sent("p1") for message in outbox.claim()])
+    claims = outbox.claim()
+    (taken,) = enqueue(opened(), "has it until it is taken back")
+    results = race(
+        [lambda m=message: m.sent("p1") for message in claims],
+        behind=lambda: OutboxMessage.update(provider_id="p1").where(OutboxMessage.id == taken.id).execute(),
+    )
     assert sorted(type(result).__name__ for result in results) == ["OutboxMessage"] + ["ProviderIdTaken"] * 7
     buildings = CloseEngineConversation.in_stages(Stage.BUILDING)
     assert buildings.count() == 1
@@ -839,7 +842,7 @@ def test_one_id_of_the_provider_given_to_many_messages_at_once_is_had_by_one(pos
 
 def test_of_many_enqueued_under_one_key_at_once_there_is_one(postgres: peewee.Database) -> None:
     conversation = opened()
-    results = race([lambda: enqueue(conversation.id, "hello", key="k")] * 8)
+    results = race([lambda: enqueue(conversation.id, "hello", key="k")] * 8, behind=held(conversation))
     assert len({message.id for (message,) in results}) == 1
 
 
@@ -850,13 +853,10 @@ def test_the_order_of_ids_is_the_order_of_commits(postgres: peewee.Database, pos
     first.cursor().execute(
         "SELECT 1 FROM close_engine_conversations WHERE id = %s FOR NO KEY UPDATE", (conversation.id,)
     )
-
-    def enqueue_once_somebody_waits() -> None:
-        until_somebody_waits()
-        assert messages() == []
-        first.commit()
-
-    _, failed = race([lambda: enqueue(conversation.id, "hello"), enqueue_once_somebody_waits])
+    later = Running(lambda: enqueue(conversation.id, "hello"))
+    until_they_wait([later], first.info.backend_pid)
+    assert messages() == []
+    first.commit()
     first.close()
-    assert failed is None
+    assert bodies(later.result()) == ["hello"]
     assert bodies(messages()) == ["hello"]

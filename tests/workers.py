@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -12,41 +11,58 @@ import peewee
 
 from close_engine import CloseEngineConversation, OutboxMessage, PendingAction, outbox
 from close_engine.database.binding import current
+from close_engine.models import BaseModel
 from tests.rows import replayed
+from tests.waiting import LIMIT, Running, until_they_wait
 
 LINK = "https://pay.example.com/1"
 
 
-def race(functions: Sequence[Callable[..., Any]]) -> list[Any]:
+def race(functions: Sequence[Callable[..., Any]], behind: Callable[[], object] | None = None) -> list[Any]:
     """Run functions at the same moment, each in a thread with a connection of its own.
+
+    Args:
+        functions: what the racers do.
+        behind: takes hold of what every racer needs. It is held until all of them wait for it, so none has ended before
+            the last has begun; whatever it wrote is taken back. Without it they only begin together, for tests of what
+            holds however they overlap. SQLite does not show who waits: nothing is held there.
 
     Returns:
         what each returned or raised, in their order.
     """
-    database, barrier = current().database, threading.Barrier(len(functions), timeout=60)
+    database, barrier = current().database, threading.Barrier(len(functions), timeout=LIMIT)
 
-    def run(function: Callable[..., Any]) -> Any:
-        with database.connection_context():
+    def at_once(function: Callable[..., Any]) -> Callable[[], Any]:
+        def run() -> Any:
             barrier.wait()
-            try:
-                return function()
-            except Exception as error:
-                return error
+            return function()
 
-    with ThreadPoolExecutor(len(functions)) as threads:
-        return list(threads.map(run, functions))
+        return run
+
+    def start() -> list[Running]:
+        return [Running(at_once(function)) for function in functions]
+
+    if behind is None or not isinstance(database, peewee.PostgresqlDatabase):
+        racers = start()
+    else:
+        with database.atomic() as transaction:
+            behind()
+            racers = start()
+            until_they_wait(racers)
+            transaction.rollback()
+    return [racer.result() for racer in racers]
+
+
+def held(row: BaseModel) -> Callable[[], object]:
+    """Takes hold of a row, for `race` to have the racers wait for it."""
+    model = type(row)
+    return lambda: model.select(model.id).where(model.id == row.id).for_update().execute()
 
 
 def sql(statement: str, *values: Any) -> list[tuple[Any, ...]]:
     """Run a statement as somebody who does not use this library; `{outbox}` is our own table of that name."""
     cursor = current().database.execute_sql(current().dialect.sql(statement), values)
     return [tuple(row) for row in cursor.fetchall()] if cursor.description else []
-
-
-def until_somebody_waits() -> None:
-    """Return once a transaction on PostgreSQL waits for another one."""
-    while not sql("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"):
-        pass
 
 
 def values(row: Any) -> dict[str, Any]:
