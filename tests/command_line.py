@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from close_engine.cli import main
 from tests.servers import execute, new_name
+from tests.waiting import LIMIT
 
 COMMAND = str(Path(sys.executable).with_name("close-engine"))
 
@@ -56,9 +58,28 @@ def process(*arguments: str, stdout: Any = subprocess.PIPE, **options: Any) -> R
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        timeout=LIMIT,
         **options,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def background(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that runs beside the block and ends with it.
+
+    One that lives for too long is killed: whoever reads what it prints, or waits for its end, waits no longer.
+    """
+    process: subprocess.Popen[Any]
+    with subprocess.Popen(command, **options) as process:
+        overdue = threading.Timer(LIMIT, process.kill)
+        overdue.daemon = True
+        overdue.start()
+        try:
+            yield process
+        finally:
+            overdue.cancel()
+            process.kill()
 
 
 def refused(*arguments: str) -> str:

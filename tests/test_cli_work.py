@@ -8,7 +8,7 @@ import pty
 import re
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from close_engine import (
     outbox,
     submit,
 )
-from tests.command_line import COMMAND, Result, process, refused, run
+from tests.command_line import COMMAND, Result, background, process, refused, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -260,8 +260,8 @@ def test_what_is_no_number_of_seconds_cannot_be_understood(seconds: str) -> None
     assert "is not a number of seconds." in result.err
 
 
-def worker(database_url: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def worker(database_url: str, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return background(
         [COMMAND, "worker", "--database", database_url, "--idle", "0.05", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -274,12 +274,12 @@ def worker(database_url: str, *arguments: str) -> subprocess.Popen[str]:
 def test_a_worker_process_logs_one_line_for_each_event_and_stops_when_told_to(
     messages: list[OutboxMessage], database_url: str, number: int
 ) -> None:
-    working = worker(database_url, "--name", "w1", "--sender", "tests.senders:send")
-    assert working.stderr is not None
-    lines = [working.stderr.readline() for _ in range(3)]
+    with worker(database_url, "--name", "w1", "--sender", "tests.senders:send") as working:
+        assert working.stderr is not None
+        lines = [working.stderr.readline() for _ in range(3)]
 
-    working.send_signal(number)
-    out, err = working.communicate()
+        working.send_signal(number)
+        out, err = working.communicate()
 
     assert (working.returncode, out) == (0, "")
     lines += err.splitlines(keepends=True)
@@ -292,14 +292,14 @@ def test_a_worker_process_logs_one_line_for_each_event_and_stops_when_told_to(
 
 
 def test_a_second_signal_does_not_wait(messages: list[OutboxMessage], database_url: str) -> None:
-    working = worker(database_url, "--sender", "tests.senders:never_end")
-    assert working.stdout is not None
-    assert working.stdout.readline() == "sending\n"
-    working.send_signal(signal.SIGTERM)
-    assert working.stdout.readline() == "told to stop\n"
+    with worker(database_url, "--sender", "tests.senders:never_end") as working:
+        assert working.stdout is not None
+        assert working.stdout.readline() == "sending\n"
+        working.send_signal(signal.SIGTERM)
+        assert working.stdout.readline() == "told to stop\n"
 
-    working.send_signal(signal.SIGTERM)
-    working.communicate()
+        working.send_signal(signal.SIGTERM)
+        working.communicate()
 
     assert working.returncode == -signal.SIGTERM
 
@@ -366,29 +366,29 @@ def test_on_a_terminal_the_board_is_live_until_it_is_interrupted(
     messages: list[OutboxMessage], conversation_in: Any, database_url: str
 ) -> None:
     ours, theirs = pty.openpty()
-    watching = subprocess.Popen(
-        [COMMAND, "board", "--every", "0.1", "--database", database_url],
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
-    )
-    os.close(theirs)
     seen = b""
 
     def read_until(wanted: str) -> None:
         nonlocal seen
         while not re.search(wanted.encode(), seen):
-            seen += os.read(ours, 10_000)
+            seen += os.read(ours, 10_000)  # which fails once the process has ended
 
-    read_until(r"BUILDING +0 ")
-    conversation_in(Stage.BUILDING)
-    read_until(r"BUILDING +1 ")
-    watching.send_signal(signal.SIGINT)
-    with suppress(OSError):  # the terminal is gone with the process, which ends the reading
-        while os.read(ours, 10_000):
-            pass
-    _, err = watching.communicate()
+    with background(
+        [COMMAND, "board", "--every", "0.1", "--database", database_url],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+    ) as watching:
+        os.close(theirs)
+        read_until(r"BUILDING +0 ")
+        conversation_in(Stage.BUILDING)
+        read_until(r"BUILDING +1 ")
+        watching.send_signal(signal.SIGINT)
+        with suppress(OSError):  # which ends the reading, for the terminal is gone with the process
+            while os.read(ours, 10_000):
+                pass
+        _, err = watching.communicate()
     os.close(ours)
 
     assert (watching.returncode, err) == (0, b"")

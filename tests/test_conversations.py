@@ -31,6 +31,7 @@ from close_engine import (
 from close_engine.models import BaseModel
 from close_engine.testing import bring_to, new_lead
 from tests.rows import copy_of, in_memory, stored, triggers
+from tests.waiting import LIMIT, Running, until_they_wait
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -269,30 +270,6 @@ def test_the_key_of_another_trigger_does_not_open(conversation_in: ConversationI
 # -- others at once ----------------------------------------------------------------------------------------------------
 
 
-def wait_until_blocked(database: peewee.Database, thread: threading.Thread) -> None:
-    """Return as soon as the thread's session waits for this transaction."""
-    blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
-    while not database.execute_sql(blocked).fetchone()[0]:
-        assert thread.is_alive(), "it did not wait"
-
-
-def in_a_thread(database: peewee.Database, function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Run a function in its own thread. After `join()`, its outcome is in the returned list."""
-    outcome = []
-
-    def run() -> None:
-        try:
-            outcome.append(function())
-        except Exception as error:
-            outcome.append(error)
-        finally:
-            database.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, outcome
-
-
 def test_an_opening_waits_for_a_foreign_writer_who_inserts_and_returns_his_conversation(
     postgres: peewee.Database, postgres_url: str
 ) -> None:
@@ -303,10 +280,9 @@ def test_an_opening_waits_for_a_foreign_writer_who_inserts_and_returns_his_conve
             "VALUES ('prisma', %s, 'PREVIEW_CTA', 'QUALIFYING', now())",
             (lead.id,),
         )
-        thread, outcome = in_a_thread(postgres, lambda: open_conversation(lead.id, EntryPoint.SMS_REPLY))
-        wait_until_blocked(postgres, thread)
-    thread.join()
-    (conversation,) = outcome
+        opening = Running(lambda: open_conversation(lead.id, EntryPoint.SMS_REPLY))
+        until_they_wait([opening])
+    conversation = opening.result()
     assert (conversation.id, conversation.stage) == ("prisma", Stage.QUALIFYING)
     assert Lead.get_by_id(lead.id).close_entry_point is None
 
@@ -318,18 +294,16 @@ def test_an_opening_waits_for_a_worker_who_takes_the_conversation_up_himself(
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), stage)
     with close_engine.atomic():
         conversation.resume() if stage is Stage.STALLED else conversation.reopen()
-        thread, outcome = in_a_thread(postgres, lambda: open_conversation(conversation.lead_id, EntryPoint.REP_CLOSE))
-        wait_until_blocked(postgres, thread)
-    thread.join()
-    assert [in_memory(again) for again in outcome] == [in_memory(conversation)]
+        opening = Running(lambda: open_conversation(conversation.lead_id, EntryPoint.REP_CLOSE))
+        until_they_wait([opening])
+    assert in_memory(opening.result()) == in_memory(conversation)
 
 
 def test_an_opening_does_not_wait_for_a_worker_who_holds_an_active_conversation(postgres: peewee.Database) -> None:
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.BUILDING)
     with close_engine.locked(conversation.id):
-        thread, outcome = in_a_thread(postgres, lambda: open_conversation(conversation.lead_id, EntryPoint.REP_CLOSE))
-        thread.join()
-    assert outcome == [conversation]
+        opening = Running(lambda: open_conversation(conversation.lead_id, EntryPoint.REP_CLOSE))
+        assert opening.result() == conversation
 
 
 def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postgres: peewee.Database) -> None:
@@ -340,12 +314,11 @@ def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postg
             return held.start_building().source
 
     with close_engine.locked(conversation.id) as held:
-        thread, outcome = in_a_thread(postgres, wait_and_fire)
-        wait_until_blocked(postgres, thread)
-        assert outcome == []
+        other = Running(wait_and_fire)
+        until_they_wait([other])
         held.collect_info()
-    thread.join()
-    assert outcome == [Stage.COLLECTING_INFO], "the waiting writer found what the lock's holder wrote"
+        until_they_wait([other])
+    assert other.result() is Stage.COLLECTING_INFO, "who waited found what the holder left"
     assert triggers(conversation) == ["open", "start_qualifying", "collect_info", "start_building"]
 
 
@@ -355,11 +328,10 @@ def test_other_writers_wait_for_a_held_conversation_instead_of_changing_it(postg
 def test_writers_past_the_library_wait_for_a_held_conversation_too(postgres: peewee.Database, write: str) -> None:
     conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.QUALIFYING)
     with close_engine.locked(conversation.id) as held:
-        thread, outcome = in_a_thread(postgres, lambda: postgres.execute_sql(write).rowcount)
-        wait_until_blocked(postgres, thread)
+        writer = Running(lambda: postgres.execute_sql(write).rowcount)
+        until_they_wait([writer])
         held.collect_info()
-    thread.join()
-    assert outcome == [1]
+    assert writer.result() == 1
     assert triggers(conversation)[:3] == ["open", "start_qualifying", "collect_info"]
 
 
@@ -370,9 +342,7 @@ def test_a_held_lead_may_get_rows_that_refer_to_it(postgres: peewee.Database) ->
     with close_engine.atomic():
         open_conversation(lead, EntryPoint.SMS_REPLY)
         add = "INSERT INTO messages VALUES (%s)"
-        thread, outcome = in_a_thread(postgres, lambda: postgres.execute_sql(add, (lead.id,)).rowcount)
-        thread.join()
-    assert outcome == [1]
+        assert Running(lambda: postgres.execute_sql(add, (lead.id,)).rowcount).result() == 1
 
 
 def test_on_sqlite_others_wait_for_a_held_conversation_too(tmp_path: Path, sqlite_template: Path) -> None:
@@ -384,16 +354,21 @@ def test_on_sqlite_others_wait_for_a_held_conversation_too(tmp_path: Path, sqlit
 
     def wait_and_fire() -> StageChange:
         conversation = CloseEngineConversation.get()
-        begun.set()
+        assert isinstance(database, peewee.SqliteDatabase)
+        database.pragma("busy_timeout", 0)
+        with pytest.raises(peewee.OperationalError, match="locked"):  # as long as it is held, and so it must wait
+            conversation.start_building()
+        database.pragma("busy_timeout", 60_000)
+        # SQLite does not show who waits; this is called when the statement begins that has to.
+        database.connection().set_trace_callback(lambda statement: begun.set())
         return conversation.start_building()
 
     with close_engine.locked(conversation.id) as held:
-        thread, outcome = in_a_thread(database, wait_and_fire)
-        assert begun.wait(60)
+        other = Running(wait_and_fire)
+        assert begun.wait(LIMIT)
         held.collect_info()
-        assert outcome == []
-    thread.join()
-    (conflict,) = outcome
+        assert not other.ended
+    conflict = other.result()
     assert (conflict.expected, conflict.found) == (Stage.QUALIFYING, Stage.COLLECTING_INFO)
     database.close()
 

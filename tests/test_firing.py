@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
@@ -32,6 +31,7 @@ from close_engine import (
 from close_engine.database.fields import milliseconds
 from close_engine.testing import MovableClock, new_lead
 from tests.rows import copy_of, in_memory, replayed, stored, triggers
+from tests.waiting import Running
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -577,11 +577,8 @@ def test_a_pooled_connection_carries_nothing_over_to_its_next_user(postgres_url:
     def next_user() -> None:
         seen.append(database.execute_sql("SELECT pg_backend_pid()").fetchone())
         database.execute_sql("UPDATE close_engine_conversations SET stage = 'STALLED'")
-        database.close()
 
-    thread = threading.Thread(target=next_user)
-    thread.start()
-    thread.join()
+    assert Running(next_user).result() is None
     assert seen == [pid], "it is the same session"
     assert [change.actor for change in conversation.history()][:2] == [None, "first"]
     assert conversation.history()[-1].actor.startswith("database:")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,6 +28,7 @@ from close_engine.hooks import Hook
 from close_engine.machine import Transition
 from close_engine.testing import new_lead
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
+from tests.waiting import Running
 
 ConversationIn = Callable[..., CloseEngineConversation]
 #: The type of the fixture `hook`, called as `hook(on_enter, Stage.BUILDING)`.
@@ -249,15 +249,9 @@ def test_after_commit_hooks_see_what_other_connections_see(
 ) -> None:
     seen = []
 
-    def look_again(conversation: CloseEngineConversation) -> None:
-        seen.append(copy_of(conversation).stage)
-        postgres.close()
-
     @hook(after_commit, Stage.INITIATED)
     def look(conversation: CloseEngineConversation, change: StageChange) -> None:
-        thread = threading.Thread(target=look_again, args=(conversation,))
-        thread.start()
-        thread.join()
+        seen.append(Running(lambda: copy_of(conversation).stage).result())
 
     open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     assert seen == [Stage.INITIATED]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -44,8 +43,10 @@ from close_engine import (
     submit,
 )
 from close_engine.testing import FakeSender, MovableClock, bring_to, new_lead
+from tests.command_line import background
 from tests.rows import copy_of, in_memory, stored, triggers
-from tests.workers import LINK, assert_consistent, messages, race, sql, values
+from tests.waiting import LIMIT
+from tests.workers import LINK, assert_consistent, held, messages, race, sql, values
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -113,7 +114,7 @@ def in_a_process_that_dies(url: str, *lines: str) -> None:
             "os.kill(os.getpid(), signal.SIGKILL)",
         ]
     )
-    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert died.returncode == -9, died.stderr
 
 
@@ -252,13 +253,8 @@ def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(
     """Four rows were written without a transaction: a crash left INITIATED for ever, which could not stall."""
     lead = new_lead()
     database.close()
-    worker = subprocess.Popen(
-        [sys.executable, "-c", OPEN_AND_HANG, database_url, lead.id],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with worker:
+    command = [sys.executable, "-c", OPEN_AND_HANG, database_url, lead.id]
+    with background(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout.readline() == "opening\n"
         worker.kill()
     assert worker.returncode == -9
@@ -282,20 +278,13 @@ def test_09_a_worker_killed_while_it_opens_a_conversation_leaves_nothing_behind(
 def test_10_two_entry_points_at_once_open_one_conversation(database: peewee.Database) -> None:
     """Two conversations were opened, or the second attempt failed with a unique-key error."""
     lead = new_lead()
-    barrier = threading.Barrier(2)
-    opened = []
-
-    def enter(entry_point: EntryPoint) -> None:
-        barrier.wait(60)
-        opened.append(open_conversation(lead.id, entry_point))
-        database.close()
-
-    entering = [threading.Thread(target=enter, args=(point,)) for point in (EntryPoint.SMS_REPLY, EntryPoint.REP_CLOSE)]
-    for thread in entering:
-        thread.start()
-    for thread in entering:
-        thread.join()
-    first, second = opened
+    first, second = race(
+        [
+            lambda point=point: open_conversation(lead.id, point)
+            for point in (EntryPoint.SMS_REPLY, EntryPoint.REP_CLOSE)
+        ],
+        behind=held(lead),
+    )
     assert in_memory(first) == in_memory(second)
     assert triggers(first) == ["open"]
     assert Lead.get_by_id(lead.id).close_entry_point is first.entry_point
@@ -430,12 +419,13 @@ def test_16_of_two_replies_to_one_state_one_is_submitted_and_one_message_is_in_f
         replies = [copy_of(conversation) for _ in range(4)]
         results = race(
             [lambda r=reply: submit(r, ActionType.SEND_MESSAGE, f"reply {id(r)}") for reply in replies],
+            behind=held(conversation),
         )
         assert sorted(type(result) is StageConflict for result in results) == [False, True, True, True]
         assert len(messages(conversation)) + pending_actions(conversation).count() == 1
     for text in ("second", "third"):
         outbox.enqueue(messages()[0].conversation_id, "SEND_MESSAGE", text)
-    claims = race([outbox.claim] * 4)
+    claims = race([outbox.claim] * 4)  # which wait for nobody: this holds however they overlap
     assert sorted(len(claim) for claim in claims) == [0, 0, 0, 1]
     assert_consistent()
 
@@ -445,7 +435,8 @@ def test_17_concurrent_answers_are_all_kept(database: peewee.Database) -> None:
     """`questionsAsked` and `collectedData` were read, changed and written back: answers overwrote each other."""
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
     answers = [(copy_of(conversation), f"question {number}") for number in range(6)]
-    assert race([lambda c=c, q=q: c.record(questions=[q], data={q: "answer"}) for c, q in answers]) == [None] * 6
+    recorders = [lambda c=c, q=q: c.record(questions=[q], data={q: "answer"}) for c, q in answers]
+    assert race(recorders, behind=held(conversation)) == [None] * 6
     row = copy_of(conversation)
     asked = [question for _, question in answers]
     assert sorted(row.questions_asked) == asked

@@ -16,6 +16,7 @@ from close_engine.schema import directory
 from close_engine.testing import bring_to
 from tests.crm import AFTER, BEFORE, UNSEEN, Catalog, catalog, columns_of, query, restore, rows
 from tests.servers import postgres_database
+from tests.waiting import LIMIT
 
 
 @pytest.fixture
@@ -37,7 +38,8 @@ def after(server: str) -> Iterator[Catalog]:
 def pwmigrate(url: str, *arguments: str) -> str:
     """Run Peewee's own migration command, without this library."""
     command = [str(Path(sys.executable).with_name("pwmigrate")), url, *arguments, "-d", str(directory())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""})
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

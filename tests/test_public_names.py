@@ -12,6 +12,7 @@ import pytest
 
 import close_engine
 from close_engine import Answer, AutonomyLevel, Lead, Stage
+from tests.waiting import LIMIT
 
 PUBLIC = {name: getattr(close_engine, name) for name in close_engine.__all__}
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
@@ -25,7 +26,7 @@ def test_a_public_class_or_function_is_at_home_in_close_engine(name: str) -> Non
 
 def test_a_traceback_shows_the_name_that_users_import() -> None:
     script = "import close_engine as c; raise c.StageConflict('c1', 'stall', c.Stage.BUILDING, c.Stage.STALLED)"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)
 
     assert ended.stderr.splitlines()[-1].startswith("close_engine.StageConflict: Conversation 'c1' was changed")
 

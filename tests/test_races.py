@@ -18,6 +18,7 @@ from close_engine import CloseEngineConversation, EntryPoint, Stage, StageConfli
 from close_engine.database.binding import current
 from close_engine.testing import new_lead
 from tests.rows import replayed, triggers
+from tests.waiting import LIMIT
 
 Barrier = threading.Barrier | ProcessBarrier
 Task = Callable[..., Any]
@@ -52,7 +53,7 @@ def get_ready(the_barrier: Barrier) -> None:
 def fire(conversation_id: str, trigger: str) -> int | tuple[Stage, Stage]:
     """Fire. The winner returns the id of its history row, the others what they expected and found."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
-    barrier.wait(60)
+    barrier.wait(LIMIT)
     try:
         return int(conversation.fire(trigger).id)
     except StageConflict as conflict:
@@ -62,13 +63,13 @@ def fire(conversation_id: str, trigger: str) -> int | tuple[Stage, Stage]:
 def fire_with_key(conversation_id: str, trigger: str) -> int:
     """Fire with a key, and return the id of the history row."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
-    barrier.wait(60)
+    barrier.wait(LIMIT)
     return int(conversation.fire(trigger, key=f"webhook of {trigger}").id)
 
 
 def open_for(lead_id: str, entry_point: EntryPoint) -> str:
-    """Open a conversation, and return its id."""
-    barrier.wait(60)
+    """The id of the conversation."""
+    barrier.wait(LIMIT)
     return str(open_conversation(lead_id, entry_point).id)
 
 
@@ -78,7 +79,7 @@ def compete(task: Task, rounds: Rounds, url: str | None = None) -> list[Any]:
         close_engine.connect(url)
     outcomes = []
     for arguments in rounds:
-        barrier.wait(60)
+        barrier.wait(LIMIT)
         outcomes.append(task(*arguments))
     current().database.close()
     return outcomes
@@ -107,7 +108,7 @@ def race(database: peewee.Database, database_url: str, racers: str, request: pyt
             pool, url = ThreadPoolExecutor(number, initializer=get_ready, initargs=(barrier,)), None
         with pool as racing:
             running = [racing.submit(compete, task, rounds, url) for _ in range(number)]
-            return list(zip(*(racer.result() for racer in running), strict=True))
+            return list(zip(*(racer.result(LIMIT) for racer in running), strict=True))
 
     return run
 

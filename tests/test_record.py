@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from close_engine import (
     StageConflict,
 )
 from close_engine.testing import MovableClock, new_lead
+from tests.command_line import background
 from tests.rows import copy_of
-from tests.workers import race, sql
+from tests.workers import held, race, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -242,7 +244,8 @@ def recorder(conversation: CloseEngineConversation, worker: int, each: int) -> C
 
 def test_concurrent_answers_never_overwrite_each_other(postgres: peewee.Database) -> None:
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
-    assert race([recorder(copy_of(conversation), worker, 15) for worker in range(8)]) == [None] * 8
+    recorders = [recorder(copy_of(conversation), worker, 15) for worker in range(8)]
+    assert race(recorders, behind=held(conversation)) == [None] * 8
     assert_all_kept(conversation, 8, 15)
 
 
@@ -265,22 +268,19 @@ def test_concurrent_answers_of_processes_on_one_sqlite_file_are_all_kept(sqlite_
     (tmp_path / "test.db").write_bytes(sqlite_template.read_bytes())
     database = close_engine.connect(url)
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RECORDER, url, conversation.id, str(worker)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for worker in range(3)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        process.communicate(timeout=60)
-        assert process.returncode == 0
+    with ExitStack() as running:
+        processes: list[Any] = []
+        for worker in range(3):
+            command = [sys.executable, "-c", RECORDER, url, conversation.id, str(worker)]
+            one = background(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            processes.append(running.enter_context(one))
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:  # SQLite does not show who waits: the answers are kept however they overlap
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in processes:
+            process.communicate()
+            assert process.returncode == 0
     assert_all_kept(conversation, 3, 15)
     database.close()

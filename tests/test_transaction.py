@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from close_engine import (
 from close_engine.database.transaction import run_after_commit
 from close_engine.testing import new_lead
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
+from tests.waiting import Running
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -404,9 +404,7 @@ def test_each_thread_has_transactions_of_its_own(database: peewee.Database) -> N
         run_after_commit(lambda: told.append("other"))
 
     with left_by_an_error(atomic()):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
+        assert Running(other).result() is None
     assert told == ["other"]
 
 

@@ -19,6 +19,7 @@ from close_engine.database.binding import current
 from close_engine.testing import new_lead
 from close_engine.worker import load_sender
 from tests.prose import ROOT, block, blocks
+from tests.waiting import LIMIT
 
 PAGE = ROOT / "docs/workers.md"
 
@@ -71,7 +72,7 @@ def test_huey_delivers_with_several_workers(run_page: RunPage) -> None:
     try:
         names["every_minute"].call_local()
         results = [names["deliver"]() for _ in range(3)]
-        assert all(isinstance(result.get(blocking=True, timeout=60), int) for result in results)
+        assert all(isinstance(result.get(blocking=True, timeout=LIMIT), int) for result in results)
     finally:
         consumer.stop(graceful=True)
 
@@ -103,12 +104,14 @@ def test_celery_delivers_from_several_workers(new_to_celery: None, run_page: Run
     try:
         with ExitStack() as machines:
             for number in range(2):
-                machine = start_worker(app, pool="solo", perform_ping_check=False, hostname=f"machine-{number}")
+                machine = start_worker(
+                    app, pool="solo", perform_ping_check=False, hostname=f"machine-{number}", shutdown_timeout=LIMIT
+                )
                 machines.enter_context(machine)
             for _ in range(4):
                 names["deliver_all"].delay()
             names["sweep_all"].delay()
-            assert all([done.acquire(timeout=60) for _ in range(5)])
+            assert all([done.acquire(timeout=LIMIT) for _ in range(5)])
     finally:
         signals.task_postrun.disconnect(count)
 
@@ -131,7 +134,13 @@ def test_cron_runs_a_script(database_url: str, tmp_path: Path) -> None:
 
     for printed in ("3\n", "0\n"):
         done = subprocess.run(
-            [sys.executable, "tick.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "tick.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT,
         )
         assert (done.stdout, done.returncode) == (printed, 0), done.stderr
 
