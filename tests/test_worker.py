@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,6 +43,7 @@ from close_engine.testing import FakeSender, MovableClock, new_lead
 from close_engine.worker import load_sender, print_sender
 from tests.crm import query
 from tests.servers import PrivateServer, execute
+from tests.waiting import LIMIT, Running, until
 
 ConversationIn = Callable[..., CloseEngineConversation]
 NOTHING = Swept([], [], [], [])
@@ -68,11 +72,13 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]
 
 @contextmanager
 def when_logged(event: str, act: Callable[[], object]) -> Iterator[None]:
-    """Do something at the moment at which the worker logs this event."""
+    """Do something at the moment at which the worker logs this event, which it must."""
+    logged = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.getMessage().startswith(event):
+                logged.append(record)
                 act()
 
     handler, logger = Handler(), logging.getLogger("close_engine.worker")
@@ -81,6 +87,7 @@ def when_logged(event: str, act: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+    assert logged, f"{event!r} was not logged"
 
 
 # -- what becomes of a message ---------------------------------------------------------------------------------------
@@ -358,8 +365,10 @@ def test_what_takes_long_to_send_stays_leased(
 
     def send(message: OutboxMessage) -> None:
         beating_clock.move(lease)
-        for _ in range(3):  # one may be on its way, one is in time, and the next comes after that one
-            assert beating_clock.beats.acquire(timeout=60)
+        while beating_clock.beats.acquire(blocking=False):
+            pass  # those before it was moved
+        for _ in range(2):  # the first one looks at the clock from now on, and has written when the next one comes
+            assert beating_clock.beats.acquire(timeout=LIMIT)
         assert outbox.claim(worker="worker-8") == []
 
     worker_with(send, lease=lease).run_once()
@@ -404,30 +413,49 @@ def test_stopped_it_does_not_go_on_until_empty(conversation_in: ConversationIn) 
 
 def test_a_signal_stops_it_while_it_waits_for_work(database: peewee.Database, told: Callable[[], Any]) -> None:
     worker = worker_with(print_sender, idle=timedelta(hours=1))
-    before = signal.signal(signal.SIGALRM, lambda number, frame: worker.stop())
+    found_at: set[int] = set()
+    end = time.monotonic() + LIMIT
+
+    def stop_once_it_waits(number: int, frame: FrameType | None) -> None:
+        """The alarm goes off again and again: found twice at the same instruction, that instruction is the wait."""
+        assert time.monotonic() < end, "It does not wait, or does not end."
+        if frame is not None and frame.f_code is Worker._pause.__code__:
+            if frame.f_lasti in found_at:
+                worker.stop()
+            found_at.add(frame.f_lasti)
+
+    before = signal.signal(signal.SIGALRM, stop_once_it_waits)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
         worker.run()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
     assert told() == [("INFO", "started"), ("INFO", "stopped")]
 
 
-def test_another_thread_stops_it(postgres: peewee.Database) -> None:
+def test_another_thread_stops_it_while_it_waits_for_work(postgres: peewee.Database) -> None:
+    worker = worker_with(print_sender, idle=timedelta(hours=1))
+    running = Running(worker.run)
+
+    def waits() -> bool:
+        frame = sys._current_frames().get(running.thread.ident or 0)
+        return frame is not None and frame.f_code is Worker._pause.__code__
+
+    until(waits, "the worker waits")
+    worker.stop()
+
+    assert running.result() is None
+
+
+def test_stopped_before_it_looks_for_work_it_waits_for_none(postgres: peewee.Database, told: Callable[[], Any]) -> None:
     worker = worker_with(print_sender, idle=timedelta(hours=1))
 
-    def run() -> None:
-        worker.run()
-        postgres.close()
-
     with when_logged("started", worker.stop):
-        thread = threading.Thread(target=run)
-        thread.start()
-        worker.stop()
-        thread.join(60)
+        assert Running(worker.run).result() is None
 
-    assert not thread.is_alive()
+    assert told() == [("INFO", "started"), ("INFO", "stopped")]
 
 
 # -- sweeps ----------------------------------------------------------------------------------------------------------
@@ -534,7 +562,7 @@ def reached(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[peewe
 
 def break_connection(database: peewee.Database, url: str) -> None:
     ((pid,),) = database.execute_sql("SELECT pg_backend_pid()").fetchall()
-    assert query(url, "SELECT pg_terminate_backend(%s, 10000)", (pid,)) == [(True,)]
+    assert query(url, "SELECT pg_terminate_backend(%s, %s)", (pid, 1000 * LIMIT)) == [(True,)]
 
 
 def opened() -> CloseEngineConversation:
@@ -593,9 +621,12 @@ def test_a_hook_that_the_database_fails_is_tried_again(
     rival = peewee.PostgresqlDatabase(urlsplit(postgres_url).path[1:], **psycopg_options(postgres_url))
     rival.begin()
     rival.execute_sql("SELECT FROM close_engine_conversations WHERE id = %s FOR UPDATE", (other.id,))
-    with when_logged("database unreachable", rival.close):
-        worker_with(lambda message: None).run_once()
+    # Rolled back, it holds nothing any more; closed, it would until the server notices. With a lease that long, no
+    # heartbeat is in the way within the millisecond.
+    with when_logged("database unreachable", rival.rollback):
+        worker_with(lambda message: None, lease=timedelta(days=1)).run_once()
     touch_another.remove()
+    rival.close()
 
     assert (reloaded(message).status, reloaded(message).refusal) == (MessageStatus.SENT, None)
     conversation.reload()
@@ -618,11 +649,10 @@ class Door:
         self.name = urlsplit(url).path[1:]
 
     def shut(self) -> None:
-        execute(
-            self.server,
-            f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS false",
-            f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{self.name}'",
-        )
+        execute(self.server, f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS false")
+        ended = "SELECT pid, pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE datname = %s"
+        everybody = query(self.server, ended, (1000 * LIMIT, self.name))
+        assert all(thrown_out for _, thrown_out in everybody), everybody
 
     def open(self) -> None:
         execute(self.server, f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS true")
@@ -693,16 +723,18 @@ def test_an_error_that_no_waiting_helps_against_ends_it(postgres: peewee.Databas
 
 
 def test_the_heartbeat_goes_on_when_the_database_is_back(
-    postgres: peewee.Database, door: Door, told: Callable[[], Any]
+    postgres: peewee.Database, postgres_url: str, door: Door, told: Callable[[], Any]
 ) -> None:
     missed, lease = threading.Semaphore(0), timedelta(milliseconds=30)
+    leased_until = "SELECT available_at AT TIME ZONE 'UTC' FROM close_engine.outbox"
     message = submit(opened(), ActionType.SEND_MESSAGE, "Hello!")
 
     def send(message: OutboxMessage) -> None:
         door.shut()
         for _ in range(2):
-            assert missed.acquire(timeout=60)
+            assert missed.acquire(timeout=LIMIT)
         door.open()
+        until(lambda: query(postgres_url, leased_until) > [(message.available_at,)], "the heart beats again")
 
     with when_logged("heartbeat failed", missed.release):
         worker_with(send, lease=lease).run_once()
