@@ -20,6 +20,7 @@ from close_engine import (
     EntryPoint,
     InvalidValue,
     MessageStatus,
+    Received,
     Stage,
     StageChange,
     StageConflict,
@@ -40,6 +41,7 @@ from close_engine import (
 from close_engine.database.fields import milliseconds
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
+from tests.waiting import Running, until_they_wait
 from tests.workers import LINK, assert_consistent, claimed, messages, race, sql, values
 
 ConversationIn = Callable[..., CloseEngineConversation]
@@ -395,24 +397,36 @@ def opened(count: int, stage: Stage = Stage.QUALIFYING) -> list[CloseEngineConve
     return [bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), stage) for _ in range(count)]
 
 
+@pytest.fixture
+def clock(postgres: peewee.Database, close_engine_clock: MovableClock) -> MovableClock:
+    """The clock of `postgres`, which stands still until it is moved."""
+    close_engine.bind(postgres, clock=close_engine_clock)
+    return close_engine_clock
+
+
+# Sweeps pass over what others hold, so nothing can hold them up: what they do at once holds however they overlap.
+
+
 @pytest.mark.parametrize("hooked", [False, True])
-def test_many_workers_that_sweep_at_once_move_everything_once(postgres: peewee.Database, hooked: bool) -> None:
+def test_many_workers_that_sweep_at_once_move_everything_once(clock: MovableClock, hooked: bool) -> None:
     conversations = opened(40)
     hooks = [on_enter(Stage.STALLED)(lambda conversation, change: None)] if hooked else []
+    clock.move(HOUR + SECOND)
     try:
-        results = race([lambda: stall_silent(after=timedelta(0), batch=7)] * 8)
+        results = race([lambda: stall_silent(after=HOUR, batch=7)] * 8)
     finally:
         for hook in hooks:
             hook.remove()
     moved = [moved for result in results for moved in result]
     assert sorted(moved) == sorted(ids(conversations))
     assert all(triggers(conversation)[-2:] == ["start_qualifying", "stall"] for conversation in conversations)
-    results = race([lambda: lose_stalled(after=timedelta(0), batch=7)] * 8)
+    clock.move(HOUR + SECOND)
+    results = race([lambda: lose_stalled(after=HOUR, batch=7)] * 8)
     assert sorted(moved for result in results for moved in result) == sorted(ids(conversations))
     assert_consistent()
 
 
-def test_many_workers_expire_and_release_everything_once(postgres: peewee.Database) -> None:
+def test_many_workers_expire_and_release_everything_once(clock: MovableClock) -> None:
     conversations = opened(20, Stage.PREVIEW_SENT)
     CloseEngineConversation.update(autonomy_level=AutonomyLevel.SEMI_AUTO).execute()
     actions = [
@@ -421,14 +435,16 @@ def test_many_workers_expire_and_release_everything_once(postgres: peewee.Databa
             ActionType.SEND_PAYMENT_LINK,
             "pay",
             metadata={"paymentUrl": LINK},
-            expires_after=timedelta(0),
+            expires_after=HOUR,
         )
         for conversation in conversations
         for _ in range(2)
     ]
     for conversation in conversations:
         outbox.enqueue(conversation, "tell_the_rep")
-    leased = outbox.claim(limit=50, lease=MILLISECOND)
+    leased = outbox.claim(limit=50, lease=HOUR)
+    assert len(leased) == 20
+    clock.move(HOUR)
     results = race([lambda: (expire_actions(batch=3), release_leases(batch=3))] * 8)
     assert sorted(id for expired, _ in results for id in expired) == sorted(ids(actions))
     assert sorted(id for _, released in results for id in released) == sorted(ids(leased))
@@ -438,21 +454,46 @@ def test_many_workers_expire_and_release_everything_once(postgres: peewee.Databa
     assert_consistent()
 
 
-def test_what_another_transaction_holds_is_passed_over(postgres: peewee.Database, postgres_url: str) -> None:
+def test_what_another_transaction_holds_is_passed_over(clock: MovableClock, postgres_url: str) -> None:
     held, free = opened(2)
+    clock.move(HOUR + SECOND)
     other = psycopg2.connect(postgres_url)
     other.cursor().execute("SELECT 1 FROM close_engine_conversations WHERE id = %s FOR UPDATE", (held.id,))
-    assert stall_silent(after=timedelta(0)) == [free.id]
+    assert stall_silent(after=HOUR) == [free.id]
     other.rollback()
     other.close()
-    assert stall_silent(after=timedelta(0)) == [held.id]
+    assert stall_silent(after=HOUR) == [held.id]
 
 
-def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(postgres: peewee.Database) -> None:
-    for _ in range(5):
-        conversations = opened(10)
-        receivers = [lambda c=conversation: receive(c.lead_id, f"SM {c.id}", "hello") for conversation in conversations]
-        *received, stalled = race([*receivers, lambda: stall_silent(after=timedelta(0), batch=2)])
+def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(clock: MovableClock) -> None:
+    before, behind, *others = opened(52)
+    clock.move(HOUR + SECOND)
+
+    def text_in(conversation: CloseEngineConversation) -> Received:
+        return receive(conversation.lead_id, f"SM {conversation.id}", "hello")
+
+    with close_engine.atomic():
+        assert text_in(before).resumed is None
+        assert before.id not in Running(lambda: stall_silent(after=HOUR)).result()
+    assert copy_of(before).stage is Stage.QUALIFYING
+    assert copy_of(behind).stage is Stage.STALLED
+    for conversation in (behind, *others):
+        copy_of(conversation).resume()
+    clock.move(HOUR + SECOND)
+
+    with close_engine.atomic():
+        assert behind.id in stall_silent(after=HOUR)
+        late = Running(lambda: text_in(behind))
+        until_they_wait([late])
+    assert late.result().resumed is not None
+    assert copy_of(behind).stage is Stage.QUALIFYING
+    for conversation in others:
+        copy_of(conversation).resume()
+    clock.move(HOUR + SECOND)
+
+    for conversations in (others[first : first + 10] for first in range(0, 50, 10)):  # whichever comes first
+        receivers = [lambda c=conversation: text_in(c) for conversation in conversations]
+        *received, stalled = race([*receivers, lambda: stall_silent(after=HOUR, batch=2)])
         for result in received:
             row = copy_of(result.conversation)
             assert (row.stage is Stage.STALLED) == (row.id in stalled and result.resumed is None)
