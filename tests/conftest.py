@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def server() -> str:
     """The URL of the PostgreSQL server's maintenance database."""
     return os.environ[SERVER]
+
+
+@pytest.fixture(scope="session")
+def nobody_listens() -> Iterator[str]:
+    """The host and a port of this machine that refuses connections: it is taken, by somebody who does not listen."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        host, port = taken.getsockname()
+        yield f"{host}:{port}"
 
 
 @pytest.fixture(scope="session")

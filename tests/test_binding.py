@@ -17,7 +17,8 @@ import close_engine
 from close_engine import ConfigurationError, EntryPoint, Lead, Stage
 from close_engine.database.binding import current, now
 from close_engine.testing import bring_to
-from tests.servers import execute, postgres_database
+from tests.servers import execute, new_name, postgres_database
+from tests.waiting import LIMIT
 
 SECRET = "s3cr3t"
 
@@ -114,7 +115,7 @@ def test_a_pooled_database_keeps_its_connections(postgres_url: str, tmp_path: Pa
 
 
 def test_a_url_with_special_characters_in_user_password_and_name_connects(server: str) -> None:
-    user, password, name = "Odd @:/?#%' user", "p@:/?#% w'\"+&=", "odd @/?#% name"
+    user, password, name = f"{new_name()} Odd @:/?#%' user", "p@:/?#% w'\"+&=", f"{new_name()} odd @/?#% name"
     parts = urlsplit(server)
     host = parts.query.partition("host=")[2] or f"{parts.hostname}:{parts.port}"
     quoted = [quote(user, safe=""), quote(password, safe=""), quote(host, safe=":"), quote(name, safe="")]
@@ -187,9 +188,9 @@ def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, sho
     assert caught.value.__suppress_context__
 
 
-def test_a_server_that_is_not_there_or_refuses_is_told_without_the_password(server: str) -> None:
+def test_a_server_that_is_not_there_or_refuses_is_told_without_the_password(server: str, nobody_listens: str) -> None:
     refusing = server.replace("postgresql://postgres:@", f"postgresql://nobody:{SECRET}@")
-    for url in (f"postgresql://u:{SECRET}@127.0.0.1:1/crm", refusing):
+    for url in (f"postgresql://u:{SECRET}@{nobody_listens}/crm", refusing):
         database = close_engine.connect(url)
         with pytest.raises(peewee.OperationalError) as caught:
             database.connect()
@@ -272,7 +273,7 @@ for use in (
 
 
 def test_use_before_a_database_is_bound_says_how_to_bind_one() -> None:
-    done = subprocess.run([sys.executable, "-c", UNBOUND], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", UNBOUND], capture_output=True, text=True, check=True, timeout=LIMIT)
 
     sentence = "No database is bound: call close_engine.connect(url) or close_engine.bind(database) first."
     assert done.stdout.splitlines() == [sentence] * 11

@@ -442,19 +442,19 @@ def test_a_file_that_the_system_does_not_let_grow_is_a_sentence(tmp_path: Path) 
     assert "Database error: disk I/O error." in result.err
 
 
-def test_a_server_that_does_not_answer_is_named_without_the_password() -> None:
-    sentence = refused("status", "--database", "postgresql://ana:s3cret@127.0.0.1:1/crm")
+def test_a_server_that_does_not_answer_is_named_without_the_password(nobody_listens: str) -> None:
+    sentence = refused("status", "--database", f"postgresql://ana:s3cret@{nobody_listens}/crm")
 
     assert sentence.startswith(
-        "The database postgresql://ana:***@127.0.0.1:1/crm cannot be opened: connection to server"
+        f"The database postgresql://ana:***@{nobody_listens}/crm cannot be opened: connection to server"
     )
     assert "Connection refused" in sentence
     assert "Check that the server is up" in sentence
     assert "s3cret" not in sentence
 
 
-def test_a_password_that_a_driver_repeats_is_not_printed() -> None:
-    sentence = refused("status", "--database", "postgresql://ana:refused@127.0.0.1:1/crm")
+def test_a_password_that_a_driver_repeats_is_not_printed(nobody_listens: str) -> None:
+    sentence = refused("status", "--database", f"postgresql://ana:refused@{nobody_listens}/crm")
 
     assert "refused" not in sentence
     assert "Connection ***" in sentence

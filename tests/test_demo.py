@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import peewee
+import psycopg2
 import pytest
 
 from close_engine import (
@@ -33,8 +35,9 @@ from close_engine.demo.report import Report
 from close_engine.errors import StageConflict
 from close_engine.inbox import receive
 from close_engine.machine import TRIGGERS
-from tests.command_line import COMMAND, as_user, postgres_role, process, run
+from tests.command_line import COMMAND, as_user, background, postgres_role, process, run
 from tests.crm import catalog, query
+from tests.waiting import until
 
 FEW = str(MIN_LEADS)
 
@@ -248,9 +251,9 @@ def test_the_command_tells_of_what_must_not_be(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_command_ignores_the_database_of_the_environment(
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    nobody_listens: str,
 ) -> None:
-    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", "postgresql://127.0.0.1:1/production")
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", f"postgresql://{nobody_listens}/production")
 
     assert run("demo", "--leads", FEW).code == 0
     assert run("demo", "--leads", FEW, "--database", "sqlite:///:memory:").code == 0
@@ -269,29 +272,47 @@ def test_a_server_that_allows_no_temporary_database_is_a_sentence(postgres_url: 
     ("url", "sentence"),
     [
         (
-            "postgresql://ana:s3cret@127.0.0.1:1/crm",
-            "next to postgresql://ana:***@127.0.0.1:1/crm: connection to server",
+            "postgresql://ana:s3cret@{nobody_listens}/crm",
+            "beside postgresql://ana:***@{nobody_listens}/crm: connection to server",
         ),
         ("sqlite:////no/such/place/mine.db", "in /no/such/place: No such file or directory."),
     ],
 )
-def test_a_place_that_cannot_be_used_is_a_sentence(url: str, sentence: str) -> None:
-    result = run("demo", "--database", url)
+def test_a_place_that_cannot_be_used_is_a_sentence(url: str, sentence: str, nobody_listens: str) -> None:
+    result = run("demo", "--database", url.format(nobody_listens=nobody_listens))
 
     assert (result.code, result.out) == (1, "")
-    assert f"The demo cannot create a temporary database {sentence}" in result.err
+    why = sentence.format(nobody_listens=nobody_listens)
+    assert f"The demo cannot make a temporary database {why}" in result.err
+
+
+def plays(beside: str, there: set[str]) -> bool:
+    """Whether there are conversations in the temporary database."""
+    for name in databases(beside) - there:
+        parts = urlsplit(beside)
+        if beside.startswith("sqlite"):
+            (path,) = Path(parts.path[1:]).parent.rglob(name)
+            url = f"sqlite:///{path}"
+        else:
+            url = urlunsplit(parts._replace(path=f"/{name}"))
+        # It may not be migrated yet, or not be open to others.
+        with suppress(sqlite3.OperationalError, psycopg2.Error):
+            return query(url, "SELECT count(*) > 10 FROM close_engine_conversations")[0][0] in (1, True)
+    return False
 
 
 def test_interrupted_it_leaves_nothing_behind(beside: str) -> None:
     there = databases(beside)
-    playing: Any = subprocess.Popen(
-        [COMMAND, "demo", "--leads", "5000", "--database", beside], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    while databases(beside) == there:
-        assert playing.poll() is None
+    command = [COMMAND, "demo", "--leads", "5000", "--database", beside]
+    with background(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as playing:
 
-    playing.send_signal(signal.SIGINT)
-    out, err = playing.communicate()
+        def it_plays() -> bool:
+            assert playing.poll() is None, playing.communicate()
+            return plays(beside, there)
+
+        until(it_plays, "the demo plays")
+        playing.send_signal(signal.SIGINT)
+        out, err = playing.communicate()
 
     assert (playing.returncode, out, err) == (130, b"", b"")
     assert databases(beside) == there
