@@ -25,7 +25,7 @@ from close_engine.schema import directory, status
 from close_engine.schema.checks import Check, checks, guards
 from close_engine.testing import bring_to
 from tests.crm import everything
-from tests.servers import execute, postgres_database
+from tests.servers import execute, new_name, postgres_database
 
 STAGES = ", ".join(Stage)
 LEVELS = "FULL_AUTO, SEMI_AUTO, MANUAL"
@@ -599,8 +599,9 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
     database = close_engine.connect(postgres_url)
     fill()
     database.close()
-    as_reader = postgres_url.replace("//postgres:@", "//close_engine_reader:@")
-    execute(server, "CREATE ROLE close_engine_reader LOGIN")
+    reader = new_name()
+    as_reader = postgres_url.replace("//postgres:@", f"//{reader}:@")
+    execute(server, f"CREATE ROLE {reader} LOGIN")
     try:
         database = close_engine.connect(as_reader)
         with pytest.raises(SchemaError) as caught:
@@ -612,16 +613,16 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
 
         execute(
             postgres_url,
-            "GRANT USAGE ON SCHEMA close_engine TO close_engine_reader",
-            "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine, public TO close_engine_reader",
+            f"GRANT USAGE ON SCHEMA close_engine TO {reader}",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA close_engine, public TO {reader}",
         )
         assert close_engine.verify() == []
         assert close_engine.migrate() == []
         assert [each.known for each in status()] == [True] * len(list(directory().glob("[0-9]*.py")))
         database.close()
     finally:
-        execute(postgres_url, "DROP OWNED BY close_engine_reader")
-        execute(server, "DROP ROLE close_engine_reader")
+        execute(postgres_url, f"DROP OWNED BY {reader}")
+        execute(server, f"DROP ROLE {reader}")
 
 
 def test_a_sqlite_file_that_may_only_be_read_can_be_verified(sqlite_template: Any) -> None:
