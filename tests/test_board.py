@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_a_live_board_is_drawn_again_and_again(conversation_in: Any, monkeypatch
             raise KeyboardInterrupt
         conversation_in(Stage.BUILDING)
 
-    monkeypatch.setattr("close_engine.cli.board.time.sleep", next_moment)
+    monkeypatch.setattr("close_engine.cli.board.time", SimpleNamespace(sleep=next_moment))  # and nobody else's
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
 
     with pytest.raises(KeyboardInterrupt):
