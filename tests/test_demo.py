@@ -273,7 +273,7 @@ def test_a_server_that_allows_no_temporary_database_is_a_sentence(postgres_url: 
     [
         (
             "postgresql://ana:s3cret@{nobody_listens}/crm",
-            "beside postgresql://ana:***@{nobody_listens}/crm: connection to server",
+            "next to postgresql://ana:***@{nobody_listens}/crm: connection to server",
         ),
         ("sqlite:////no/such/place/mine.db", "in /no/such/place: No such file or directory."),
     ],
@@ -283,7 +283,7 @@ def test_a_place_that_cannot_be_used_is_a_sentence(url: str, sentence: str, nobo
 
     assert (result.code, result.out) == (1, "")
     why = sentence.format(nobody_listens=nobody_listens)
-    assert f"The demo cannot make a temporary database {why}" in result.err
+    assert f"The demo cannot create a temporary database {why}" in result.err
 
 
 def plays(beside: str, there: set[str]) -> bool:
