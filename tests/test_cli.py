@@ -21,7 +21,7 @@ from close_engine.machine import TRIGGERS, mermaid
 from close_engine.schema import directory
 from tests.command_line import Result, as_user, postgres_role, process, refused, run
 from tests.crm import BEFORE, query, restore
-from tests.servers import execute, postgres_database
+from tests.servers import execute, new_name, postgres_database
 
 MIGRATIONS = sorted(path.stem for path in directory().glob("0*.py"))
 
@@ -465,12 +465,13 @@ def test_an_option_that_libpq_does_not_know_is_named() -> None:
 
 
 def test_a_role_or_database_that_is_not_there_is_named(postgres_url: str) -> None:
-    stranger = refused("status", "--database", as_user(postgres_url, "nobody_here", "s3cret"))
+    nobody, nothing = new_name(), new_name()
+    stranger = refused("status", "--database", as_user(postgres_url, nobody, "s3cret"))
     assert "cannot be opened" in stranger
-    assert "nobody_here" in stranger
+    assert nobody in stranger
     assert "s3cret" not in stranger
-    assert 'database "not_there" does not exist' in refused(
-        "status", "--database", postgres_url.replace(urlsplit(postgres_url).path, "/not_there")
+    assert f'database "{nothing}" does not exist' in refused(
+        "status", "--database", postgres_url.replace(urlsplit(postgres_url).path, f"/{nothing}")
     )
 
 
