@@ -42,7 +42,7 @@ class Running:
         with current().database.connection_context():
             try:
                 self._outcome.append(self._function())
-            except Exception as error:
+            except BaseException as error:
                 self._outcome.append(error)
 
     @property
