@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -20,6 +19,7 @@ from close_engine import CloseEngineConversation, Stage, StageChange
 from close_engine.machine import pairs
 from tests.design import ACTIVE, STAGES, TABLE, TRIGGER_BETWEEN
 from tests.foreign import REFUSED, Change, ForeignWriter, moment
+from tests.waiting import Running, until_they_wait
 
 OLD = "2026-01-01 00:00:00.000"
 BEFORE = "2025-12-24 18:00:00.000"
@@ -490,24 +490,19 @@ def test_of_two_foreign_writers_the_later_is_guarded_by_what_the_earlier_wrote(
     conversation = foreign_postgres.insert("PAYMENT_SENT")
     other = ForeignWriter(psycopg2.connect(postgres_url))
     other.connection.autocommit = True
-    refusals: list[Exception] = []
 
     def stall() -> None:
-        try:
-            other.update(conversation, stage="STALLED")
-        except REFUSED as refused:
-            refusals.append(refused)
+        other.update(conversation, stage="STALLED")
 
     foreign_postgres.run("BEGIN")
     foreign_postgres.update(conversation, stage="COMPLETED")
-    later = threading.Thread(target=stall)
-    later.start()
-    while not foreign_postgres.run("SELECT 1 FROM pg_locks WHERE NOT granted"):
-        assert later.is_alive()
+    later = Running(stall)
+    until_they_wait([later], foreign_postgres.connection.info.backend_pid)
     foreign_postgres.run("COMMIT")
-    later.join()
+    refused = later.result()
     other.connection.close()
-    assert "cannot go from COMPLETED to STALLED" in str(refusals)
+    assert isinstance(refused, REFUSED)
+    assert "cannot go from COMPLETED to STALLED" in str(refused)
     assert [change.dest for change in foreign_postgres.history(conversation)] == ["PAYMENT_SENT", "COMPLETED"]
 
 

@@ -36,7 +36,8 @@ from close_engine.approvals import PendingAction
 from close_engine.schema import directory, downgrade, migration_sql, rows_at_stake, status
 from close_engine.testing import bring_to
 from tests.crm import AFTER, everything, query, restore
-from tests.servers import execute, postgres_database
+from tests.servers import execute, new_name, postgres_database
+from tests.waiting import LIMIT, Running, until
 
 PACKAGE = Path(close_engine.__file__).parent
 SCRIPTS = sorted(path.stem for path in directory().glob("[0-9]*.py"))
@@ -495,6 +496,7 @@ def in_an_installation(place: Path, url: str) -> str:
         capture_output=True,
         text=True,
         check=True,
+        timeout=LIMIT,
     )
     return done.stdout
 
@@ -547,7 +549,7 @@ def test_a_migration_that_a_newer_version_applied_is_known_by_its_name(crm_url: 
         assert not database.in_transaction()
 
 
-ROLE = "close_engine_migrator"
+ROLE = new_name()
 
 
 @pytest.fixture
@@ -614,7 +616,7 @@ def test_a_schema_that_was_made_beforehand_needs_no_right_to_make_one_and_stays(
 def migrate_at_once(url: str, barrier: Any, results: Any) -> None:
     """Migrate in one of the processes, and report what was applied, or the error."""
     database = close_engine.connect(url)
-    barrier.wait(60)
+    barrier.wait(LIMIT)
     try:
         results.put(close_engine.migrate(standalone=True))
     except Exception as error:
@@ -628,9 +630,10 @@ def test_of_eight_processes_at_once_one_migrates_and_all_succeed(empty_url: str)
     processes = [context.Process(target=migrate_at_once, args=(empty_url, barrier, results)) for _ in range(8)]
     for process in processes:
         process.start()
-    told = [results.get(timeout=120) for _ in processes]
+    told = [results.get(timeout=LIMIT) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(LIMIT)
+    assert [process.exitcode for process in processes] == [0] * 8
 
     assert sorted(told, key=len) == [[]] * 7 + [SCRIPTS]
     with bound(empty_url):
@@ -691,20 +694,26 @@ def test_the_printed_script_quotes_names_and_values(server: str) -> None:
 def test_the_printed_script_has_no_statements_of_other_threads(postgres_url: str) -> None:
     with bound(postgres_url) as database:
         downgrade(SCRIPTS[0])
-        started, stop = threading.Event(), threading.Event()
+        stop = threading.Event()
+        written: list[int] = []
 
         def write() -> None:
             while not stop.is_set():
                 database.execute_sql("CREATE TEMPORARY TABLE IF NOT EXISTS another_threads (id int)")
-                started.set()
-            database.close()
+                written.append(1)
 
-        thread = threading.Thread(target=write)
-        thread.start()
-        started.wait(60)
-        script = "".join(migration_sql())
-        stop.set()
-        thread.join()
+        def script_while_another_writes() -> str | None:
+            before = len(written)
+            script = "".join(migration_sql())
+            return script if len(written) > before else None
+
+        other = Running(write)
+        try:
+            script = until(script_while_another_writes, "another thread writes while the script is made")
+        finally:
+            stop.set()
+        assert other.result() is None
+        assert script is not None
 
     assert "close_engine_conversations" in script
     assert "another_threads" not in script
