@@ -72,7 +72,7 @@ def refuse_stage(conversation: Any, wanted: Any) -> StageAssignmentRefused:
     instead = f"call {trigger}()" if trigger else f"allowed from {stage}: {allowed}" if allowed else f"{stage} is final"
     return StageAssignmentRefused(
         f"The stage of conversation {conversation.id!r} cannot be set to {dest}, "
-        f"because only triggers change it: {instead}.",
+        f"because only triggers change it; {instead}.",
         dest,
     )
 

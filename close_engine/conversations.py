@@ -2,7 +2,7 @@
 
     conversation = open_conversation(lead, EntryPoint.SMS_REPLY)
     conversation.start_qualifying(actor="worker-7")
-    conversation.may("send_preview").reason      # "… is QUALIFYING, from where send_preview is not allowed; …"
+    conversation.may("send_preview").reason      # "… is QUALIFYING, and send_preview is not allowed from there; …"
 
 Every trigger is one guarded write: the machine decides on facts, the row changes only if nobody has changed it since it
 was loaded, and the database adds the history row. If the trigger is refused, conflicts or is rolled back, the object

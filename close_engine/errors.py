@@ -165,9 +165,9 @@ class TransitionNotAllowed(TransitionRefused):
 
     def __init__(self, conversation_id: str | None, trigger: str, stage: Stage, allowed: Sequence[str]) -> None:
         self.allowed = list(allowed)
-        instead = f"allowed from here: {', '.join(allowed)}" if allowed else f"{stage} is final"
+        instead = f"allowed: {', '.join(allowed)}" if allowed else f"{stage} is final"
         super().__init__(
-            f"{_conversation(conversation_id)} is {stage}, from where {trigger} is not allowed; {instead}.",
+            f"{_conversation(conversation_id)} is {stage}, and {trigger} is not allowed from there; {instead}.",
             conversation_id,
             trigger,
             stage,
@@ -503,7 +503,7 @@ def first_line(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """All that a driver says, on one line, to be part of a sentence."""
-    return " ".join(str(error).split()).rstrip(".")
+    return " ".join(str(error).split()).rstrip(".?")
 
 
 def _without_init(kind: type[CloseEngineError], args: tuple[Any, ...]) -> CloseEngineError:

@@ -408,7 +408,7 @@ def test_what_is_not_there_is_named(database_url: str, arguments: Any, sentence:
     ("arguments", "sentence"),
     [
         (("fly",), f"There is no trigger 'fly'; the triggers are {', '.join(TRIGGERS)}."),
-        (("resume",), "is BUILDING, from where resume is not allowed; allowed from here: "),
+        (("resume",), "is BUILDING, and resume is not allowed from there; allowed: "),
         (("close_lost",), "is BUILDING, and close_lost is refused: a reason must be given."),
         (("stall", "--metadata", "{"), "metadata cannot be '{': it must be a JSON object (Expecting"),
         (("stall", "--metadata", "[1]"), "metadata cannot be [1]: it must be a mapping"),

@@ -167,7 +167,7 @@ def test_a_deleted_conversation_is_not_found_and_keeps_its_history(
 @pytest.mark.parametrize(
     ("stage", "fire", "error", "sentence"),
     [
-        (Stage.BUILDING, lambda c: c.collect_info(), TransitionNotAllowed, "is BUILDING, from where collect_info is"),
+        (Stage.BUILDING, lambda c: c.collect_info(), TransitionNotAllowed, "is BUILDING, and collect_info is"),
         (Stage.COMPLETED, lambda c: c.stall(), TransitionNotAllowed, "stall is not allowed; COMPLETED is final."),
         (Stage.QUALIFYING, lambda c: c.complete(), ConditionNotMet, "complete is refused: no payment link was sent."),
         (
@@ -349,12 +349,12 @@ def test_writing_the_stage_past_the_machine_is_refused(conversation_in: Conversa
         (
             Stage.QUALIFYING,
             "BUILDING",
-            "cannot be set to BUILDING, because only triggers change it: call start_building().",
+            "cannot be set to BUILDING, because only triggers change it; call start_building().",
         ),
-        (Stage.QUALIFYING, "CLOSED_LOST", "only triggers change it: call close_lost()."),
-        (Stage.STALLED, "BUILDING", "only triggers change it: call resume()."),
+        (Stage.QUALIFYING, "CLOSED_LOST", "only triggers change it; call close_lost()."),
+        (Stage.STALLED, "BUILDING", "only triggers change it; call resume()."),
         (Stage.INITIATED, "BUILDING", "allowed from INITIATED: start_qualifying, complete, stall, close_lost."),
-        (Stage.COMPLETED, "INITIATED", "only triggers change it: COMPLETED is final."),
+        (Stage.COMPLETED, "INITIATED", "only triggers change it; COMPLETED is final."),
     ],
 )
 def test_assigning_the_stage_names_the_trigger_to_use(

@@ -127,7 +127,7 @@ def test_01_an_invalid_transition_cannot_be_overlooked(conversation_in: Conversa
         conversation.send_preview()
         went_on.append("sent a preview link")
 
-    with pytest.raises(TransitionNotAllowed, match="is QUALIFYING, from where send_preview is not allowed"):
+    with pytest.raises(TransitionNotAllowed, match="is QUALIFYING, and send_preview is not allowed from there"):
         caller()
     assert went_on == []
     assert in_memory(conversation) == (stored(conversation), set()) == before

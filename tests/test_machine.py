@@ -52,7 +52,7 @@ def test_every_trigger_is_decided_from_every_stage(stage: str) -> None:
             assert (trigger, transition) == (trigger, TRIGGERS[trigger])
             assert (trigger, transition.dest) == (trigger, dest)
         else:
-            with pytest.raises(TransitionNotAllowed, match=f"is {stage}, from where {trigger} is not") as refused:
+            with pytest.raises(TransitionNotAllowed, match=f"is {stage}, and {trigger} is not") as refused:
                 decide(trigger, draft)
             assert (refused.value.stage, refused.value.trigger) == (stage, trigger)
             assert refused.value.allowed == triggers_from(stage)

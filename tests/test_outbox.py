@@ -479,7 +479,8 @@ def test_a_trigger_that_is_no_longer_allowed_leaves_the_message_sent_and_says_wh
     message.sent("p1")
     assert (message.status, message.provider_id) == (MessageStatus.SENT, "p1")
     assert message.refusal == (
-        f"Conversation {conversation.id!r} is COMPLETED, from where send_preview is not allowed; COMPLETED is final."
+        f"Conversation {conversation.id!r} is COMPLETED, "
+        "and send_preview is not allowed from there; COMPLETED is final."
     )
     assert values(message) == values(copy_of(message))
     assert copy_of(conversation).stage is Stage.COMPLETED
@@ -505,7 +506,7 @@ def test_a_payment_link_that_reached_the_lead_after_it_was_lost_still_lets_it_pa
     copy_of(conversation).close_lost("silent")
     message.sent("p1")
     assert message.refusal is not None
-    assert "is CLOSED_LOST, from where send_payment_link is not allowed" in message.refusal
+    assert "is CLOSED_LOST, and send_payment_link is not allowed from there" in message.refusal
     row = copy_of(conversation)
     assert (row.stage, row.payment_link_url) == (Stage.CLOSED_LOST, LINK)
     assert row.payment_link_sent_at == message.sent_at

@@ -82,9 +82,9 @@ def refused(conversation: CloseEngineConversation, trigger: str, before: dict[st
     error = refusal.value
     assert (error.conversation_id, error.trigger, error.stage) == (conversation.id, trigger, stage)
     assert error.allowed == allowed
-    instead = f"allowed from here: {', '.join(allowed)}" if allowed else f"{stage} is final"
+    instead = f"allowed: {', '.join(allowed)}" if allowed else f"{stage} is final"
     assert str(error) == (
-        f"Conversation {conversation.id!r} is {stage}, from where {trigger} is not allowed; {instead}."
+        f"Conversation {conversation.id!r} is {stage}, and {trigger} is not allowed from there; {instead}."
     )
     return before
 
