@@ -59,7 +59,7 @@ def downgrade(
     """Undo migrations. Asks first if data would be lost."""
     open_database(context)
     lost = {} if yes else schema.rows_at_stake(target, lock_timeout=lock_timeout)
-    if lost and not _confirmed(
+    if lost and not _is_confirmed(
         "This deletes the rows of " + ", ".join(f"{name} ({count})" for name, count in lost.items())
     ):
         raise CloseEngineError("Nothing was downgraded. To downgrade without being asked, use --yes.")
@@ -67,7 +67,7 @@ def downgrade(
     print("\n".join(f"Downgraded {name}." for name in downgraded) or "Nothing to do: no migration is applied.")
 
 
-def _confirmed(warning: str) -> bool:
+def _is_confirmed(warning: str) -> bool:
     print(f"{warning}. Continue? [y/N] ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):  # end of input: nobody ended the line

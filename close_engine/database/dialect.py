@@ -106,7 +106,7 @@ class Dialect:
     def prepare(self, database: peewee.Database) -> None:
         """Set up what every connection of this database needs. Called once."""
 
-    def failed(self, database: peewee.Database) -> bool:
+    def has_failed(self, database: peewee.Database) -> bool:
         """Inside a transaction, return whether it has failed, so that even a COMMIT would roll it back."""
         return False
 

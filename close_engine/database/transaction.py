@@ -67,7 +67,7 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _scopes.open.remove(self)
-        failed = exc_type is None and self._binding.dialect.failed(self._binding.database)
+        failed = exc_type is None and self._binding.dialect.has_failed(self._binding.database)
         try:
             self._inner.__exit__(TransactionFailed if failed else exc_type, exc, traceback)
         except BaseException:
