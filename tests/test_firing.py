@@ -168,7 +168,12 @@ def test_a_deleted_conversation_is_not_found_and_keeps_its_history(
     ("stage", "fire", "error", "sentence"),
     [
         (Stage.BUILDING, lambda c: c.collect_info(), TransitionNotAllowed, "is BUILDING, and collect_info is"),
-        (Stage.COMPLETED, lambda c: c.stall(), TransitionNotAllowed, "stall is not allowed; COMPLETED is final."),
+        (
+            Stage.COMPLETED,
+            lambda c: c.stall(),
+            TransitionNotAllowed,
+            "stall is not allowed from there; COMPLETED is final.",
+        ),
         (Stage.QUALIFYING, lambda c: c.complete(), ConditionNotMet, "complete is refused: no payment link was sent."),
         (
             Stage.QUALIFYING,
