@@ -378,8 +378,7 @@ def _history_problems() -> Iterator[str]:
 
 
 def _rows(sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-    binding = current()
-    rows: list[tuple[Any, ...]] = binding.database.execute_sql(binding.dialect.sql(sql), values).fetchall()
+    rows: list[tuple[Any, ...]] = current().execute(sql, values).fetchall()
     return rows
 
 

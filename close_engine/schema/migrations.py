@@ -205,7 +205,7 @@ def _filled_rows() -> dict[str, int]:
     schema, record = binding.dialect.own_table("created")
     if not catalog.columns(record, schema):
         return {}
-    created = set(binding.database.execute_sql(binding.dialect.sql("SELECT * FROM {created}")).fetchall())
+    created = set(binding.execute("SELECT * FROM {created}").fetchall())
     counted = {}
     for model in BaseModel.__subclasses__():
         meta = model._meta
