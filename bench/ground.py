@@ -51,9 +51,11 @@ LAST_CHANGE = """
     INSERT INTO close_engine.history (conversation_id, lead_id, trigger, source, dest, actor, created_at)
     SELECT id, lead_id, 'open', NULL, stage, 'generated', updated_at FROM close_engine_conversations
 """
-SILENCE = """
-    INSERT INTO close_engine.silence (conversation_id, since) SELECT id, updated_at FROM close_engine_conversations
+DEADLINES = """
+    INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+    SELECT 'stall', id, updated_at FROM close_engine_conversations
     WHERE stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    UNION ALL SELECT 'close_lost', id, stalled_at FROM close_engine_conversations WHERE stage = 'STALLED'
 """
 MESSAGES = f"""
     INSERT INTO close_engine.outbox (conversation_id, lead_id, topic, body, status, created_at, available_at)
@@ -112,7 +114,7 @@ def fill(
         CONVERSATIONS.format(count=count, stages=array),
         HISTORY.format(count=count, steps=history - 1),
         LAST_CHANGE,
-        SILENCE,
+        DEADLINES,
         MESSAGES.format(count=count, each=sent, status="SENT"),
         MESSAGES.format(count=pending, each=1, status="PENDING"),
     ]

@@ -27,23 +27,26 @@ CLAIMED = 50
 PUT_BACK = """
     WITH swept AS (UPDATE close_engine_conversations SET stage = 'QUALIFYING', stalled_at = NULL
         WHERE stage = 'STALLED' AND stalled_at > localtimestamp - interval '5 minutes' RETURNING id)
-    INSERT INTO close_engine.silence (conversation_id, since) SELECT id, localtimestamp FROM swept
+    UPDATE close_engine.deadlines d SET trigger = 'stall', at = localtimestamp FROM swept
+    WHERE d.trigger = 'close_lost' AND d.subject_id = swept.id
 """
 MAKE_DUE = """
-    WITH due AS (SELECT conversation_id FROM close_engine.silence ORDER BY md5(conversation_id || %s) LIMIT %s),
+    WITH due AS (SELECT subject_id FROM close_engine.deadlines
+        WHERE trigger = 'stall' ORDER BY md5(subject_id || %s) LIMIT %s),
     aged AS (UPDATE close_engine.history h SET created_at = h.created_at - interval '40 days' FROM due
-        WHERE h.conversation_id = due.conversation_id AND h.created_at > localtimestamp - interval '4 days')
-    UPDATE close_engine.silence s SET since = localtimestamp - interval '4 days' FROM due
-    WHERE s.conversation_id = due.conversation_id
+        WHERE h.conversation_id = due.subject_id AND h.created_at > localtimestamp - interval '4 days')
+    UPDATE close_engine.deadlines d SET at = localtimestamp - interval '4 days' FROM due
+    WHERE d.trigger = 'stall' AND d.subject_id = due.subject_id
 """
 BY_HAND = """
-    WITH due AS (SELECT c.id, c.stage FROM close_engine.silence s
-        JOIN close_engine_conversations c ON c.id = s.conversation_id
-        WHERE s.since <= localtimestamp - interval '72 hours' FOR NO KEY UPDATE OF c),
+    WITH due AS (SELECT c.id, c.stage FROM close_engine.deadlines d
+        JOIN close_engine_conversations c ON c.id = d.subject_id
+        WHERE d.trigger = 'stall' AND d.at <= localtimestamp - interval '72 hours' FOR NO KEY UPDATE OF c),
     moved AS (UPDATE close_engine_conversations c
         SET stage = 'STALLED', stalled_at = localtimestamp, updated_at = localtimestamp
         FROM due WHERE c.id = due.id RETURNING c.id, c.lead_id, due.stage AS source),
-    forgotten AS (DELETE FROM close_engine.silence WHERE conversation_id IN (SELECT id FROM moved))
+    noted AS (UPDATE close_engine.deadlines d SET trigger = 'close_lost', at = localtimestamp FROM moved
+        WHERE d.trigger = 'stall' AND d.subject_id = moved.id)
     INSERT INTO close_engine.history (conversation_id, lead_id, trigger, source, dest, actor, created_at)
     SELECT id, lead_id, 'stall', source, 'STALLED', 'sweep', localtimestamp FROM moved
 """

@@ -184,17 +184,13 @@ def _stage_lines(moment: datetime) -> list[StageLine]:
 
 
 def _stalled_line(count: int, moment: datetime) -> StageLine:
-    """Read the times in STALLED from `stalled_at`, which a partial index keeps in order, instead of the history."""
-    model = CloseEngineConversation
-    ordered = (
-        model.select(model.stalled_at)
-        .where((model.stage == Stage.STALLED) & model.stalled_at.is_null(False))
-        .order_by(model.stalled_at)
-    )
-    first, middle = ordered.first(), ordered.offset(count // 2).first()
-    if first is None or middle is None:
+    """Read the times in STALLED from the deadlines, which an index keeps in order, instead of the history."""
+    ordered = "SELECT at FROM {deadlines} WHERE \"trigger\" = 'close_lost' ORDER BY at LIMIT 1 OFFSET %s"
+    times = [current().execute(ordered, (place,)).fetchone() for place in (0, count // 2)]
+    if None in times:
         return StageLine(Stage.STALLED, count)
-    return StageLine(Stage.STALLED, count, moment - middle.stalled_at, moment - first.stalled_at)
+    first, middle = (CloseEngineConversation.stalled_at.python_value(at) for (at,) in times)
+    return StageLine(Stage.STALLED, count, moment - middle, moment - first)
 
 
 def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, datetime]]:
@@ -208,9 +204,9 @@ def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, date
     )
     query: Any = model.select(model.stage, newest.alias("entered")).where(model.stage.in_(stages))
     if one_of > 1:
-        # Sample from `silence`: it holds exactly the active conversations, and its rows are small.
+        # Sample from the deadlines: each active conversation has one, and its rows are small.
         dialect = current().dialect
-        chosen = f"SELECT conversation_id FROM ({dialect.sample('silence', one_of)}) AS chosen"
+        chosen = f"SELECT subject_id FROM ({dialect.sample('deadlines', one_of)}) AS chosen WHERE \"trigger\" = 'stall'"
         query = query.where(peewee.NodeList((model.id, peewee.SQL(dialect.in_subquery(chosen)))))
     read: Any = StageChange.created_at.python_value
     return [(stage, read(at)) for stage, at in query.tuples() if at is not None]

@@ -67,12 +67,14 @@ class Assignment(NamedTuple):
     parameters: tuple[Any, ...] = ()
 
 
-#: What writes the stage that a transition leads to; None is the stage that the conversation stalled in.
+#: What writes the stage that a transition leads to; None is the stage that the conversation stalled in. An adopted row
+#: may have come from a closed stage, which nothing resumes to.
 _STAGE: dict[Stage | None, Assignment] = {
     None: Assignment(
         "stage",
-        "COALESCE((SELECT source FROM {history} WHERE conversation_id = close_engine_conversations.id "
-        "AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING')",
+        "COALESCE((SELECT CASE WHEN source NOT IN ('COMPLETED', 'CLOSED_LOST') THEN source END FROM {history} "
+        "WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), "
+        "'QUALIFYING')",
     ),
     **{stage: Assignment("stage", "%s", (stage.value,)) for stage in Stage},
 }

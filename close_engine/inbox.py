@@ -109,7 +109,7 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
             resumed = change_stage(conversation, "resume", {}, provenance.under("text"))
             return Received(conversation, resumed=resumed)
         write_fields(conversation, {}, "receive()")
-        moved_on = "UPDATE {silence} SET since = %s WHERE conversation_id = %s"
+        moved_on = "UPDATE {deadlines} SET at = %s WHERE \"trigger\" = 'stall' AND subject_id = %s"
         current().execute(moved_on, (stored_time(now()), conversation.id))
     return Received(conversation)
 

@@ -3,8 +3,9 @@
     sweep()                                             # all of them, from a cron job or a worker's timer
     stall_silent(after=timedelta(hours=72))
 
-A sweep locks the rows that are due, a batch at a time, and changes each batch with one statement. It skips rows that
-others have locked, so any number of workers may sweep at once. The guard checks every change and the history has it.
+A sweep finds in the table `deadlines` what is due. It locks those rows, a batch at a time, and changes each batch with
+one statement. It skips rows that others have locked, so any number of workers may sweep at once. The guard checks every
+change and the history has it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from close_engine import hooks
 from close_engine.conversations import CloseEngineConversation
@@ -48,19 +49,38 @@ class Swept:
     released: list[int]
 
 
-# The rows that are due, oldest first. On PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, s SKIP LOCKED.
+class _Due(NamedTuple):
+    """What a sweep looks for.
+
+    Attributes:
+        query: the ids of the rows that are due, oldest first. Its last value is the size of a batch; it ends in {lock}.
+        values: the query's other values.
+        lock: the aliases in the query whose rows to lock.
+    """
+
+    query: str
+    values: tuple[str, ...]
+    lock: tuple[str, ...]
+
+
+# A deadline only says where to look. The row itself decides, so a deadline that was left behind takes no place in a
+# batch. On PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, d SKIP LOCKED.
 _PERHAPS_SILENT = """
-    SELECT c.id FROM {silence} s JOIN close_engine_conversations c ON c.id = s.conversation_id
-    WHERE s.since <= %s AND c.updated_at < %s AND c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-    ORDER BY s.since LIMIT %s {lock}
+    SELECT c.id FROM {deadlines} d JOIN close_engine_conversations c ON c.id = d.subject_id
+    WHERE d."trigger" = 'stall' AND d.at <= %s AND c.updated_at < %s
+        AND c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    ORDER BY d.at LIMIT %s {lock}
 """
 _STALLED = """
-    SELECT c.id FROM close_engine_conversations c
-    WHERE c.stage = 'STALLED' AND c.stalled_at <= %s AND c.updated_at < %s ORDER BY c.stalled_at LIMIT %s {lock}
+    SELECT c.id FROM {deadlines} d JOIN close_engine_conversations c ON c.id = d.subject_id
+    WHERE d."trigger" = 'close_lost' AND d.at <= %s AND c.updated_at < %s
+        AND c.stage = 'STALLED' AND c.stalled_at <= %s
+    ORDER BY d.at LIMIT %s {lock}
 """
 _EXPIRED = """
-    SELECT a.id FROM pending_actions a
-    WHERE a.status = 'PENDING' AND a.expires_at <= %s ORDER BY a.expires_at LIMIT %s {lock}
+    SELECT a.id FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id
+    WHERE d."trigger" = 'expire' AND d.at <= %s AND a.status = 'PENDING' AND a.expires_at <= %s
+    ORDER BY d.at LIMIT %s {lock}
 """
 _RUN_OUT = """
     SELECT o.id FROM {outbox} o
@@ -91,7 +111,10 @@ def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -
     Raises:
         InvalidValue: the batch is less than 1.
     """
-    return _move("stall", _PERHAPS_SILENT, ("c", "s"), after, batch, spared=_not_silent)
+    moment = now()
+    before, at = stored_time(moment - after), stored_time(moment)
+    due = _Due(_PERHAPS_SILENT, (before, at), lock=("c", "d"))
+    return _move("stall", at, due, batch, spared=lambda held: _not_silent(held, before))
 
 
 def lose_stalled(
@@ -112,7 +135,9 @@ def lose_stalled(
     """
     if not reason.strip():
         raise InvalidValue("reason", reason, "a reason must be given")
-    return _move("close_lost", _STALLED, ("c",), after, batch, reason)
+    moment = now()
+    before, at = stored_time(moment - after), stored_time(moment)
+    return _move("close_lost", at, _Due(_STALLED, (before, at, before), lock=("c",)), batch, reason)
 
 
 def expire_actions(*, batch: int = 1000) -> list[str]:
@@ -134,7 +159,8 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
         _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", these=held)
         return held
 
-    return _in_batches(_EXPIRED, ("a",), [moment], batch, expire, (provenance, Write("expire", None, moment)))
+    due = _Due(_EXPIRED, (moment, moment), lock=("a",))
+    return _in_batches(due, batch, expire, (provenance, Write("expire", None, moment)))
 
 
 def release_leases(*, batch: int = 1000) -> list[int]:
@@ -158,31 +184,29 @@ def release_leases(*, batch: int = 1000) -> list[int]:
         )
         return held
 
-    return _in_batches(_RUN_OUT, ("o",), [stored_time(now())], batch, release)
+    return _in_batches(_Due(_RUN_OUT, (stored_time(now()),), lock=("o",)), batch, release)
 
 
 def _move(
     trigger: str,
-    due: str,
-    lock: tuple[str, ...],
-    after: timedelta,
+    at: str,
+    due: _Due,
     batch: int,
     reason: str | None = None,
-    spared: Callable[[list[str], str], set[str]] | None = None,
+    spared: Callable[[list[str]], set[str]] | None = None,
 ) -> list[str]:
     """Fire a trigger on every conversation that is due: in one statement, or one by one if hooks must run.
 
     `spared` returns those of the locked conversations that are not due after all.
     """
-    transition, moment = TRIGGERS[trigger], now()
-    before, at, given = stored_time(moment - after), stored_time(moment), {"closed_lost_reason": reason}
+    transition, given = TRIGGERS[trigger], {"closed_lost_reason": reason}
     provenance = Provenance(ACTOR, reason)
     assignments = assigned_by(transition, at, given)
     columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
 
     def move(held: list[str]) -> list[str]:
-        not_due = spared(held, before) if spared else set()
+        not_due = spared(held) if spared else set()
         ids = [conversation_id for conversation_id in held if conversation_id not in not_due]
         if hooks.crosses_a_hook(transition):
             for conversation in CloseEngineConversation.select().where(CloseEngineConversation.id.in_(ids)):
@@ -191,18 +215,18 @@ def _move(
             _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
         return ids
 
-    return _in_batches(due, lock, [before, at], batch, move, (provenance, Write(trigger, None, at)))
+    return _in_batches(due, batch, move, (provenance, Write(trigger, None, at)))
 
 
 def _not_silent(held: list[str], before: str) -> set[str]:
-    """Return those whose stage changed after `since`, and move their `since` up to that change."""
+    """Return those whose stage changed after their deadline, and move the deadline up to that change."""
     changed = (
-        "(SELECT created_at FROM {history} WHERE conversation_id = {silence}.conversation_id "
+        "(SELECT created_at FROM {history} WHERE conversation_id = subject_id "
         "AND \"trigger\" <> 'adopted' ORDER BY id DESC LIMIT 1)"
     )
     rows = _execute(
-        f"UPDATE {{silence}} SET since = {changed} WHERE {changed} > %s AND conversation_id IN {{these}} "
-        "RETURNING conversation_id",
+        f"UPDATE {{deadlines}} SET at = {changed} "
+        f"WHERE \"trigger\" = 'stall' AND {changed} > %s AND subject_id IN {{these}} RETURNING subject_id",
         before,
         these=held,
     )
@@ -210,9 +234,7 @@ def _not_silent(held: list[str], before: str) -> set[str]:
 
 
 def _in_batches(
-    due: str,
-    lock: tuple[str, ...],
-    due_before: list[str],
+    due: _Due,
     batch: int,
     write: Callable[[list[Any]], list[Any]],
     attributed_to: tuple[Provenance, Write] | None = None,
@@ -220,9 +242,7 @@ def _in_batches(
     """Lock the rows that are due and write them, one batch per transaction, until a batch is not full.
 
     Args:
-        due: str, the query for the ids of the rows that are due, ending in {lock}.
-        lock: tuple of str, the aliases in the query whose rows to lock.
-        due_before: list of str, the query's values, except the size of the batch.
+        due: what to look for.
         batch: int, how many rows to lock at a time.
         write: function that gets the ids of the locked rows and returns those that it changed.
         attributed_to: the provenance of the changes, and their write.
@@ -233,10 +253,10 @@ def _in_batches(
     if batch < 1:
         raise InvalidValue("batch", batch, "it must be at least 1")
     binding, moved = current(), []
-    find = binding.dialect.sql(due.replace("{lock}", binding.dialect.skip_locked(*lock)))
+    find = binding.dialect.sql(due.query.replace("{lock}", binding.dialect.skip_locked(*due.lock)))
     while True:
         with atomic(), binding.attributed(*attributed_to) if attributed_to else nullcontext():
-            held = [row[0] for row in binding.database.execute_sql(find, (*due_before, batch)).fetchall()]
+            held = [row[0] for row in binding.database.execute_sql(find, (*due.values, batch)).fetchall()]
             if held:
                 moved += write(held)
         if len(held) < batch:

@@ -1,3 +1,3 @@
-DROP TABLE close_engine.silence;
+DROP TABLE close_engine.deadlines;
 DROP TABLE close_engine.history;
 DROP TABLE close_engine.transitions;

@@ -1,4 +1,4 @@
-DROP TABLE close_engine_silence;
+DROP TABLE close_engine_deadlines;
 DROP TABLE close_engine_context;
 DROP TABLE close_engine_history;
 DROP TABLE close_engine_transitions;

@@ -1,4 +1,4 @@
--- The history of stage changes, the table of allowed changes, and when each active conversation may have gone silent.
+-- The history of stage changes, the table of allowed changes, and when something is due because time passes.
 --
 -- Prisma drops what it finds in its own schema and does not declare, so these tables are in a separate one.
 
@@ -29,13 +29,18 @@ CREATE INDEX IF NOT EXISTS history_conversation_id_idx ON close_engine.history (
 -- A conversation uses an idempotency key only once, even if two writers use it at the same moment.
 CREATE UNIQUE INDEX IF NOT EXISTS history_key_key ON close_engine.history (conversation_id, key) WHERE key IS NOT NULL;
 
--- `since` is only a lower bound: the lead was not silent before it. A stage change does not update the row, because
--- that would slow down every change. When the sweep finds a row due, it checks the history.
-CREATE TABLE IF NOT EXISTS close_engine.silence (
-    conversation_id text PRIMARY KEY,
-    since timestamp(3) without time zone NOT NULL
+-- What the sweeps look for, by time: Prisma would drop an index on its own tables. Triggers keep the rows up to date:
+--   'stall', an active conversation: silent since. It is only a lower bound: a stage change does not update the row,
+--       because that would slow down every change. When the sweep finds a row due, it checks the history.
+--   'close_lost', a stalled conversation: stalled since.
+--   'expire', a pending action: when it expires.
+CREATE TABLE IF NOT EXISTS close_engine.deadlines (
+    trigger text NOT NULL,
+    subject_id text NOT NULL,
+    at timestamp(3) without time zone NOT NULL,
+    PRIMARY KEY (trigger, subject_id)
 );
-CREATE INDEX IF NOT EXISTS silence_since_idx ON close_engine.silence (since);
+CREATE INDEX IF NOT EXISTS deadlines_at_idx ON close_engine.deadlines (trigger, at);
 
 INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('conversation', 'start_qualifying', 'INITIATED', 'QUALIFYING'),

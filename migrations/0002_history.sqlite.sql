@@ -1,4 +1,4 @@
--- The history of stage changes, the table of allowed changes, and when each active conversation may have gone silent.
+-- The history of stage changes, the table of allowed changes, and when something is due because time passes.
 --
 -- SQLite has no schemas, so the library's tables have the prefix close_engine_.
 
@@ -34,10 +34,18 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
 -- transaction. The library writes row 1. The triggers use row 2 for their own writes.
 CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2)), context TEXT NOT NULL);
 
--- `since` is only a lower bound: the lead was not silent before it. A stage change does not update the row, because
--- that would slow down every change. When the sweep finds a row due, it checks the history.
-CREATE TABLE IF NOT EXISTS close_engine_silence (conversation_id TEXT NOT NULL PRIMARY KEY, since TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS close_engine_silence_since_idx ON close_engine_silence (since);
+-- What the sweeps look for, by time. Triggers keep the rows up to date:
+--   'stall', an active conversation: silent since. It is only a lower bound: a stage change does not update the row,
+--       because that would slow down every change. When the sweep finds a row due, it checks the history.
+--   'close_lost', a stalled conversation: stalled since.
+--   'expire', a pending action: when it expires.
+CREATE TABLE IF NOT EXISTS close_engine_deadlines (
+    "trigger" TEXT NOT NULL,
+    subject_id TEXT NOT NULL,
+    at TEXT NOT NULL,
+    PRIMARY KEY ("trigger", subject_id)
+);
+CREATE INDEX IF NOT EXISTS close_engine_deadlines_at_idx ON close_engine_deadlines ("trigger", at);
 
 INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
     ('conversation', 'start_qualifying', 'INITIATED', 'QUALIFYING'),

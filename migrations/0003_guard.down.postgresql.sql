@@ -3,5 +3,5 @@ DROP TRIGGER IF EXISTS zz_close_engine_deletion ON public.close_engine_conversat
 DROP TRIGGER IF EXISTS zz_close_engine_guard ON public.close_engine_conversations;
 DROP TRIGGER IF EXISTS zz_close_engine_truncation ON public.close_engine_conversations;
 DROP FUNCTION IF EXISTS
-    close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_silence(),
+    close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_deadlines(),
     close_engine.moment();

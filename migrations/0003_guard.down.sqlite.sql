@@ -4,4 +4,5 @@ DROP TRIGGER IF EXISTS close_engine_guard_update;
 DROP TRIGGER IF EXISTS close_engine_opening;
 DROP TRIGGER IF EXISTS close_engine_record;
 DROP TRIGGER IF EXISTS close_engine_version;
+DROP TRIGGER IF EXISTS close_engine_stalled;
 DROP TRIGGER IF EXISTS close_engine_deletion;

@@ -9,8 +9,9 @@
 -- The clock for all stamps and history rows: UTC, cut to the milliseconds that the columns store. A cast to
 -- timestamp(3) would round, and could return a moment in the future. PostgreSQL inlines this function.
 CREATE OR REPLACE FUNCTION close_engine.moment() RETURNS timestamp without time zone
-LANGUAGE sql VOLATILE PARALLEL SAFE
-RETURN pg_catalog.date_trunc('milliseconds', pg_catalog.clock_timestamp() AT TIME ZONE 'UTC');
+LANGUAGE sql VOLATILE PARALLEL SAFE AS $body$
+SELECT pg_catalog.date_trunc('milliseconds', pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
+$body$;
 
 -- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
 -- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
@@ -60,6 +61,11 @@ BEGIN
         NEW.updated_at := greatest(moment, OLD.updated_at + interval '1 millisecond');
     END IF;
     IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN
+        IF NEW.stage = 'STALLED' AND NEW.stalled_at IS DISTINCT FROM OLD.stalled_at THEN
+            DELETE FROM close_engine.deadlines WHERE trigger = 'close_lost' AND subject_id = NEW.id;
+            INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+            SELECT 'close_lost', NEW.id, NEW.stalled_at WHERE NEW.stalled_at IS NOT NULL;
+        END IF;
         RETURN NEW;
     END IF;
 
@@ -123,11 +129,13 @@ BEGIN
     VALUES (NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
         CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
-    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
-        DELETE FROM close_engine.silence WHERE conversation_id = NEW.id;
-    ELSIF OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
-        INSERT INTO close_engine.silence (conversation_id, since) VALUES (NEW.id, moment)
-        ON CONFLICT (conversation_id) DO UPDATE SET since = EXCLUDED.since;
+    -- From one active stage to another, the deadline stays.
+    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+        DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
+        INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+        SELECT 'stall', NEW.id, moment WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        UNION ALL
+        SELECT 'close_lost', NEW.id, NEW.stalled_at WHERE NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL;
     END IF;
 
     RETURN NEW;
@@ -155,24 +163,23 @@ BEGIN
     VALUES (NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
         CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
-    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
-        DELETE FROM close_engine.silence WHERE conversation_id = NEW.id;
-    ELSE
-        INSERT INTO close_engine.silence (conversation_id, since) VALUES (NEW.id, moment)
-        ON CONFLICT (conversation_id) DO UPDATE SET since = EXCLUDED.since;
-    END IF;
+    DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
+    INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+    SELECT 'stall', NEW.id, moment WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    UNION ALL
+    SELECT 'close_lost', NEW.id, NEW.stalled_at WHERE NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL;
 
     RETURN NULL;
 END
 $body$;
 
-CREATE OR REPLACE FUNCTION close_engine.forget_silence() RETURNS trigger
+CREATE OR REPLACE FUNCTION close_engine.forget_deadlines() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
-        DELETE FROM close_engine.silence;
+        DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost');
     ELSE
-        DELETE FROM close_engine.silence WHERE conversation_id = OLD.id;
+        DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = OLD.id;
     END IF;
     RETURN NULL;
 END
@@ -180,26 +187,37 @@ $body$;
 
 -- Without this, a role with USAGE on the schema could attach these functions to its own table and forge history.
 REVOKE EXECUTE ON FUNCTION
-    close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_silence() FROM PUBLIC;
+    close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_deadlines() FROM PUBLIC;
 
 -- PostgreSQL fires a table's triggers in the order of their names. The guard comes last (zz), so that it sees the row
 -- as it will be written. The opening is recorded first (aa), so that it precedes any change made by other triggers.
 CREATE OR REPLACE TRIGGER aa_close_engine_opening AFTER INSERT ON public.close_engine_conversations
     FOR EACH ROW EXECUTE FUNCTION close_engine.record_opening();
 CREATE OR REPLACE TRIGGER zz_close_engine_deletion AFTER DELETE ON public.close_engine_conversations
-    FOR EACH ROW EXECUTE FUNCTION close_engine.forget_silence();
+    FOR EACH ROW EXECUTE FUNCTION close_engine.forget_deadlines();
 CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON public.close_engine_conversations
     FOR EACH ROW EXECUTE FUNCTION close_engine.guard_conversation();
 CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.close_engine_conversations
-    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.forget_silence();
+    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.forget_deadlines();
 
--- Give every existing conversation one history row. Do it after creating the triggers: that takes a lock, which keeps
--- other writers out until the commit, so no change is missed.
-INSERT INTO close_engine.history (conversation_id, lead_id, trigger, dest, created_at)
-SELECT c.id, c.lead_id, 'adopted', c.stage, close_engine.moment() FROM public.close_engine_conversations c
-WHERE NOT EXISTS (SELECT FROM close_engine.history h WHERE h.conversation_id = c.id)
+-- Whatever happened while there was no guard, bring the history and the deadlines up to the rows: every conversation
+-- that the history does not know, or knows in another stage, gets a row. Do it after creating the triggers: that takes a
+-- lock, which keeps other writers out until the commit, so no change is missed.
+INSERT INTO close_engine.history (conversation_id, lead_id, trigger, source, dest, created_at)
+SELECT c.id, c.lead_id, 'adopted', newest.dest, c.stage, close_engine.moment()
+FROM public.close_engine_conversations c
+LEFT JOIN LATERAL (SELECT h.dest FROM close_engine.history h WHERE h.conversation_id = c.id
+                   ORDER BY h.id DESC LIMIT 1) newest ON true
+WHERE newest.dest IS DISTINCT FROM c.stage
 ORDER BY c.created_at, c.id;
-INSERT INTO close_engine.silence (conversation_id, since)
-SELECT c.id, c.updated_at FROM public.close_engine_conversations c
+DELETE FROM close_engine.deadlines d WHERE d.trigger IN ('stall', 'close_lost') AND NOT EXISTS (
+    SELECT FROM public.close_engine_conversations c WHERE c.id = d.subject_id AND CASE d.trigger
+        WHEN 'stall' THEN c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        ELSE c.stage = 'STALLED' AND c.stalled_at = d.at END);
+INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+SELECT 'stall', c.id, c.updated_at FROM public.close_engine_conversations c
 WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-    AND NOT EXISTS (SELECT FROM close_engine.silence s WHERE s.conversation_id = c.id);
+UNION ALL
+SELECT 'close_lost', c.id, c.stalled_at FROM public.close_engine_conversations c
+WHERE c.stage = 'STALLED' AND c.stalled_at IS NOT NULL
+ON CONFLICT DO NOTHING;

@@ -25,14 +25,14 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_guard_id
-BEFORE UPDATE OF id ON close_engine_conversations
+BEFORE UPDATE ON close_engine_conversations
 WHEN NEW.id IS NOT OLD.id
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: a conversation cannot change its id: its history is stored under it');
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_guard_update
-BEFORE UPDATE OF stage ON close_engine_conversations
+BEFORE UPDATE ON close_engine_conversations
 WHEN NEW.stage IS NOT OLD.stage
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
                     WHERE machine = 'conversation' AND source = OLD.stage AND dest = NEW.stage)
@@ -54,13 +54,6 @@ BEGIN
                       AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
                       AND json_extract(context, '$.at') = NEW.updated_at) AS context);
 
-    DELETE FROM close_engine_silence
-    WHERE conversation_id = NEW.id AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
-    INSERT OR REPLACE INTO close_engine_silence (conversation_id, since)
-    SELECT NEW.id, created_at FROM close_engine_history
-    WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
-    ORDER BY id DESC LIMIT 1;
-
     UPDATE close_engine_conversations SET
         payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN strftime('%Y-%m-%d %H:%M:%f', 'now')
             ELSE payment_link_sent_at END,
@@ -72,6 +65,14 @@ BEGIN
         WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
         WHEN 'STALLED' THEN stalled_at WHEN 'CLOSED_LOST' THEN closed_lost_at ELSE '' END IS NULL;
 
+    DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND subject_id = NEW.id;
+    INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
+    SELECT CASE stage WHEN 'STALLED' THEN 'close_lost' ELSE 'stall' END, id,
+        CASE stage WHEN 'STALLED' THEN stalled_at ELSE (
+            SELECT h.created_at FROM close_engine_history h WHERE h.conversation_id = NEW.id
+            ORDER BY h.id DESC LIMIT 1) END
+    FROM close_engine_conversations WHERE id = NEW.id AND stage NOT IN ('COMPLETED', 'CLOSED_LOST');
+
     UPDATE close_engine_conversations SET updated_at = coalesce(
         strftime('%Y-%m-%d %H:%M:%f', CASE WHEN updated_at GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
             THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
@@ -82,7 +83,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_record
-AFTER UPDATE OF stage ON close_engine_conversations
+AFTER UPDATE ON close_engine_conversations
 WHEN NEW.stage IS NOT OLD.stage
 BEGIN
     INSERT INTO close_engine_history
@@ -100,10 +101,10 @@ BEGIN
           FROM close_engine_transitions t
           WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage);
 
-    DELETE FROM close_engine_silence
-    WHERE conversation_id = NEW.id AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
-    INSERT OR REPLACE INTO close_engine_silence (conversation_id, since)
-    SELECT NEW.id, created_at FROM close_engine_history
+    DELETE FROM close_engine_deadlines WHERE "trigger" = 'stall' AND subject_id = NEW.id
+        AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
+    INSERT OR REPLACE INTO close_engine_deadlines ("trigger", subject_id, at)
+    SELECT 'stall', NEW.id, created_at FROM close_engine_history
     WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
         AND OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
     ORDER BY id DESC LIMIT 1;
@@ -167,18 +168,37 @@ BEGIN
     WHERE id = NEW.id;
 END;
 
+-- Other triggers may have changed the row again, so read it.
+CREATE TRIGGER IF NOT EXISTS close_engine_stalled
+AFTER UPDATE ON close_engine_conversations
+WHEN (NEW.stage, NEW.stalled_at) IS NOT (OLD.stage, OLD.stalled_at) AND 'STALLED' IN (NEW.stage, OLD.stage)
+BEGIN
+    DELETE FROM close_engine_deadlines WHERE "trigger" = 'close_lost' AND subject_id = NEW.id;
+    INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
+    SELECT 'close_lost', id, stalled_at FROM close_engine_conversations
+    WHERE id = NEW.id AND stage = 'STALLED' AND stalled_at IS NOT NULL;
+END;
+
 CREATE TRIGGER IF NOT EXISTS close_engine_deletion
 AFTER DELETE ON close_engine_conversations
 BEGIN
-    DELETE FROM close_engine_silence WHERE conversation_id = OLD.id;
+    DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND subject_id = OLD.id;
 END;
 
--- Give every existing conversation one history row.
-INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", dest, created_at)
-SELECT c.id, c.lead_id, 'adopted', c.stage, strftime('%Y-%m-%d %H:%M:%f', 'now') FROM close_engine_conversations c
-WHERE NOT EXISTS (SELECT 1 FROM close_engine_history h WHERE h.conversation_id = c.id)
-ORDER BY c.created_at, c.id;
-INSERT INTO close_engine_silence (conversation_id, since)
-SELECT c.id, c.updated_at FROM close_engine_conversations c
-WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-    AND NOT EXISTS (SELECT 1 FROM close_engine_silence s WHERE s.conversation_id = c.id);
+-- Whatever happened while there was no guard, bring the history and the deadlines up to the rows: every conversation
+-- that the history does not know, or knows in another stage, gets a row.
+INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", source, dest, created_at)
+SELECT id, lead_id, 'adopted', known, stage, strftime('%Y-%m-%d %H:%M:%f', 'now')
+FROM (SELECT c.*, (SELECT h.dest FROM close_engine_history h WHERE h.conversation_id = c.id
+                   ORDER BY h.id DESC LIMIT 1) AS known FROM close_engine_conversations c)
+WHERE known IS NOT stage
+ORDER BY created_at, id;
+DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND NOT EXISTS (
+    SELECT 1 FROM close_engine_conversations c WHERE c.id = subject_id AND CASE "trigger"
+        WHEN 'stall' THEN c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        ELSE c.stage = 'STALLED' AND c.stalled_at = at END);
+INSERT OR IGNORE INTO close_engine_deadlines ("trigger", subject_id, at)
+SELECT 'stall', id, updated_at FROM close_engine_conversations
+WHERE stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+UNION ALL
+SELECT 'close_lost', id, stalled_at FROM close_engine_conversations WHERE stage = 'STALLED' AND stalled_at IS NOT NULL;

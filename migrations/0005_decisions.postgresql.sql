@@ -23,6 +23,9 @@ DECLARE
     moment timestamp := close_engine.moment();
     found text;
 BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.status IS NOT DISTINCT FROM OLD.status THEN
+        RETURN NEW;
+    END IF;
     IF NOT EXISTS (SELECT FROM close_engine.transitions
                    WHERE machine = 'action' AND NEW.status IN (source, dest)) THEN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
@@ -33,9 +36,6 @@ BEGIN
         IF NEW.created_at = localtimestamp(3) THEN
             NEW.created_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
         END IF;
-        RETURN NEW;
-    END IF;
-    IF NEW.status = OLD.status THEN
         RETURN NEW;
     END IF;
     IF NOT EXISTS (SELECT FROM close_engine.transitions
@@ -71,6 +71,9 @@ DECLARE
     context jsonb := nullif(outer_context, '')::jsonb;
     version timestamp;
 BEGIN
+    IF OLD.status <> 'PENDING' OR NEW.status = 'PENDING' THEN
+        RETURN NULL;
+    END IF;
     IF NEW.status = 'APPROVED' THEN
         INSERT INTO close_engine.outbox
             (conversation_id, lead_id, topic, body, payload, trigger, approved_by, submitted_by, key, created_at,
@@ -137,27 +140,60 @@ BEGIN
 END
 $body$;
 
+-- Keep one deadline for each pending action that expires.
+CREATE OR REPLACE FUNCTION close_engine.follow_expiry() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        DELETE FROM close_engine.deadlines WHERE trigger = 'expire';
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'UPDATE'
+        AND (NEW.id, NEW.status, NEW.expires_at) IS NOT DISTINCT FROM (OLD.id, OLD.status, OLD.expires_at) THEN
+        RETURN NULL;
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        DELETE FROM close_engine.deadlines WHERE trigger = 'expire' AND subject_id = OLD.id;
+    END IF;
+    -- In a DELETE, NEW is NULL.
+    IF NEW.status = 'PENDING' AND NEW.expires_at IS NOT NULL THEN
+        INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('expire', NEW.id, NEW.expires_at)
+        ON CONFLICT (trigger, subject_id) DO UPDATE SET at = EXCLUDED.at;
+    END IF;
+    RETURN NULL;
+END
+$body$;
+
 -- Without this, a role with USAGE on the schema could attach these functions to its own table.
 REVOKE EXECUTE ON FUNCTION
-    close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting() FROM PUBLIC;
+    close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting(),
+    close_engine.follow_expiry() FROM PUBLIC;
 
-CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE OF status ON public.pending_actions
+-- These triggers name no column: the CRM could not alter it any more. The expiry comes first (aa), so that a trigger
+-- that changes the action again has the last word.
+CREATE OR REPLACE TRIGGER aa_close_engine_expiry AFTER INSERT OR UPDATE OR DELETE ON public.pending_actions
+    FOR EACH ROW EXECUTE FUNCTION close_engine.follow_expiry();
+CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.guard_action();
-CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE OF status ON public.pending_actions
-    FOR EACH ROW WHEN (OLD.status = 'PENDING' AND NEW.status <> 'PENDING')
-    EXECUTE FUNCTION close_engine.follow_decision();
+CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE ON public.pending_actions
+    FOR EACH ROW EXECUTE FUNCTION close_engine.follow_decision();
+CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.pending_actions
+    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.follow_expiry();
 -- PostgreSQL prepares the WHEN condition again for every statement, so keep it short. It lets some rows through for
 -- which the function does nothing.
-CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE OF stage ON public.close_engine_conversations
+CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE ON public.close_engine_conversations
     FOR EACH ROW WHEN (OLD.stage = 'PENDING_APPROVAL' OR NEW.stage IN ('COMPLETED', 'CLOSED_LOST'))
     EXECUTE FUNCTION close_engine.withdraw_waiting();
 CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON public.close_engine_conversations
     FOR EACH ROW EXECUTE FUNCTION close_engine.withdraw_waiting();
 
--- With these partial indexes, the sweeps and the approval queue find their rows without scanning a table.
-CREATE INDEX IF NOT EXISTS pending_actions_close_engine_expiry
-    ON public.pending_actions (expires_at) WHERE status = 'PENDING';
-CREATE INDEX IF NOT EXISTS pending_actions_close_engine_queue
-    ON public.pending_actions (created_at, id) WHERE status = 'PENDING';
-CREATE INDEX IF NOT EXISTS close_engine_conversations_stalled
-    ON public.close_engine_conversations (stalled_at) WHERE stage = 'STALLED';
+-- Whatever happened while there were no triggers, bring the deadlines and the outbox up to the rows.
+DELETE FROM close_engine.deadlines d WHERE d.trigger = 'expire' AND NOT EXISTS (
+    SELECT FROM public.pending_actions a WHERE a.id = d.subject_id AND a.status = 'PENDING' AND a.expires_at = d.at);
+INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+SELECT 'expire', a.id, a.expires_at FROM public.pending_actions a
+WHERE a.status = 'PENDING' AND a.expires_at IS NOT NULL
+ON CONFLICT DO NOTHING;
+UPDATE close_engine.outbox o SET status = 'WITHDRAWN', last_error = 'the conversation is deleted'
+WHERE o.status = 'PENDING' AND o.leased_by IS NULL
+    AND NOT EXISTS (SELECT FROM public.close_engine_conversations c WHERE c.id = o.conversation_id);

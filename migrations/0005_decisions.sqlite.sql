@@ -22,7 +22,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_update
-BEFORE UPDATE OF status ON pending_actions
+BEFORE UPDATE ON pending_actions
 WHEN NEW.status IS NOT OLD.status
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
                     WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status)
@@ -31,7 +31,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_expired
-BEFORE UPDATE OF status ON pending_actions
+BEFORE UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
     AND OLD.expires_at <= coalesce(NEW.approved_at, strftime('%Y-%m-%d %H:%M:%f', 'now'))
 BEGIN
@@ -39,7 +39,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_closed
-BEFORE UPDATE OF status ON pending_actions
+BEFORE UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
     AND NOT EXISTS (SELECT 1 FROM close_engine_conversations
                     WHERE id = NEW.conversation_id AND stage NOT IN ('COMPLETED', 'CLOSED_LOST'))
@@ -48,7 +48,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_approved
-AFTER UPDATE OF status ON pending_actions
+AFTER UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
 BEGIN
     UPDATE pending_actions SET approved_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
@@ -77,7 +77,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_action_withdrawn
-AFTER UPDATE OF status ON pending_actions
+AFTER UPDATE ON pending_actions
 WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.type = 'SEND_PAYMENT_LINK'
     AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = NEW.conversation_id
                     AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK')
@@ -103,7 +103,7 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_closing
-AFTER UPDATE OF stage ON close_engine_conversations
+AFTER UPDATE ON close_engine_conversations
 WHEN NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage
 BEGIN
     UPDATE close_engine_outbox SET status = 'WITHDRAWN', last_error = 'the conversation is ' || NEW.stage
@@ -122,17 +122,44 @@ BEGIN
 END;
 
 CREATE TRIGGER IF NOT EXISTS close_engine_unasked
-AFTER UPDATE OF stage ON close_engine_conversations
+AFTER UPDATE ON close_engine_conversations
 WHEN OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT'
 BEGIN
     UPDATE pending_actions SET status = 'EXPIRED'
     WHERE conversation_id = OLD.id AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK';
 END;
 
--- With these partial indexes, the sweeps and the approval queue find their rows without scanning a table.
-CREATE INDEX IF NOT EXISTS pending_actions_close_engine_expiry
-    ON pending_actions (expires_at) WHERE status = 'PENDING';
-CREATE INDEX IF NOT EXISTS pending_actions_close_engine_queue
-    ON pending_actions (created_at, id) WHERE status = 'PENDING';
-CREATE INDEX IF NOT EXISTS close_engine_conversations_stalled
-    ON close_engine_conversations (stalled_at) WHERE stage = 'STALLED';
+-- Keep one deadline for each pending action that expires. Other triggers may have changed the action again, so read it.
+CREATE TRIGGER IF NOT EXISTS close_engine_action_opened
+AFTER INSERT ON pending_actions
+BEGIN
+    DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id = NEW.id;
+    INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
+    SELECT 'expire', id, expires_at FROM pending_actions
+    WHERE id = NEW.id AND status = 'PENDING' AND expires_at IS NOT NULL;
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_expiry
+AFTER UPDATE ON pending_actions
+WHEN (NEW.id, NEW.status, NEW.expires_at) IS NOT (OLD.id, OLD.status, OLD.expires_at)
+BEGIN
+    DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id IN (OLD.id, NEW.id);
+    INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
+    SELECT 'expire', id, expires_at FROM pending_actions
+    WHERE id = NEW.id AND status = 'PENDING' AND expires_at IS NOT NULL;
+END;
+
+CREATE TRIGGER IF NOT EXISTS close_engine_action_gone
+AFTER DELETE ON pending_actions
+BEGIN
+    DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id = OLD.id;
+END;
+
+-- Whatever happened while there were no triggers, bring the deadlines and the outbox up to the rows.
+DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND NOT EXISTS (
+    SELECT 1 FROM pending_actions a WHERE a.id = subject_id AND a.status = 'PENDING' AND a.expires_at = at);
+INSERT OR IGNORE INTO close_engine_deadlines ("trigger", subject_id, at)
+SELECT 'expire', id, expires_at FROM pending_actions WHERE status = 'PENDING' AND expires_at IS NOT NULL;
+UPDATE close_engine_outbox SET status = 'WITHDRAWN', last_error = 'the conversation is deleted'
+WHERE status = 'PENDING' AND leased_by IS NULL
+    AND NOT EXISTS (SELECT 1 FROM close_engine_conversations c WHERE c.id = conversation_id);

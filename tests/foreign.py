@@ -133,8 +133,12 @@ class ForeignWriter:
 
     def silent_since(self) -> dict[str, datetime]:
         """Read since when each conversation that may stall has been silent."""
-        rows = self.run("SELECT conversation_id, since FROM close_engine.silence")
-        return {conversation_id: moment(since) for conversation_id, since in rows}
+        return self.deadlines("stall")
+
+    def deadlines(self, trigger: str) -> dict[str, datetime]:
+        """Read the deadlines at which the sweeps fire this trigger, by the id of the conversation or action."""
+        rows = self.run('SELECT subject_id, at FROM close_engine.deadlines WHERE "trigger" = %s', trigger)
+        return {subject_id: moment(at) for subject_id, at in rows}
 
 
 def moment(value: Any) -> Any:

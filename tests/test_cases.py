@@ -35,14 +35,17 @@ from close_engine import (
     submit,
 )
 from close_engine.board import pipeline
+from close_engine.database.binding import current
 from close_engine.database.postgresql import POSTGRES
 from close_engine.schema import directory, downgrade, migration_sql, rows_at_stake, status
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.calls import unqualified
 from tests.crm import query
-from tests.foreign import ForeignWriter, moment
+from tests.foreign import Change, ForeignWriter, moment
 from tests.servers import execute, new_name, postgres_database
 from tests.workers import LINK, claimed
+
+ConversationIn = Callable[..., CloseEngineConversation]
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 
@@ -289,7 +292,8 @@ CREATE FUNCTION refuse_the_future() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE stamp record;
 BEGIN
     FOR stamp IN SELECT key, value::timestamp AS at FROM jsonb_each_text(to_jsonb(NEW))
-        WHERE key ~ '(_at|since)$' AND key NOT IN ('expires_at', 'available_at') AND value IS NOT NULL
+        WHERE key ~ '(_at|^at)$' AND key NOT IN ('expires_at', 'available_at') AND value IS NOT NULL
+            AND to_jsonb(NEW) ->> 'trigger' IS DISTINCT FROM 'expire'
     LOOP
         IF stamp.at > clock_timestamp() AT TIME ZONE 'UTC' AND NOT (stamp.key = 'updated_at' AND TG_OP = 'UPDATE'
             AND stamp.at = (to_jsonb(OLD) ->> 'updated_at')::timestamp + interval '1 millisecond') THEN
@@ -302,7 +306,7 @@ $$;
 """
 STAMPED = [
     *("close_engine_conversations", "pending_actions"),
-    *("close_engine.history", "close_engine.silence", "close_engine.outbox"),
+    *("close_engine.history", "close_engine.deadlines", "close_engine.outbox"),
 ]
 
 
@@ -400,6 +404,236 @@ def test_d13_send_after_is_understood_whatever_a_session_makes_of_backslashes(fo
     assert foreign_postgres.run("SELECT available_at::text FROM close_engine.outbox") == [("2999-01-01 10:00:00.5",)]
 
 
+# -- E2: indexes on Prisma's tables ----------------------------------------------------------------------------------
+
+PRISMA_INDEXES = {
+    "close_engine_conversations": {
+        *("close_engine_conversations_pkey", "close_engine_conversations_lead_id_key"),
+        *("close_engine_conversations_entry_point_idx", "close_engine_conversations_stage_idx"),
+        "close_engine_conversations_created_at_idx",
+    },
+    "pending_actions": {
+        *("pending_actions_pkey", "pending_actions_status_idx", "pending_actions_lead_id_idx"),
+        "pending_actions_conversation_id_idx",
+    },
+}
+
+
+def without_triggers(foreign: ForeignWriter, *statements: str) -> None:
+    """Run statements with our triggers off. On SQLite, where they cannot be turned off, they are dropped."""
+    if foreign.is_postgres:
+        foreign.run("SET session_replication_role = replica")
+    else:
+        for (name,) in foreign.run("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+            foreign.run(f"DROP TRIGGER {name}")
+    for statement in statements:
+        foreign.run(statement)
+    if foreign.is_postgres:
+        foreign.run("RESET session_replication_role")
+
+
+def migrated_again(foreign: ForeignWriter) -> None:
+    """Run the guard's and the decisions' migrations again."""
+    foreign.run("DELETE FROM close_engine.migrations WHERE name IN ('0003_guard', '0005_decisions')")
+    assert close_engine.migrate() == ["0003_guard", "0005_decisions"]
+
+
+def test_e2_prismas_tables_have_prismas_indexes_and_no_other(database: peewee.Database) -> None:
+    """Some versions of Prisma drop partial indexes on its tables without a word."""
+    for table, expected in PRISMA_INDEXES.items():
+        found = set(current().dialect.catalog(database).indexes(table))
+        assert {name for name in found if not name.startswith("sqlite_autoindex")} | {f"{table}_pkey"} == expected
+
+
+def test_e2_our_triggers_keep_no_column_from_changing(foreign: ForeignWriter) -> None:
+    """A trigger that names a column keeps the CRM from altering it, and misses what other triggers change."""
+    if foreign.is_postgres:
+        ours = "FROM pg_trigger WHERE tgname LIKE '%%close_engine%%' AND tgrelid = %s::regclass"
+        for table in PRISMA_INDEXES:
+            assert len(foreign.run(f"SELECT 1 {ours}", table)) >= 4
+            assert foreign.run(f"SELECT tgname {ours} AND tgattr <> ''", table) == []
+        assert foreign.run(f"SELECT tgname {ours} AND tgqual IS NOT NULL", "pending_actions") == []
+        for column in ("status", "type", "expires_at"):
+            foreign.run(f"ALTER TABLE pending_actions ALTER {column} TYPE text")
+        foreign.run("ALTER TABLE pending_actions DROP approved_by")
+    else:
+        sql = foreign.run("SELECT sql FROM sqlite_master WHERE type = 'trigger'")
+        assert [text for (text,) in sql if "UPDATE OF" in text] == []
+
+
+def test_e2_a_conversation_has_one_deadline_or_none_whoever_writes(foreign: ForeignWriter) -> None:
+    """Sweeps find by it what is due, so it must follow every write."""
+    early, late = "2026-01-02 03:04:05.678", "2026-02-03 04:05:06.789"
+
+    def deadlines() -> tuple[set[str], dict[str, Any]]:
+        return set(foreign.deadlines("stall")), foreign.deadlines("close_lost")
+
+    active, stalled = foreign.insert("QUALIFYING"), foreign.insert("STALLED")
+    given = foreign.insert("STALLED", stalled_at=early)
+    closed = foreign.insert("COMPLETED")
+    since = foreign.row(stalled)["stalled_at"]
+    assert deadlines() == ({active}, {stalled: since, given: moment(early)})
+    foreign.update(given, stalled_at=late)
+    assert deadlines() == ({active}, {stalled: since, given: moment(late)})
+    foreign.update(given, stalled_at=None)
+    assert deadlines() == ({active}, {stalled: since})
+    foreign.update(given, stalled_at=early, edit_rounds=1)
+    foreign.update(active, stalled_at=late)
+    foreign.update(closed, stalled_at=late)
+    assert deadlines() == ({active}, {stalled: since, given: moment(early)})
+    foreign.update(active, stage="BUILDING")
+    foreign.update(given, stage="BUILDING")
+    assert deadlines() == ({active, given}, {stalled: since})
+    foreign.update(given, stage="STALLED", stalled_at=late)
+    foreign.update(active, stage="STALLED")
+    assert deadlines() == (
+        set(),
+        {stalled: since, given: moment(late), active: foreign.row(active)["stalled_at"]},
+    )
+    foreign.update(stalled, stage="CLOSED_LOST")
+    foreign.update(active, stage="COMPLETED")
+    assert deadlines() == (set(), {given: moment(late)})
+    foreign.update(stalled, stage="INITIATED")
+    assert deadlines() == ({stalled}, {given: moment(late)})
+    foreign.run("DELETE FROM close_engine_conversations")
+    assert deadlines() == (set(), {})
+    if foreign.is_postgres:
+        foreign.insert("STALLED")
+        foreign.run("TRUNCATE close_engine_conversations")
+        assert deadlines() == (set(), {})
+
+
+def test_e2_a_pending_action_that_expires_has_a_deadline_whoever_writes(foreign: ForeignWriter) -> None:
+    """As above, for the approval queue."""
+    conversation = foreign.insert("QUALIFYING")
+    early, late = "2026-01-02 03:04:05.678", "2099-02-03 04:05:06.789"
+
+    def insert(action: str, expires_at: str | None, status: str = "PENDING") -> None:
+        foreign.run(
+            "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, status, expires_at) "
+            "VALUES (%s, %s, 'l', 'SEND_MESSAGE', 'Hello', %s, %s)",
+            *(action, conversation, status, expires_at),
+        )
+
+    def update(action: str, **columns: Any) -> None:
+        assignments = ", ".join(f"{name} = %s" for name in columns)
+        foreign.run(f"UPDATE pending_actions SET {assignments} WHERE id = %s", *columns.values(), action)
+
+    for action in ("a1", "a2", "a3", "a4", "a5"):
+        insert(action, late)
+    insert("for ever", None)
+    insert("over", late, "EXPIRED")
+    assert foreign.deadlines("expire") == dict.fromkeys(["a1", "a2", "a3", "a4", "a5"], moment(late))
+    update("a1", expires_at=early)
+    update("a2", expires_at=None)
+    update("for ever", expires_at=late)
+    update("a4", status="APPROVED", approved_by="dana")
+    update("a5", id="a6", draft_message="Hi")
+    expected = {"a1": moment(early), "a3": moment(late), "for ever": moment(late), "a6": moment(late)}
+    assert foreign.deadlines("expire") == expected
+    update("a4", expires_at=early)
+    update("a3", status="REJECTED")
+    foreign.run("DELETE FROM pending_actions WHERE id = 'for ever'")
+    assert foreign.deadlines("expire") == {"a1": moment(early), "a6": moment(late)}
+    foreign.update(conversation, stage="CLOSED_LOST")
+    assert foreign.deadlines("expire") == {}
+    if foreign.is_postgres:
+        insert("a7", late)
+        foreign.run("TRUNCATE pending_actions")
+        assert foreign.deadlines("expire") == {}
+
+
+def test_e2_a_deadline_that_was_left_behind_holds_nobody_up(
+    foreign: ForeignWriter, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    """The oldest deadlines are those of rows that are gone, closed, decided or not yet due: they take no place."""
+    active, stalled = conversation_in(Stage.QUALIFYING), conversation_in(Stage.STALLED)
+    other, closed = conversation_in(Stage.STALLED), conversation_in(Stage.COMPLETED)
+    asked = conversation_in(Stage.BUILDING, autonomy_level=AutonomyLevel.MANUAL)
+    action, later = (
+        submit(asked, ActionType.SEND_MESSAGE, "hello", expires_after=timedelta(days=days)) for days in (8, 40)
+    )
+    close_engine_clock.move(timedelta(days=9))
+    recent = close_engine_clock.now.strftime("%Y-%m-%d %H:%M:%S.000")
+    left = [
+        *((trigger, subject) for trigger in ("stall", "close_lost", "expire") for subject in ("gone", closed.id)),
+        *(("stall", stalled.id), ("close_lost", active.id), ("expire", later.id)),
+    ]
+    without_triggers(
+        foreign,
+        f"UPDATE close_engine_conversations SET stalled_at = '{recent}' WHERE id = '{other.id}'",
+        f"DELETE FROM close_engine.deadlines WHERE subject_id IN ('{later.id}')",
+        *(
+            f"INSERT INTO close_engine.deadlines VALUES ('{trigger}', '{subject}', '2020-01-01 00:00:00.000')"
+            for trigger, subject in left
+        ),
+    )
+    assert close_engine.stall_silent(batch=1) == [active.id, asked.id]
+    assert close_engine.lose_stalled(batch=1) == [stalled.id]
+    assert close_engine.expire_actions(batch=1) == [action.id]
+
+
+def test_e2_migrating_again_makes_a_damaged_database_whole(
+    foreign: ForeignWriter, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    """What was written while the triggers were gone is adopted, and the deadlines are those of the rows."""
+    kept, moved, gone = (conversation_in(Stage.BUILDING) for _ in range(3))
+    stalled, closed = conversation_in(Stage.STALLED), conversation_in(Stage.CLOSED_LOST)
+    asked = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
+    waits, decided, deleted = (submit(asked, ActionType.SEND_MESSAGE, f"draft {n}") for n in range(3))
+    waiting, leased = outbox.enqueue(gone, "SEND_MESSAGE", "Hi"), outbox.enqueue(gone, "SEND_MESSAGE", "Hello")
+    outbox.enqueue(kept, "SEND_MESSAGE", "Hi")
+    expected = foreign.deadlines("stall")
+    without_triggers(
+        foreign,
+        f"UPDATE close_engine.outbox SET leased_by = 'w' WHERE id = {leased.id}",
+        f"DELETE FROM close_engine_conversations WHERE id = '{gone.id}'",
+        f"UPDATE close_engine_conversations SET stage = 'STALLED', stalled_at = '2026-01-01 00:00:00.000' "
+        f"WHERE id = '{moved.id}'",
+        f"UPDATE close_engine_conversations SET stalled_at = '2026-02-02 00:00:00.000' WHERE id = '{stalled.id}'",
+        f"UPDATE close_engine_conversations SET stage = 'STALLED', stalled_at = '2026-03-03 00:00:00.000' "
+        f"WHERE id = '{closed.id}'",
+        "INSERT INTO leads (id, phone) VALUES ('l', '+1')",
+        "INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, updated_at) "
+        "VALUES ('new', 'l', 'SMS_REPLY', 'EDIT_LOOP', '2026-01-01 00:00:00.000')",
+        f"UPDATE pending_actions SET status = 'REJECTED' WHERE id = '{decided.id}'",
+        f"UPDATE pending_actions SET expires_at = '2026-04-04 00:00:00.000' WHERE id = '{waits.id}'",
+        f"DELETE FROM pending_actions WHERE id = '{deleted.id}'",
+        "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, expires_at) "
+        "VALUES ('a', 'new', 'l', 'SEND_MESSAGE', 'Hello', '2026-05-05 00:00:00.000')",
+    )
+    for _ in range(2):
+        migrated_again(foreign)
+        assert foreign.history("new") == [Change("adopted", None, "EDIT_LOOP", None)]
+        assert foreign.history(moved.id)[-1] == Change("adopted", "BUILDING", "STALLED", None)
+        assert foreign.history(closed.id)[-1] == Change("adopted", "CLOSED_LOST", "STALLED", None)
+        assert len(foreign.history(moved.id)) == 4
+        assert {change.trigger for change in kept.history()} == {"open", "start_qualifying", "start_building"}
+        assert foreign.deadlines("stall") == {
+            **{each.id: expected[each.id] for each in (kept, asked)},
+            "new": moment("2026-01-01 00:00:00.000"),
+        }
+        assert foreign.deadlines("close_lost") == {
+            moved.id: moment("2026-01-01 00:00:00.000"),
+            stalled.id: moment("2026-02-02 00:00:00.000"),
+            closed.id: moment("2026-03-03 00:00:00.000"),
+        }
+        assert foreign.deadlines("expire") == {
+            waits.id: moment("2026-04-04 00:00:00.000"),
+            "a": moment("2026-05-05 00:00:00.000"),
+        }
+        rows = foreign.run("SELECT id, status, last_error FROM close_engine.outbox ORDER BY id")
+        assert [row[1:] for row in rows] == [
+            ("WITHDRAWN", "the conversation is deleted"),
+            ("PENDING", None),
+            ("PENDING", None),
+        ]
+        assert rows[0][0] == waiting.id
+    for each, stage in ((moved, Stage.BUILDING), (closed, Stage.QUALIFYING)):
+        each.reload()
+        assert each.resume().dest is stage
+
+
 # -- G3: calls that somebody else can answer ------------------------------------------------------------------------
 
 
@@ -477,7 +711,7 @@ def test_g3_every_function_that_the_library_calls_is_named_with_its_schema(serve
 @pytest.mark.parametrize(
     "text",
     [
-        POSTGRES.sample("silence", 5),
+        POSTGRES.sample("deadlines", 5),
         POSTGRES.merged_list("a"),
         POSTGRES.merged_mapping("a"),
         *(path.read_text() for path in sorted(directory().glob("*.postgresql.sql"))),

@@ -47,7 +47,7 @@ def entries() -> list[tuple[Any, ...]]:
 
 
 def silent_since(conversation: CloseEngineConversation) -> list[tuple[Any, ...]]:
-    return sql("SELECT since FROM {silence} WHERE conversation_id = %s", conversation.id)
+    return sql("SELECT at FROM {deadlines} WHERE \"trigger\" = 'stall' AND subject_id = %s", conversation.id)
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

@@ -162,15 +162,15 @@ RUNS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "claim and report": (claim_and_report, ["WITH next AS", f"UPDATE {OUTBOX} SET"]),
     "receive": (
         lambda: close_engine.receive("lead 16", "SM1", "hello"),
-        ["INSERT INTO .*inbox", "UPDATE .*silence"],
+        ["INSERT INTO .*inbox", "UPDATE .*deadlines"],
     ),
     "receive, stalled": (
         lambda: close_engine.receive("lead 17", "SM2", "hello"),
         ["INSERT INTO .*inbox", f"UPDATE {CONVERSATIONS} SET"],
     ),
-    "stall_silent": (lambda: close_engine.stall_silent(batch=100), ["SELECT c.id FROM .*silence"]),
-    "lose_stalled": (lambda: close_engine.lose_stalled(batch=100), ["SELECT c.id FROM .*stalled_at"]),
-    "expire_actions": (lambda: close_engine.expire_actions(batch=100), ["SELECT a.id FROM pending_actions"]),
+    "stall_silent": (lambda: close_engine.stall_silent(batch=100), ["SELECT c.id FROM .*deadlines.*'stall'"]),
+    "lose_stalled": (lambda: close_engine.lose_stalled(batch=100), ["SELECT c.id FROM .*deadlines.*'close_lost'"]),
+    "expire_actions": (lambda: close_engine.expire_actions(batch=100), ["SELECT a.id FROM .*deadlines.*'expire'"]),
     "release_leases": (
         lambda: close_engine.release_leases(batch=100),
         ["SELECT o.id FROM .*outbox", "UPDATE .*outbox SET leased_by = NULL"],

@@ -32,7 +32,7 @@ WORKER = [
     "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
     "GRANT SELECT ON SEQUENCE close_engine.history_id_seq TO {role}",
     "GRANT INSERT ON close_engine.inbox, close_engine.outbox TO {role}",
-    "GRANT UPDATE ON close_engine.outbox, close_engine.silence TO {role}",
+    "GRANT UPDATE ON close_engine.outbox, close_engine.deadlines TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.
@@ -101,7 +101,7 @@ TRICKS = """
 CREATE TEMPORARY TABLE transitions (machine text, trigger text, source text, dest text);
 INSERT INTO transitions VALUES ('conversation', 'hop', 'COMPLETED', 'INITIATED');
 CREATE TEMPORARY TABLE history (LIKE transitions);
-CREATE TEMPORARY TABLE silence (LIKE transitions);
+CREATE TEMPORARY TABLE deadlines (LIKE transitions);
 CREATE FUNCTION pg_temp.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS $$SELECT 'epoch'::timestamptz$$;
 CREATE FUNCTION pg_temp.current_setting(text, boolean) RETURNS text LANGUAGE sql AS $$SELECT '{"actor": "x"}'$$;
 CREATE FUNCTION pg_temp.differ(text, text) RETURNS boolean LANGUAGE sql AS $$SELECT true$$;
@@ -188,7 +188,7 @@ def work() -> None:
 
 def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
     work()
-    for table in ("close_engine.history", "close_engine.silence", "close_engine.transitions"):
+    for table in ("close_engine.history", "close_engine.deadlines", "close_engine.transitions"):
         with pytest.raises(peewee.ProgrammingError, match="permission denied"):
             worker.execute_sql(f"DELETE FROM {table}")
     granted(postgres_url, role, VERIFIER)
@@ -203,7 +203,7 @@ RIGHTS = [
     "USAGE ON SCHEMA close_engine",
     *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "history_id_seq", "outbox", "inbox")),
     *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox")),
-    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "silence")),
+    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "deadlines")),
 ]
 
 

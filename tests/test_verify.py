@@ -57,15 +57,15 @@ ON_BOTH = {
         [f"The table {{transitions}} is missing: {again('0002_history', '0005_decisions')}"],
     ),
     "since when it is silent": (
-        "DROP TABLE {silence}",
-        [f"The table {{silence}} is missing: {again('0002_history', '0003_guard')}"],
+        "DROP TABLE {deadlines}",
+        [f"The table {{deadlines}} is missing: {again('0002_history', '0003_guard', '0005_decisions')}"],
     ),
     "what was added": ("DROP TABLE {created}", [f"The table {{created}} is missing: {again('0001_conversations')}"]),
     "a column of a table of our own": (
-        "DROP INDEX {index:silence_since_idx}; ALTER TABLE {silence} DROP since",
+        "DROP INDEX {index:deadlines_at_idx}; ALTER TABLE {deadlines} DROP at",
         [
-            "The table {silence} should have the columns conversation_id, since, found conversation_id: drop it, "
-            f"{again('0002_history', '0003_guard')}"
+            "The table {deadlines} should have the columns trigger, subject_id, at, found trigger, subject_id: "
+            f"drop it, {again('0002_history', '0003_guard', '0005_decisions')}"
         ],
     ),
     "a table of the CRM": (
@@ -533,7 +533,7 @@ def test_what_is_said_to_be_made_again_is(postgres_url: str, what: str) -> None:
     (problem,) = close_engine.verify()
 
     if "drop it" in problem:
-        database.execute_sql(words("DROP TABLE {silence}", what in POSTGRESQL))
+        database.execute_sql(words("DROP TABLE {deadlines}", what in POSTGRESQL))
     rows = re.findall(r"the row (\w+)", problem)
     for row in rows:
         database.execute_sql(words(f"DELETE FROM {{migrations}} WHERE name = '{row}'", what in POSTGRESQL))
@@ -582,7 +582,7 @@ def test_every_trigger_that_the_migrations_make_is_looked_for(database: peewee.D
         ("pending_actions", "0005_decisions"),
         (TABLE, "0005_decisions"),
     ]
-    assert len(there) == (8 if isinstance(database, peewee.PostgresqlDatabase) else 16)
+    assert len(there) == (10 if isinstance(database, peewee.PostgresqlDatabase) else 20)
 
 
 def test_a_database_without_anything_has_one_problem_and_stays_empty(empty_url: str) -> None:

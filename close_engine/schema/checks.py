@@ -74,7 +74,7 @@ class Helper:
 #: The library's tables that have no model, by name.
 _HELPERS = {
     "created": Helper(("table_name", "column_name"), ("0001_conversations",)),
-    "silence": Helper(("conversation_id", "since"), ("0002_history", "0003_guard")),
+    "deadlines": Helper(("trigger", "subject_id", "at"), ("0002_history", "0003_guard", "0005_decisions")),
     "transitions": Helper(("machine", "trigger", "source", "dest"), ("0002_history", "0005_decisions")),
 }
 _SQLITE_HELPERS = {"context": Helper(("id", "context"), ("0002_history",))}

@@ -90,7 +90,7 @@ RETURNING "stage", "updated_at", "stalled_at", pg_catalog.currval('close_engine.
 
 -- resume
 UPDATE "close_engine_conversations"
-SET "stage" = COALESCE((SELECT source FROM close_engine.history WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING'), "updated_at" = %s, "stalled_at" = NULL
+SET "stage" = COALESCE((SELECT CASE WHEN source NOT IN ('COMPLETED', 'CLOSED_LOST') THEN source END FROM close_engine.history WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING'), "updated_at" = %s, "stalled_at" = NULL
 WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
