@@ -2,7 +2,8 @@
 
 If Prisma already pushed some of them, the migration checks that they match, and keeps them. It adds the rest exactly as
 `prisma db push` would. If anything does not match, it adds nothing. The table `created` lists what was added, so that
-downgrading drops only that. If the migration creates the schema, the schema's comment says so.
+downgrading drops only that. The script can safely run twice: it then adds what is missing. If the migration creates the
+schema, the schema's comment says so.
 
 The CRM's table names come from the database object (`close_engine.bind` sets them) or from the environment variables
 CLOSE_ENGINE_LEADS_TABLE, CLOSE_ENGINE_USERS_TABLE and CLOSE_ENGINE_CLIENTS_TABLE.
@@ -111,7 +112,7 @@ ADDED = {
 def up(migrator, db):
     catalog = Postgres(db) if isinstance(db, peewee.PostgresqlDatabase) else Sqlite(db)
     names = crm_tables(db)
-    problems = missing_crm_tables(catalog, names)
+    problems = other_crms(catalog) + missing_crm_tables(catalog, names)
     for table in TABLES:
         if catalog.columns(table):
             problems += table_mismatches(catalog, table, names)
@@ -129,7 +130,7 @@ def up(migrator, db):
     catalog.create_schema()
     db.execute_sql(
         f"CREATE TABLE IF NOT EXISTS {catalog.created} "
-        "(table_name TEXT NOT NULL, column_name TEXT NOT NULL, PRIMARY KEY (table_name, column_name))"
+        "(table_name TEXT NOT NULL, column_name TEXT NOT NULL, identity TEXT, PRIMARY KEY (table_name, column_name))"
     )
     for table, step in FILES.items():
         if not catalog.columns(table):
@@ -145,11 +146,10 @@ def up(migrator, db):
 
 def down(migrator, db):
     catalog = Postgres(db) if isinstance(db, peewee.PostgresqlDatabase) else Sqlite(db)
-    created = db.execute_sql(f"SELECT table_name, column_name FROM {catalog.created}").fetchall()
-    for table, column in created:
+    for table, column in catalog.still_ours():
         if not column:
             catalog.execute(f"DROP TABLE IF EXISTS {catalog.quoted(table)}")
-        elif column in catalog.columns(table):
+        else:
             catalog.execute(f"ALTER TABLE {catalog.quoted(table)} DROP COLUMN {quoted(column)}")
     db.execute_sql(f"DROP TABLE {catalog.created}")
     catalog.drop_schema()
@@ -191,9 +191,26 @@ def quoted(name):
     return '"' + name.replace('"', '""') + '"'
 
 
+def literal(text):
+    return "'" + text.replace("'", "''") + "'"
+
+
 def remember(catalog, table, column):
     mark = catalog.mark
-    catalog.db.execute_sql(f"INSERT INTO {catalog.created} VALUES ({mark}, {mark})", (table, column))
+    catalog.db.execute_sql(
+        f"INSERT INTO {catalog.created} (table_name, column_name, identity) "
+        f"VALUES ({mark}, {mark}, {catalog.identity(table, column)}) "
+        "ON CONFLICT (table_name, column_name) DO UPDATE SET identity = EXCLUDED.identity",
+        (table, column),
+    )
+
+
+def other_crms(catalog):
+    return [
+        f"this database serves the CRM in the schema {schema} already, and close_engine serves one CRM per database: "
+        "give this one a database of its own"
+        for schema in catalog.other_schemas()
+    ]
 
 
 def missing_crm_tables(catalog, names):
@@ -296,6 +313,42 @@ class Postgres:
         if not self.rows("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'"):
             self.db.execute_sql("CREATE SCHEMA close_engine")
             self.db.execute_sql(f"COMMENT ON SCHEMA close_engine IS '{MADE_HERE}'")
+
+    def other_schemas(self):
+        rows = self.rows(
+            """
+            SELECT DISTINCT n.nspname::text FROM pg_catalog.pg_trigger t
+            JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+            JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace AND f.nspname = 'close_engine'
+            JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid AND c.relname = 'close_engine_conversations'
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname <> pg_catalog.current_schema()
+            ORDER BY 1
+            """
+        )
+        return [schema for (schema,) in rows]
+
+    def identity(self, table, column):
+        """Return an expression for the numbers by which the database knows this list, a table and a column.
+
+        If Prisma drops the table or the column and makes it anew, the numbers differ, and it is no longer ours. If a
+        dump was restored, the number of the list differs too, and the names must do.
+        """
+        here = f"{literal(self.quoted(table))}::pg_catalog.regclass"
+        number = f"(SELECT attnum FROM pg_catalog.pg_attribute WHERE attrelid = {here} AND attname = {literal(column)})"
+        text = f"'close_engine.created'::pg_catalog.regclass::oid || '/' || {here}::oid || '/' || coalesce({number}, 0)"
+        return text.replace("%", "%%")
+
+    def still_ours(self):
+        ours = []
+        for table, column, identity in self.rows(
+            f"SELECT table_name, column_name, identity FROM {self.created} ORDER BY 1, 2"
+        ):
+            if column in ("", *self.columns(table)) and self.columns(table):
+                ((now,),) = self.rows(f"SELECT {self.identity(table, column)}")
+                restored = identity is None or identity.split("/")[0] != now.split("/")[0]
+                if restored or identity == now:
+                    ours.append((table, column))
+        return ours
 
     def drop_schema(self):
         # Keep the schema if the migration log is still in it.
@@ -407,6 +460,16 @@ class Sqlite:
 
     def drop_schema(self):
         """Do nothing: SQLite has no schemas."""
+
+    def other_schemas(self):
+        return []
+
+    def identity(self, table, column):
+        return "NULL"  # Prisma does not manage this database
+
+    def still_ours(self):
+        rows = self.db.execute_sql(f"SELECT table_name, column_name FROM {self.created} ORDER BY 1, 2").fetchall()
+        return [(table, column) for table, column in rows if column in ("", *self.columns(table))]
 
     def place(self):
         return ""
