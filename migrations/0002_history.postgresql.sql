@@ -92,4 +92,4 @@ INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('conversation', 'close_lost', 'PAYMENT_SENT', 'CLOSED_LOST'),
     ('conversation', 'close_lost', 'STALLED', 'CLOSED_LOST'),
     ('conversation', 'reopen', 'CLOSED_LOST', 'INITIATED')
-ON CONFLICT DO NOTHING;
+ON CONFLICT (machine, source, dest) DO UPDATE SET trigger = EXCLUDED.trigger;

@@ -16,7 +16,8 @@ UPDATE close_engine_conversations SET updated_at = coalesce(
     strftime('%Y-%m-%d %H:%M:%f', 'now'))
 WHERE updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', updated_at);
 
-CREATE TRIGGER IF NOT EXISTS close_engine_guard_insert
+DROP TRIGGER IF EXISTS close_engine_guard_insert;
+CREATE TRIGGER close_engine_guard_insert
 BEFORE INSERT ON close_engine_conversations
 WHEN NOT EXISTS (SELECT 1 FROM close_engine_transitions
                  WHERE machine = 'conversation' AND NEW.stage IN (source, dest))
@@ -24,14 +25,16 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this is not a stage; the stages are in close_engine_transitions');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_guard_id
+DROP TRIGGER IF EXISTS close_engine_guard_id;
+CREATE TRIGGER close_engine_guard_id
 BEFORE UPDATE ON close_engine_conversations
 WHEN NEW.id IS NOT OLD.id
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: a conversation cannot change its id: its history is stored under it');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_guard_update
+DROP TRIGGER IF EXISTS close_engine_guard_update;
+CREATE TRIGGER close_engine_guard_update
 BEFORE UPDATE ON close_engine_conversations
 WHEN NEW.stage IS NOT OLD.stage
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
@@ -40,7 +43,8 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this stage change is not in close_engine_transitions');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_opening
+DROP TRIGGER IF EXISTS close_engine_opening;
+CREATE TRIGGER close_engine_opening
 AFTER INSERT ON close_engine_conversations
 BEGIN
     INSERT INTO close_engine_history
@@ -82,7 +86,8 @@ BEGIN
     WHERE id = NEW.id AND updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', updated_at);
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_record
+DROP TRIGGER IF EXISTS close_engine_record;
+CREATE TRIGGER close_engine_record
 AFTER UPDATE ON close_engine_conversations
 WHEN NEW.stage IS NOT OLD.stage
 BEGIN
@@ -151,7 +156,8 @@ END;
 
 -- updated_at must grow with every write and have the format by which the library finds the row. The old value lacks
 -- this format only while a row is being inserted.
-CREATE TRIGGER IF NOT EXISTS close_engine_version
+DROP TRIGGER IF EXISTS close_engine_version;
+CREATE TRIGGER close_engine_version
 AFTER UPDATE ON close_engine_conversations
 WHEN NEW.updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', NEW.updated_at)
     OR (NEW.updated_at <= OLD.updated_at AND OLD.updated_at IS strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at))
@@ -169,7 +175,8 @@ BEGIN
 END;
 
 -- Other triggers may have changed the row again, so read it.
-CREATE TRIGGER IF NOT EXISTS close_engine_stalled
+DROP TRIGGER IF EXISTS close_engine_stalled;
+CREATE TRIGGER close_engine_stalled
 AFTER UPDATE ON close_engine_conversations
 WHEN (NEW.stage, NEW.stalled_at) IS NOT (OLD.stage, OLD.stalled_at) AND 'STALLED' IN (NEW.stage, OLD.stage)
 BEGIN
@@ -179,7 +186,8 @@ BEGIN
     WHERE id = NEW.id AND stage = 'STALLED' AND stalled_at IS NOT NULL;
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_deletion
+DROP TRIGGER IF EXISTS close_engine_deletion;
+CREATE TRIGGER close_engine_deletion
 AFTER DELETE ON close_engine_conversations
 BEGIN
     DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND subject_id = OLD.id;

@@ -15,7 +15,7 @@ INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('action', 'approve', 'PENDING', 'APPROVED'),
     ('action', 'reject', 'PENDING', 'REJECTED'),
     ('action', 'expire', 'PENDING', 'EXPIRED')
-ON CONFLICT DO NOTHING;
+ON CONFLICT (machine, source, dest) DO UPDATE SET trigger = EXCLUDED.trigger;
 
 CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$

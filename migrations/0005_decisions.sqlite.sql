@@ -12,16 +12,18 @@ INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
     ('action', 'approve', 'PENDING', 'APPROVED'),
     ('action', 'reject', 'PENDING', 'REJECTED'),
     ('action', 'expire', 'PENDING', 'EXPIRED')
-ON CONFLICT DO NOTHING;
+ON CONFLICT (machine, source, dest) DO UPDATE SET "trigger" = EXCLUDED."trigger";
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_insert
+DROP TRIGGER IF EXISTS close_engine_action_insert;
+CREATE TRIGGER close_engine_action_insert
 BEFORE INSERT ON pending_actions
 WHEN NOT EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'action' AND NEW.status IN (source, dest))
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: this is not an action status; the statuses are in close_engine_transitions');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_update
+DROP TRIGGER IF EXISTS close_engine_action_update;
+CREATE TRIGGER close_engine_action_update
 BEFORE UPDATE ON pending_actions
 WHEN NEW.status IS NOT OLD.status
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
@@ -30,7 +32,8 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this status change is not in close_engine_transitions; a decision is final');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_expired
+DROP TRIGGER IF EXISTS close_engine_action_expired;
+CREATE TRIGGER close_engine_action_expired
 BEFORE UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
     AND OLD.expires_at <= coalesce(NEW.approved_at, strftime('%Y-%m-%d %H:%M:%f', 'now'))
@@ -38,7 +41,8 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this action has expired');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_closed
+DROP TRIGGER IF EXISTS close_engine_action_closed;
+CREATE TRIGGER close_engine_action_closed
 BEFORE UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
     AND NOT EXISTS (SELECT 1 FROM close_engine_conversations
@@ -47,7 +51,8 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: its conversation is closed or deleted');
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_approved
+DROP TRIGGER IF EXISTS close_engine_action_approved;
+CREATE TRIGGER close_engine_action_approved
 AFTER UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
 BEGIN
@@ -76,7 +81,8 @@ BEGIN
           FROM close_engine_conversations c WHERE c.id = NEW.conversation_id);
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_withdrawn
+DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
+CREATE TRIGGER close_engine_action_withdrawn
 AFTER UPDATE ON pending_actions
 WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.type = 'SEND_PAYMENT_LINK'
     AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = NEW.conversation_id
@@ -102,7 +108,8 @@ BEGIN
     DELETE FROM close_engine_context WHERE id = 2;
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_closing
+DROP TRIGGER IF EXISTS close_engine_closing;
+CREATE TRIGGER close_engine_closing
 AFTER UPDATE ON close_engine_conversations
 WHEN NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage
 BEGIN
@@ -112,7 +119,8 @@ BEGIN
     UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_gone
+DROP TRIGGER IF EXISTS close_engine_gone;
+CREATE TRIGGER close_engine_gone
 AFTER DELETE ON close_engine_conversations
 BEGIN
     UPDATE close_engine_outbox SET status = 'WITHDRAWN', last_error = 'the conversation is deleted'
@@ -121,7 +129,8 @@ BEGIN
     UPDATE pending_actions SET status = 'EXPIRED' WHERE conversation_id = OLD.id AND status = 'PENDING';
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_unasked
+DROP TRIGGER IF EXISTS close_engine_unasked;
+CREATE TRIGGER close_engine_unasked
 AFTER UPDATE ON close_engine_conversations
 WHEN OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT'
 BEGIN
@@ -130,7 +139,8 @@ BEGIN
 END;
 
 -- Keep one deadline for each pending action that expires. Other triggers may have changed the action again, so read it.
-CREATE TRIGGER IF NOT EXISTS close_engine_action_opened
+DROP TRIGGER IF EXISTS close_engine_action_opened;
+CREATE TRIGGER close_engine_action_opened
 AFTER INSERT ON pending_actions
 BEGIN
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id = NEW.id;
@@ -139,7 +149,8 @@ BEGIN
     WHERE id = NEW.id AND status = 'PENDING' AND expires_at IS NOT NULL;
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_expiry
+DROP TRIGGER IF EXISTS close_engine_action_expiry;
+CREATE TRIGGER close_engine_action_expiry
 AFTER UPDATE ON pending_actions
 WHEN (NEW.id, NEW.status, NEW.expires_at) IS NOT (OLD.id, OLD.status, OLD.expires_at)
 BEGIN
@@ -149,7 +160,8 @@ BEGIN
     WHERE id = NEW.id AND status = 'PENDING' AND expires_at IS NOT NULL;
 END;
 
-CREATE TRIGGER IF NOT EXISTS close_engine_action_gone
+DROP TRIGGER IF EXISTS close_engine_action_gone;
+CREATE TRIGGER close_engine_action_gone
 AFTER DELETE ON pending_actions
 BEGIN
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id = OLD.id;
