@@ -46,7 +46,7 @@ from close_engine.errors import (
     first_line,
 )
 from close_engine.outbox import OutboxMessage
-from close_engine.schema.migrations import pending
+from close_engine.schema.scripts import pending
 from close_engine.stages import MessageStatus
 
 __all__ = ["Sender", "Worker", "load_sender", "print_sender"]

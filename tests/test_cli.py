@@ -15,13 +15,15 @@ import psycopg2
 import pytest
 
 import close_engine
-from close_engine import CloseEngineConversation, Stage, StageChange
+from close_engine import CloseEngineConversation, Lead, Stage, StageChange
 from close_engine.database.url import without_password
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.schema import directory
 from tests.command_line import Result, as_user, postgres_role, process, refused, run
 from tests.crm import BEFORE, query, restore
 from tests.servers import execute, new_name, postgres_database
+
+SCRIPTS = sorted(script.stem for script in directory().glob("[0-9]*.py"))
 
 MIGRATIONS = sorted(path.stem for path in directory().glob("0*.py"))
 
@@ -49,7 +51,7 @@ def test_migrate_applies_what_is_pending_and_then_has_nothing_to_do(empty_url: s
     again = run("migrate", "--database", empty_url)
 
     assert first == Result(0, "".join(f"Applied {name}.\n" for name in MIGRATIONS), "")
-    assert again == Result(0, "Nothing to do: every migration is applied.\n", "")
+    assert again == Result(0, "Nothing to do: every migration is applied, and what they made is there.\n", "")
     close_engine.connect(empty_url)
     assert close_engine.verify() == []
 
@@ -137,6 +139,56 @@ def test_verify_lists_what_is_wrong_and_ends_with_1(database: Any, database_url:
 
     assert (result.code, result.err) == (1, "1 problem found. The list says what to do about each.\n")
     assert "WRONG  allowed stage changes\n       - The database refuses start_qualifying from INITIATED" in result.out
+
+
+def test_verify_repair_says_what_it_mended(database: Any, database_url: str) -> None:
+    dialect = close_engine.database.binding.current().dialect
+    table = dialect.sql("{transitions}")
+    database.execute_sql(f"DELETE FROM {table} WHERE source = 'INITIATED' AND dest = 'QUALIFYING'")
+    database.execute_sql(f"INSERT INTO {table} VALUES ('conversation', 'undo', 'COMPLETED', 'INITIATED')")
+
+    result = run("verify", "--repair", "--database", database_url)
+
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[:2] == [
+        "mended The database refuses start_qualifying from INITIATED to QUALIFYING, which the machine allows.",
+        "mended The database allows undo from COMPLETED to INITIATED, which the machine refuses.",
+    ]
+    assert {line[0] for line in result.lines[2:]} == {"ok"}
+
+
+def test_verify_repair_leaves_what_somebody_must_decide(database: Any, database_url: str) -> None:
+    Lead.create(id="l", phone="+1555")
+    database.execute_sql("UPDATE leads SET autonomy_level = 'HALF_AUTO'")
+
+    result = run("verify", "--repair", "--database", database_url)
+
+    assert (result.code, result.err) == (1, "1 problem found. The list says what to do about each.\n")
+    assert "mended" not in result.out
+    assert "autonomy_level has the unknown value 'HALF_AUTO'" in result.out
+
+
+def test_migrate_makes_again_what_is_gone_and_says_so(database: Any, database_url: str) -> None:
+    database.execute_sql(close_engine.database.binding.current().dialect.sql("DROP TABLE {deadlines}"))
+
+    result = run("migrate", "--database", database_url)
+
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines() == [
+        f"Applied {script} again, because something that it had made was gone." for script in SCRIPTS
+    ]
+    assert run("verify", "--database", database_url).code == 0
+
+
+def test_migrate_sql_all_prints_every_migration(database: Any, database_url: str) -> None:
+    assert run("migrate", "--sql", "--database", database_url).out == "-- Nothing is pending.\n"
+    printed = run("migrate", "--sql", "--all", "--database", database_url)
+
+    assert (printed.code, printed.err) == (0, "")
+    assert printed.out.startswith("BEGIN;\n\n")
+    assert printed.out.endswith("COMMIT;\n")
+    assert all(f"'{script}'" in printed.out for script in SCRIPTS)
+    assert refused("migrate", "--all", "--database", database_url) == ("--all says what to print, so it needs --sql.\n")
 
 
 def test_graph_prints_the_state_diagram_and_needs_no_database() -> None:

@@ -33,7 +33,7 @@ from close_engine import (
     StageChange,
 )
 from close_engine.approvals import PendingAction
-from close_engine.schema import directory, downgrade, migration_sql, rows_at_stake, status
+from close_engine.schema import directory, downgrade, migration_sql, repair, rows_at_stake, status
 from close_engine.testing import bring_to
 from tests.crm import AFTER, everything, query, restore
 from tests.servers import execute, new_name, postgres_database
@@ -161,6 +161,14 @@ def test_conversations_that_exist_already_get_one_row_of_history_each(pushed_url
         assert {change.trigger for change in changes} == {"adopted"}
         assert {change.source for change in changes} == {None}
         assert sorted(change.dest for change in changes) == sorted(Stage)
+        unstamped = ["PAYMENT_SENT", "COMPLETED", "STALLED", "CLOSED_LOST"]
+        assert [problem.split(",")[1] for problem in close_engine.verify()] == [
+            f" the stage is {stage} and {column} is empty: set it"
+            for stage, column in zip(
+                unstamped, ["payment_link_sent_at", "completed_at", "stalled_at", "closed_lost_at"], strict=True
+            )
+        ]
+        assert len(repair()) == 4
         assert close_engine.verify() == []
         stalled = CloseEngineConversation.get(CloseEngineConversation.stage == Stage.STALLED)
         assert stalled.resume().dest is Stage.QUALIFYING  # nobody recorded where it stalled

@@ -21,51 +21,88 @@ from close_engine import (
 )
 from close_engine.approvals import PendingAction
 from close_engine.database.binding import current
-from close_engine.schema import directory, status
-from close_engine.schema.checks import Check, checks, guards
+from close_engine.schema import Check, Problem, checks, directory, repair, scripts, status
 from close_engine.testing import bring_to
 from tests.crm import everything
 from tests.servers import execute, new_name, postgres_database
 
+TABLE = "close_engine_conversations"
+SCRIPTS = sorted(script.stem for script in directory().glob("[0-9]*.py"))
 STAGES = ", ".join(Stage)
 LEVELS = "FULL_AUTO, SEMI_AUTO, MANUAL"
 ENTRY_POINTS = "INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA"
-PAST_THE_GUARD = "a writer bypassed the guard"
+PAST_THE_GUARD = "a writer bypassed the guard; run close-engine verify --repair, which records the stage as it is."
 ADD = "add it, in place of any other on that column."
-AGREE = "correct the rows of {transitions} to match this version's migrations."
-DEFINER = "must be SECURITY DEFINER with search_path = pg_catalog, pg_temp, so that it works for every role: alter it."
+FORBIDS = "run close-engine verify --repair, which forbids it."
+DEFINER = (
+    "is not SECURITY DEFINER with search_path = pg_catalog, pg_temp, so it does not work for every role: "
+    "run close-engine migrate, which makes it again."
+)
 
 
-def again(*migrations: str) -> str:
-    rows = " and ".join(f"the row {migration}" for migration in migrations)
-    return f"delete {rows} from {{migrations}} and run close-engine migrate, which recreates it."
-
+AGAIN = "run close-engine migrate, which makes it again."
+REPAIR = "run close-engine verify --repair"
 
 #: Ways to break either kind of database, and the sentences that report them. Names in braces are the library's tables.
 ON_BOTH = {
     "a table that Prisma sees": (
         "DROP TABLE pending_actions",
-        ["The table pending_actions is missing: restore it from a backup."],
+        [f"The table pending_actions is missing: restore it from a backup, or {AGAIN[:-1]}, empty."],
     ),
     "the conversations": (
         "DROP TABLE close_engine_conversations",
-        ["The table close_engine_conversations is missing: restore it from a backup."],
+        [f"The table close_engine_conversations is missing: restore it from a backup, or {AGAIN[:-1]}, empty."],
     ),
-    "the history": ("DROP TABLE {history}", ["The table {history} is missing: restore it from a backup."]),
+    "the history": (
+        "DROP TABLE {history}",
+        [f"The table {{history}} is missing: restore it from a backup, or {AGAIN[:-1]}, empty."],
+    ),
     "the transition table": (
         "DROP TABLE {transitions}",
-        [f"The table {{transitions}} is missing: {again('0002_history', '0005_decisions')}"],
+        [f"The table {{transitions}} is missing: {AGAIN}"],
     ),
-    "since when it is silent": (
-        "DROP TABLE {deadlines}",
-        [f"The table {{deadlines}} is missing: {again('0002_history', '0003_guard', '0005_decisions')}"],
+    "what is due when": ("DROP TABLE {deadlines}", [f"The table {{deadlines}} is missing: {AGAIN}"]),
+    "an index of the deadlines": (
+        "DROP INDEX {index:deadlines_at_idx}",
+        ["The table {deadlines} has no index on (trigger, at): create one."],
     ),
-    "what was added": ("DROP TABLE {created}", [f"The table {{created}} is missing: {again('0001_conversations')}"]),
+    "a deadline": (
+        "DELETE FROM {deadlines} WHERE subject_id = 'c1'",
+        [
+            f"For 1 row of {TABLE} ('c1'), {{deadlines}} has no row stall, so no sweep finds it: "
+            "run close-engine verify --repair, which adds it."
+        ],
+    ),
+    "the deadlines of stalled conversations and of actions": (
+        f"UPDATE {TABLE} SET stage = 'STALLED'; "
+        "UPDATE pending_actions SET expires_at = '2099-01-01 00:00:00.000'; DELETE FROM {deadlines}",
+        [
+            f"For 2 rows of {TABLE} (for example 'c1'), {{deadlines}} has no row close_lost, so no sweep finds it: "
+            "run close-engine verify --repair, which adds it.",
+            "For 1 row of pending_actions ('a1'), {deadlines} has no row expire, so no sweep finds it: "
+            "run close-engine verify --repair, which adds it.",
+        ],
+    ),
+    "a stamp": (
+        f"UPDATE {TABLE} SET stage = 'STALLED' WHERE id = 'c1'; UPDATE {TABLE} SET stalled_at = NULL WHERE id = 'c1'",
+        [
+            f"In 1 row of {TABLE} ('c1'), the stage is STALLED and stalled_at is empty: "
+            "set it, or run close-engine verify --repair, which takes it from the history.",
+        ],
+    ),
+    "the stamps of all who paid": (
+        f"UPDATE {TABLE} SET stage = 'COMPLETED'; UPDATE {TABLE} SET completed_at = NULL",
+        [
+            f"In 2 rows of {TABLE} (for example 'c1'), the stage is COMPLETED and completed_at is empty: "
+            "set it, or run close-engine verify --repair, which takes it from the history.",
+        ],
+    ),
+    "what was added": ("DROP TABLE {created}", [f"The table {{created}} is missing: {AGAIN}"]),
     "a column of a table of our own": (
         "DROP INDEX {index:deadlines_at_idx}; ALTER TABLE {deadlines} DROP at",
         [
             "The table {deadlines} should have the columns trigger, subject_id, at, found trigger, subject_id: "
-            f"drop it, {again('0002_history', '0003_guard', '0005_decisions')}"
+            f"drop it, and {AGAIN}"
         ],
     ),
     "a table of the CRM": (
@@ -78,10 +115,7 @@ ON_BOTH = {
     ),
     "a column that leads gained": (
         "ALTER TABLE leads DROP close_entry_point",
-        [
-            "The column leads.close_entry_point is missing: add it "
-            '(ALTER TABLE "leads" ADD COLUMN "close_entry_point" {text}).'
-        ],
+        ["The column leads.close_entry_point is missing: run close-engine migrate, which adds it."],
     ),
     "an index": (
         "DROP INDEX pending_actions_status_idx",
@@ -93,17 +127,17 @@ ON_BOTH = {
     ),
     "a stage change that is not in the table": (
         "DELETE FROM {transitions} WHERE trigger = 'reopen'",
-        [f"The database refuses reopen from CLOSED_LOST to INITIATED, which the machine allows: {AGREE}"],
+        [f"The database refuses reopen from CLOSED_LOST to INITIATED, which the machine allows: {AGAIN}"],
     ),
     "a stage change too many": (
         "INSERT INTO {transitions} VALUES ('conversation', 'reopen', 'COMPLETED', 'INITIATED')",
-        [f"The database allows reopen from COMPLETED to INITIATED, which the machine refuses: {AGREE}"],
+        [f"The database allows reopen from COMPLETED to INITIATED, which the machine refuses: {FORBIDS}"],
     ),
     "a stage change of another name": (
         "UPDATE {transitions} SET trigger = 'restart' WHERE trigger = 'reopen'",
         [
-            f"The database refuses reopen from CLOSED_LOST to INITIATED, which the machine allows: {AGREE}",
-            f"The database allows restart from CLOSED_LOST to INITIATED, which the machine refuses: {AGREE}",
+            f"The database refuses reopen from CLOSED_LOST to INITIATED, which the machine allows: {AGAIN}",
+            f"The database allows restart from CLOSED_LOST to INITIATED, which the machine refuses: {FORBIDS}",
         ],
     ),
     "an unknown entry point": (
@@ -135,16 +169,13 @@ ON_BOTH = {
     ),
     "a conversation without history": (
         "DELETE FROM {history} WHERE conversation_id = 'c2'",
-        [
-            "For 1 row of close_engine_conversations ('c2' in BUILDING), {history} has no row: "
-            f"{PAST_THE_GUARD}; insert a row with the trigger 'adopted' for each."
-        ],
+        [f"For 1 row of close_engine_conversations ('c2' in BUILDING), {{history}} has no row: {PAST_THE_GUARD}"],
     ),
     "a history that ends elsewhere": (
         "UPDATE {history} SET dest = 'STALLED' WHERE dest = 'BUILDING'",
         [
             "In 2 rows of close_engine_conversations (for example 'c1': BUILDING instead of STALLED), the stage "
-            f"differs from the newest row of {{history}}: {PAST_THE_GUARD}; insert the missing row for each."
+            f"differs from the newest row of {{history}}: {PAST_THE_GUARD}"
         ],
     ),
     "a pending migration": (
@@ -168,13 +199,99 @@ ON_BOTH = {
     ),
 }
 
-TABLE = "close_engine_conversations"
 MOMENT = "timestamp(3) without time zone"
 LEAD_KEY = f"{TABLE}_lead_id_fkey (lead_id) REFERENCES leads ON DELETE CASCADE ON UPDATE CASCADE"
 REP_KEY = f"{TABLE}_rep_id_fkey (rep_id) REFERENCES users ON DELETE SET NULL ON UPDATE CASCADE"
 LATE = "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
 
 ON_POSTGRESQL = {
+    "another body of a function": (
+        "CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger LANGUAGE plpgsql "
+        "SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NEW; END'",
+        [f"The function close_engine.guard_conversation() is not the one that this version makes: {AGAIN}"],
+    ),
+    "a function": (
+        "DROP FUNCTION close_engine.guard_action() CASCADE",
+        [
+            f"The trigger zz_close_engine_guard on pending_actions is missing, so the table is not guarded: {AGAIN}",
+            f"The function close_engine.guard_action() is missing: {AGAIN}",
+        ],
+    ),
+    "another table of triggers": (
+        f"CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT ON {TABLE} "
+        "FOR EACH ROW EXECUTE FUNCTION close_engine.guard_conversation()",
+        [f"The trigger zz_close_engine_guard on {TABLE} is not the one that this version makes: {AGAIN}"],
+    ),
+    "another function of a trigger": (
+        f"{LATE}; CREATE OR REPLACE TRIGGER aa_close_engine_opening AFTER INSERT ON {TABLE} "
+        "FOR EACH ROW EXECUTE FUNCTION late()",
+        [f"The trigger aa_close_engine_opening on {TABLE} is not the one that this version makes: {AGAIN}"],
+    ),
+    "another condition of a trigger": (
+        f"CREATE OR REPLACE TRIGGER aa_close_engine_opening AFTER INSERT ON {TABLE} "
+        "FOR EACH ROW WHEN (NEW.stage <> 'STALLED') EXECUTE FUNCTION close_engine.record_opening()",
+        [f"The trigger aa_close_engine_opening on {TABLE} is not the one that this version makes: {AGAIN}"],
+    ),
+    "functions that everybody may execute": (
+        "GRANT EXECUTE ON FUNCTION close_engine.guard_conversation(), close_engine.follow_decision() TO PUBLIC",
+        [
+            f"Everybody may execute close_engine.{name}(), which only triggers need: "
+            "run close-engine migrate, which makes it again and revokes that."
+            for name in ("guard_conversation", "follow_decision")
+        ],
+    ),
+    "a function that a role may execute": (
+        "GRANT EXECUTE ON FUNCTION close_engine.guard_action() TO pg_monitor",
+        [
+            "The role pg_monitor may execute close_engine.guard_action(), which only triggers need: "
+            "REVOKE EXECUTE ON FUNCTION close_engine.guard_action() FROM pg_monitor."
+        ],
+    ),
+    "who may write the history": (
+        "GRANT INSERT ON close_engine.history TO PUBLIC; GRANT DELETE ON close_engine.transitions TO pg_monitor",
+        [
+            "Everybody may INSERT on close_engine.history, which only the library's triggers and migrations write: "
+            "REVOKE INSERT ON close_engine.history FROM PUBLIC.",
+            "The role pg_monitor may DELETE on close_engine.transitions, which only the library's triggers and "
+            "migrations write: REVOKE DELETE ON close_engine.transitions FROM pg_monitor.",
+        ],
+    ),
+    "the owner of a function": (
+        "ALTER FUNCTION close_engine.moment() OWNER TO pg_monitor",
+        [
+            "The function close_engine.moment() belongs to pg_monitor, and close_engine.history to postgres: "
+            'give them one owner (ALTER FUNCTION close_engine.moment() OWNER TO "postgres"), or '
+            "run close-engine verify --repair as a superuser."
+        ],
+    ),
+    "a sequence that is behind": (
+        "ALTER SEQUENCE close_engine.history_id_seq RESTART",
+        [
+            "The sequence close_engine.history_id_seq is at 0, and close_engine.history has the id 6, so the next row "
+            "cannot be inserted: run close-engine verify --repair, which sets it."
+        ],
+    ),
+    "a sequence that was never used": (
+        "INSERT INTO close_engine.inbox (id, kind, key, lead_id, received_at) VALUES (7, 'text', 'SM1', 'l', now())",
+        [
+            "The sequence close_engine.inbox_id_seq is at 0, and close_engine.inbox has the id 7, so the next row "
+            "cannot be inserted: run close-engine verify --repair, which sets it."
+        ],
+    ),
+    "no sequence": (
+        "ALTER TABLE close_engine.outbox ALTER id DROP IDENTITY",
+        [
+            "The column close_engine.outbox.id has no sequence: add one "
+            '(ALTER TABLE "close_engine"."outbox" ALTER "id" ADD GENERATED BY DEFAULT AS IDENTITY).'
+        ],
+    ),
+    "a partial index where Prisma sees it": (
+        "CREATE INDEX close_engine_pending ON pending_actions (expires_at) WHERE status = 'PENDING'",
+        [
+            "The index close_engine_pending on pending_actions is partial, and some versions of Prisma drop it: "
+            "drop it; close_engine needs none there."
+        ],
+    ),
     "a renamed table of the CRM": (
         'ALTER TABLE leads RENAME TO "Lead"',
         [
@@ -272,38 +389,36 @@ ON_POSTGRESQL = {
     ),
     "a trigger": (
         f"DROP TRIGGER zz_close_engine_guard ON {TABLE}",
-        [
-            f"The trigger zz_close_engine_guard on {TABLE} is missing, so the table is not guarded: "
-            f"{again('0003_guard')}"
-        ],
+        [f"The trigger zz_close_engine_guard on {TABLE} is missing, so the table is not guarded: {AGAIN}"],
     ),
     "a disabled trigger": (
         f"ALTER TABLE {TABLE} DISABLE TRIGGER aa_close_engine_opening",
         [
             f"The trigger aa_close_engine_opening on {TABLE} is disabled, so the table is not guarded: "
-            f"ALTER TABLE {TABLE} ENABLE TRIGGER aa_close_engine_opening."
+            "run close-engine migrate, which enables it."
         ],
     ),
     "a trigger for replicas alone": (
         f"ALTER TABLE {TABLE} ENABLE REPLICA TRIGGER zz_close_engine_deletion",
         [
             f"The trigger zz_close_engine_deletion on {TABLE} is disabled, so the table is not guarded: "
-            f"ALTER TABLE {TABLE} ENABLE TRIGGER zz_close_engine_deletion."
+            "run close-engine migrate, which enables it."
         ],
     ),
     "a trigger that always fires": (f"ALTER TABLE {TABLE} ENABLE ALWAYS TRIGGER zz_close_engine_guard", []),
     "a function with the writer's rights": (
         "ALTER FUNCTION close_engine.guard_conversation() SECURITY INVOKER",
-        [f"The function of the trigger zz_close_engine_guard on {TABLE} {DEFINER}"],
+        [f"The function close_engine.guard_conversation() {DEFINER}"],
     ),
     "a function with the writer's search path": (
         "ALTER FUNCTION close_engine.record_opening() RESET search_path",
-        [f"The function of the trigger aa_close_engine_opening on {TABLE} {DEFINER}"],
+        [f"The function close_engine.record_opening() {DEFINER}"],
     ),
     "a trigger of somebody else's that comes later": (
         f"{LATE}; CREATE TRIGGER zzz BEFORE UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION late()",
         [
-            f"The trigger zzz on {TABLE} fires after zz_close_engine_guard and can still change or drop the row: "
+            f"The trigger zzz on {TABLE} fires after zz_close_engine_guard, so it can still change or drop the row, "
+            "and store a stage that no guard has seen: "
             f"rename it so that it sorts before (ALTER TRIGGER zzz ON {TABLE} RENAME TO …)."
         ],
     ),
@@ -315,7 +430,9 @@ ON_POSTGRESQL = {
         f"SET LOCAL session_replication_role = replica; UPDATE {TABLE} SET stage = 'COMPLETED' WHERE id = 'c2'",
         [
             f"In 1 row of {TABLE} ('c2': COMPLETED instead of BUILDING), the stage differs from the newest row of "
-            f"{{history}}: {PAST_THE_GUARD}; insert the missing row for each."
+            f"{{history}}: {PAST_THE_GUARD}",
+            f"In 1 row of {TABLE} ('c2'), the stage is COMPLETED and completed_at is empty: "
+            "set it, or run close-engine verify --repair, which takes it from the history.",
         ],
     ),
     "an unknown stage": (
@@ -337,18 +454,15 @@ ON_POSTGRESQL = {
     ),
     "a decision that is not in the table": (
         "DELETE FROM {transitions} WHERE trigger = 'expire'",
-        [f"The database refuses expire from PENDING to EXPIRED, which the machine allows: {AGREE}"],
+        [f"The database refuses expire from PENDING to EXPIRED, which the machine allows: {AGAIN}"],
     ),
     "a table from which messages are sent": (
         "DROP TABLE {outbox}",
-        ["The table {outbox} is missing: restore it from a backup."],
+        [f"The table {{outbox}} is missing: restore it from a backup, or {AGAIN[:-1]}, empty."],
     ),
     "the trigger on the actions": (
         "DROP TRIGGER zz_close_engine_guard ON pending_actions",
-        [
-            "The trigger zz_close_engine_guard on pending_actions is missing, so the table is not guarded: "
-            f"{again('0005_decisions')}"
-        ],
+        [f"The trigger zz_close_engine_guard on pending_actions is missing, so the table is not guarded: {AGAIN}"],
     ),
     "a lead that is gone": (
         "SET LOCAL session_replication_role = replica; DELETE FROM leads WHERE id = 'lead_1'",
@@ -391,7 +505,7 @@ def rebuilt(table: str, old: str, new: str) -> Callable[[peewee.Database], None]
 FOREIGN_KEY = "(rep_id) REFERENCES users ON DELETE SET NULL ON UPDATE CASCADE"
 
 ON_SQLITE: dict[str, tuple[Any, list[str]]] = {
-    "the context": ("DROP TABLE {context}", [f"The table {{context}} is missing: {again('0002_history')}"]),
+    "the context": ("DROP TABLE {context}", [f"The table {{context}} is missing: {AGAIN}"]),
     "a column that allows NULL": (
         rebuilt("pending_actions", '"draft_message" TEXT NOT NULL', '"draft_message" TEXT'),
         [
@@ -424,10 +538,7 @@ ON_SQLITE: dict[str, tuple[Any, list[str]]] = {
     **{
         f"the trigger {name}": (
             f"DROP TRIGGER close_engine_{name}",
-            [
-                f"The trigger close_engine_{name} on {TABLE} is missing, so the table is not guarded: "
-                f"{again('0003_guard')}"
-            ],
+            [f"The trigger close_engine_{name} on {TABLE} is missing, so the table is not guarded: {AGAIN}"],
         )
         for name in ("deletion", "guard_id", "guard_insert", "guard_update", "opening", "record", "version")
     },
@@ -517,31 +628,40 @@ def test_everything_is_found_at_once(postgres: peewee.Database) -> None:
     )
 
 
-AGAIN = [
-    what for what, (_, problems) in {**SQLITE, **POSTGRESQL}.items() if any("recreates it" in each for each in problems)
+MENDED = [
+    (what, kind, by)
+    for kind, broken in (("postgresql", POSTGRESQL), ("sqlite", SQLITE))
+    for what, (_, problems) in broken.items()
+    for by, remedies in (("migrate", ["close-engine migrate, which"]), ("repair", ["migrate, which", "--repair"]))
+    if problems and all(any(each in problem for each in remedies) for problem in problems)
+    if not any("drop it, and" in problem for problem in problems)
 ]
 
 
-@pytest.mark.parametrize("what", AGAIN)
-def test_what_is_said_to_be_made_again_is(postgres_url: str, what: str) -> None:
-    url, broken = (postgres_url, POSTGRESQL) if what in POSTGRESQL else ("sqlite:///:memory:", SQLITE)
-    database = close_engine.connect(url)
+@pytest.mark.parametrize(("what", "kind", "by"), MENDED, ids=["-".join(each) for each in MENDED])
+def test_what_is_said_to_be_mended_is(postgres_url: str, what: str, kind: str, by: str) -> None:
+    is_postgresql = kind == "postgresql"
+    change, problems = (POSTGRESQL if is_postgresql else SQLITE)[what]
+    database = close_engine.connect(postgres_url if is_postgresql else "sqlite:///:memory:")
     close_engine.migrate(standalone=True)
     fill()
-    for statement in words(broken[what][0], what in POSTGRESQL).split("; "):
-        database.execute_sql(statement)
-    (problem,) = close_engine.verify()
+    with database.atomic():
+        for statement in [words(change, True)] if is_postgresql else words(change, False).split("; "):
+            database.execute_sql(statement)
+    found = close_engine.verify()
+    assert found == [words(problem, is_postgresql) for problem in problems]
 
-    if "drop it" in problem:
-        database.execute_sql(words("DROP TABLE {deadlines}", what in POSTGRESQL))
-    rows = re.findall(r"the row (\w+)", problem)
-    for row in rows:
-        database.execute_sql(words(f"DELETE FROM {{migrations}} WHERE name = '{row}'", what in POSTGRESQL))
+    if by == "migrate":
+        assert close_engine.migrate() == SCRIPTS
+    else:
+        mended = repair()
+        assert [problem for what in mended for problem in found if problem.startswith(what)] == found
+        assert repair() == []
 
-    assert close_engine.migrate() == rows
     assert close_engine.verify() == []
-    conversation = CloseEngineConversation.get_by_id("c1")
-    assert conversation.send_preview().dest is Stage.PREVIEW_SENT
+    assert close_engine.migrate() == []
+    conversation = close_engine.open_conversation(Lead.create(phone="+1557"), EntryPoint.SMS_REPLY)
+    assert bring_to(conversation, Stage.COMPLETED).stage is Stage.COMPLETED
     database.close()
 
 
@@ -563,7 +683,7 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
         "table pending_actions",
         f"table {f'{schema}.' if schema else ''}{history}",
         "helper tables",
-        f"triggers on {TABLE} by 0003_guard",
+        f"triggers on {TABLE}",
         "allowed stage changes",
         "back-references",
         "history",
@@ -572,25 +692,23 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
     } <= set(subjects)
 
 
-def test_every_trigger_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
-    tables = [TABLE, "pending_actions"]
-    there = {(table, name) for table in tables for name in current().dialect.catalog(database).triggers(table)}
+def test_every_trigger_and_function_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
+    catalog = current().dialect.catalog(database)
+    there = {(table, name) for table in (TABLE, "pending_actions") for name in catalog.triggers(table)}
 
-    assert {(guard.table, name) for guard in guards() for name in guard.triggers} == there
-    assert [(guard.table, guard.migration) for guard in guards()] == [
-        (TABLE, "0003_guard"),
-        ("pending_actions", "0005_decisions"),
-        (TABLE, "0005_decisions"),
-    ]
-    assert len(there) == (10 if isinstance(database, peewee.PostgresqlDatabase) else 20)
+    assert {(trigger.table, trigger.name) for trigger in scripts.triggers()} == there
+    assert {function.name for function in scripts.functions()} == set(catalog.functions())
+    assert len(there) > 7
+    if isinstance(database, peewee.PostgresqlDatabase):
+        assert len(catalog.functions()) > 6
 
 
 def test_a_database_without_anything_has_one_problem_and_stays_empty(empty_url: str) -> None:
     before = everything(empty_url)
     database = close_engine.connect(empty_url)
 
-    sentence = "The database is not migrated: run close-engine migrate, or close_engine.migrate()."
-    assert checks() == [Check("migrations", [sentence])]
+    problem = Problem("The database is not migrated", "run close-engine migrate, or close_engine.migrate()")
+    assert checks() == [Check("migrations", [problem])]
     assert everything(empty_url) == before
     database.close()
 
@@ -616,6 +734,12 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
             f"GRANT USAGE ON SCHEMA close_engine TO {reader}",
             f"GRANT SELECT ON ALL TABLES IN SCHEMA close_engine, public TO {reader}",
         )
+        assert close_engine.verify() == [
+            f"This role may not read the sequence close_engine.{table}_id_seq, so it is not checked: "
+            f"have its owner GRANT SELECT ON SEQUENCE close_engine.{table}_id_seq."
+            for table in ("history", "outbox", "inbox")
+        ]
+        execute(postgres_url, f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA close_engine TO {reader}")
         assert close_engine.verify() == []
         assert close_engine.migrate() == []
         assert [each.known for each in status()] == [True] * len(list(directory().glob("[0-9]*.py")))

@@ -25,7 +25,7 @@ from close_engine.database import url as urls
 from close_engine.database.binding import current
 from close_engine.database.url import DEFAULT_URL, without_password
 from close_engine.errors import CloseEngineError, ConfigurationError, SchemaError, first_line, one_line
-from close_engine.schema.migrations import pending
+from close_engine.schema.scripts import pending
 from close_engine.version import __version__
 
 __all__ = [

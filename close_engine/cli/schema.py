@@ -1,4 +1,4 @@
-"""The schema: migrate, downgrade, list the migrations, verify the database."""
+"""The schema: migrate, downgrade, list the migrations, verify the database and repair it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from close_engine import schema
 from close_engine.cli.app import command, in_seconds, open_database
 from close_engine.cli.terminal import console, table
-from close_engine.errors import CloseEngineError, SchemaError
+from close_engine.errors import CloseEngineError, ConfigurationError, SchemaError
 from close_engine.schema.migrations import LOCK_TIMEOUT
 
 LockTimeout = Annotated[timedelta, in_seconds("How long to wait if another process is migrating.", 300)]
@@ -31,17 +31,33 @@ def migrate(
     sql: Annotated[
         bool, typer.Option("--sql", help="Print the statements as a script to run in one go, and change nothing.")
     ] = False,
+    whole: Annotated[
+        bool, typer.Option("--all", help="With --sql, also print the migrations that were applied already.")
+    ] = False,
     lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
-    """Apply the pending migrations: all of them or none. Many machines can run this at once."""
+    """Apply the pending migrations: all of them or none. Many machines can run this at once.
+
+    If something is gone that an applied migration had made, apply all of them again. No row is lost.
+    """
+    if whole and not sql:
+        raise ConfigurationError("--all says what to print, so it needs --sql.")
     if sql:
         open_database(context, missing="pretend" if standalone else "refuse")
-        statements = schema.migration_sql(standalone=standalone, lock_timeout=lock_timeout)
+        statements = schema.migration_sql(standalone=standalone, whole=whole, lock_timeout=lock_timeout)
         print(";\n\n".join(["BEGIN", *statements, "COMMIT"]) + ";" if statements else "-- Nothing is pending.")
         return
     open_database(context, missing="make" if standalone else "refuse")
+    before = {migration.name for migration in schema.status() if migration.applied_at}
     applied = schema.migrate(standalone=standalone, lock_timeout=lock_timeout)
-    print("\n".join(f"Applied {name}." for name in applied) or "Nothing to do: every migration is applied.")
+    for name in applied:
+        print(
+            f"Applied {name} again, because something that it had made was gone."
+            if name in before
+            else f"Applied {name}."
+        )
+    if not applied:
+        print("Nothing to do: every migration is applied, and what they made is there.")
 
 
 @command()
@@ -89,12 +105,20 @@ def status(context: typer.Context) -> None:
 
 
 @command()
-def verify(context: typer.Context) -> None:
+def verify(
+    context: typer.Context,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First mend what can be mended without losing data, and say what it was.")
+    ] = False,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
+) -> None:
     """Check the whole database: exit with status 0, or list what is wrong and exit with status 1."""
     open_database(context)
+    for mended in schema.repair(lock_timeout=lock_timeout) if repair else ():
+        print(f"mended {mended}.")
     checks = schema.checks()
     for check in checks:
-        print(f"{'WRONG' if check.problems else 'ok':5}  {check.subject}")
+        print(f"{'WRONG' if check.problems else 'ok':6} {check.subject}")
         for problem in check.problems:
             print(f"       - {problem}")
     count = sum(len(check.problems) for check in checks)

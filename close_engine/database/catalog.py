@@ -16,7 +16,7 @@ from typing import Any
 
 import peewee
 
-__all__ = ["Catalog", "Column", "ForeignKey", "Index", "Trigger"]
+__all__ = ["Catalog", "Column", "ForeignKey", "Function", "Index", "Trigger"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,31 @@ class Trigger:
     """A trigger.
 
     Attributes:
+        statement: str, what creates it, in the form that `Catalog.printed_trigger` returns.
         enabled: bool, whether it fires for an ordinary writer.
         rewrites: bool, whether it can change a row before it is written, after another trigger checked it.
-        protected: bool, whether it works regardless of the writer's rights and settings.
     """
 
+    statement: str
     enabled: bool = True
     rewrites: bool = False
-    protected: bool = True
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of the library.
+
+    Attributes:
+        body: str, its text as stored.
+        protected: bool, whether it works regardless of the writer's rights and settings.
+        owner: str, the role it belongs to.
+        executors: tuple of str, the other roles that may execute it; `PUBLIC` is everybody.
+    """
+
+    body: str
+    protected: bool
+    owner: str
+    executors: tuple[str, ...]
 
 
 class Catalog:
@@ -113,6 +130,47 @@ class Catalog:
     def triggers(self, table: str) -> dict[str, Trigger]:
         """Return the triggers of a table that Prisma sees, by name, in the order in which they fire."""
         raise NotImplementedError
+
+    def printed_trigger(self, statement: str) -> str:
+        """Convert a CREATE TRIGGER statement to a form in which what was written equals what the database prints."""
+        raise NotImplementedError
+
+    # The rest is about schemas, functions, roles and sequences, which only PostgreSQL has.
+
+    def schema(self) -> str:
+        """Return the quoted name of the schema in which the CRM's tables are."""
+        return ""
+
+    def guarded_schemas(self) -> list[str]:
+        """Return the schemas that have tables with the library's triggers."""
+        return []
+
+    def functions(self) -> dict[str, Function]:
+        """Return the functions of the library by name."""
+        return {}
+
+    def owners(self) -> list[tuple[str, str, str]]:
+        """Return each table and function of the library as (TABLE or FUNCTION, name, owner)."""
+        return []
+
+    def missing_rights(self) -> list[tuple[str, str, str]]:
+        """Return what the library's functions may not do and must: their owner, a right, and the table."""
+        return []
+
+    def forgers(self) -> list[tuple[str, str, str]]:
+        """Return who may write what only the triggers write: the role, a right, and the table."""
+        return []
+
+    def hidden_rows(self) -> list[tuple[str, str]]:
+        """Return the tables of which row-level security hides rows from the library's functions, and their owner."""
+        return []
+
+    def sequence(self, table: str, column: str) -> tuple[str | None, int | None]:
+        """Return the sequence of a column in one of the library's tables, and its last value.
+
+        Without a sequence, both are None; without the right to read it, the value is.
+        """
+        return None, None
 
     def expected(self, field: Any) -> Column:
         """Return the column that a model's field needs, in the form in which this database prints it."""

@@ -38,6 +38,10 @@ class Dialect:
         """Translate a statement for this database: `%s` is a value, `{history}` a table of the library."""
         raise NotImplementedError
 
+    def escaped(self, text: str) -> str:
+        """Escape text that goes into a statement as it is, such as a quoted name, from the driver's placeholders."""
+        return text
+
     def function(self, name: str, *arguments: Any) -> peewee.Function:
         """Call one of the database's own functions in a Peewee query."""
         # Peewee decides by the plain name whether to convert the result like a value of the column.
@@ -127,8 +131,8 @@ class Dialect:
         """
         raise NotImplementedError
 
-    def create_schema(self, database: peewee.Database) -> None:
-        """Create the schema of the library's tables, if there is none."""
+    #: The statement that creates the schema of the library's tables if there is none, or nothing.
+    schema_sql = ""
 
     def drop_schema(self, database: peewee.Database) -> None:
-        """Drop that schema if `create_schema` created it."""
+        """Drop that schema if `schema_sql` created it."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +14,7 @@ from typing import Any
 
 import peewee
 
-from close_engine.database.catalog import Catalog, Column, ForeignKey, Index, Trigger
+from close_engine.database.catalog import Catalog, Column, ForeignKey, Function, Index, Trigger
 from close_engine.database.dialect import Dialect
 from close_engine.database.provenance import Provenance, Write
 from close_engine.errors import SchemaError
@@ -36,6 +37,25 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _LONGEST_WAIT = 2**31 - 1
 
 _ACTIONS = {"a": "NO ACTION", "c": "CASCADE", "d": "SET DEFAULT", "n": "SET NULL", "r": "RESTRICT"}
+
+
+#: The roles whose rights the library's functions have, and the tables that they read and write.
+_FUNCTION_OWNERS_AND_TABLES = """
+    WITH owners AS (
+        SELECT DISTINCT p.proowner AS id, pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(p.proowner)::text) AS name
+        FROM pg_catalog.pg_proc p
+        JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'close_engine'
+        WHERE p.prosecdef
+    ), tables AS (
+        SELECT c.oid AS id, n.nspname = 'close_engine' AS is_ours,
+            pg_catalog.quote_ident(n.nspname::text) || '.' || c.relname AS name
+        FROM pg_catalog.pg_class c
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = 'close_engine' AND c.relname IN ('deadlines', 'history', 'outbox', 'transitions')
+            OR n.nspname = pg_catalog.current_schema()
+                AND c.relname IN ('close_engine_conversations', 'pending_actions')
+    )
+"""
 
 
 class PostgresCatalog(Catalog):
@@ -99,18 +119,148 @@ class PostgresCatalog(Catalog):
     def triggers(self, table: str) -> dict[str, Trigger]:
         rows = self.database.execute_sql(
             """
-            SELECT t.tgname, t.tgenabled IN ('O', 'A'),
-                t.tgtype & 1 > 0 AND t.tgtype & 2 > 0 AND t.tgtype & (4 | 16) > 0, -- each row, before, insert or update
-                p.prosecdef AND 'search_path=pg_catalog, pg_temp' = ANY (p.proconfig)
+            SELECT t.tgname, pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled IN ('O', 'A'),
+                t.tgtype & 1 > 0 AND t.tgtype & 2 > 0 AND t.tgtype & (4 | 16) > 0 -- each row, before, insert or update
             FROM pg_catalog.pg_trigger t
             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
-            JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
             WHERE c.relname = %s AND NOT t.tgisinternal ORDER BY t.tgname
             """,
             (table,),
         ).fetchall()
-        return {name: Trigger(enabled, rewrites, bool(protected)) for name, enabled, rewrites, protected in rows}
+        return {
+            name: Trigger(self.printed_trigger(statement), enabled, rewrites)
+            for name, statement, enabled, rewrites in rows
+        }
+
+    def printed_trigger(self, statement: str) -> str:
+        # PostgreSQL prints the events in an order of its own, a condition with more parentheses and casts than anybody
+        # writes, OLD and NEW in lower case, and IN as = ANY (ARRAY[…]).
+        statement = statement.replace("CREATE OR REPLACE ", "CREATE ", 1)
+        statement = re.sub(r"::\w+|[()\[\]\s]+", " ", statement)
+        statement = re.sub(r"\b(OLD|NEW)[.]", lambda found: found[0].lower(), statement)
+        statement = re.sub(
+            r"(?<=BEFORE |.AFTER )[A-Z ]+(?= ON )",
+            lambda events: " OR ".join(sorted(events[0].split(" OR "))),
+            statement,
+        )
+        statement = re.sub(r"\s+(?=,)|(?<=\s)\s+", "", statement).strip()
+        return statement.replace(" = ANY ARRAY ", " IN ")
+
+    def schema(self) -> str:
+        ((schema,),) = self._rows("SELECT pg_catalog.quote_ident(pg_catalog.current_schema()::text)")
+        return str(schema)
+
+    def guarded_schemas(self) -> list[str]:
+        rows = self._rows(
+            """
+            SELECT DISTINCT n.nspname::text FROM pg_catalog.pg_trigger t
+            JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+            JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace AND f.nspname = 'close_engine'
+            JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid AND c.relname = 'close_engine_conversations'
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+            ORDER BY 1
+            """
+        )
+        return [name for (name,) in rows]
+
+    def functions(self) -> dict[str, Function]:
+        rows = self._rows(
+            """
+            SELECT p.proname, p.prosrc,
+                p.prosecdef AND 'search_path=pg_catalog, pg_temp' = ANY (p.proconfig),
+                pg_catalog.pg_get_userbyid(p.proowner)::text,
+                ARRAY(
+                    SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.pg_get_userbyid(a.grantee)::text END
+                    FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
+                    WHERE a.grantee <> p.proowner ORDER BY 1
+                )
+            FROM pg_catalog.pg_proc p
+            JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'close_engine'
+            ORDER BY 1
+            """
+        )
+        return {
+            name: Function(body, bool(protected), owner, tuple(executors))
+            for name, body, protected, owner, executors in rows
+        }
+
+    def owners(self) -> list[tuple[str, str, str]]:
+        return self._rows(
+            """
+            SELECT 'FUNCTION', n.nspname || '.' || p.proname || '()', pg_catalog.pg_get_userbyid(p.proowner)::text
+            FROM pg_catalog.pg_proc p
+            JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'close_engine'
+            UNION ALL
+            SELECT 'TABLE', n.nspname || '.' || c.relname, pg_catalog.pg_get_userbyid(c.relowner)::text
+            FROM pg_catalog.pg_class c
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'close_engine'
+            WHERE c.relkind IN ('r', 'p')
+            ORDER BY 1, 2
+            """
+        )
+
+    def missing_rights(self) -> list[tuple[str, str, str]]:
+        return self._rows(
+            f"""
+            {_FUNCTION_OWNERS_AND_TABLES}
+            SELECT o.name, r.name, t.name
+            FROM owners o CROSS JOIN tables t
+            CROSS JOIN (VALUES ('SELECT', false), ('UPDATE', false), ('INSERT', true), ('DELETE', true))
+                AS r (name, is_for_ours)
+            WHERE (t.is_ours OR NOT r.is_for_ours)
+                AND NOT pg_catalog.has_table_privilege(o.id, t.id, r.name)
+            ORDER BY 1, 3, 2
+            """
+        )
+
+    def forgers(self) -> list[tuple[str, str, str]]:
+        return self._rows(
+            """
+            SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC'
+                    ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)::text) END,
+                a.privilege_type, 'close_engine.' || c.relname
+            FROM pg_catalog.pg_class c
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'close_engine'
+            CROSS JOIN pg_catalog.aclexplode(c.relacl) a
+            WHERE c.relname IN ('created', 'history', 'migrations', 'transitions') AND a.grantee <> c.relowner
+                AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
+            ORDER BY 3, 1, 2
+            """
+        )
+
+    def hidden_rows(self) -> list[tuple[str, str]]:
+        return self._rows(
+            f"""
+            {_FUNCTION_OWNERS_AND_TABLES}
+            SELECT t.name, o.name
+            FROM owners o CROSS JOIN tables t
+            JOIN pg_catalog.pg_class c ON c.oid = t.id AND c.relrowsecurity
+            JOIN pg_catalog.pg_roles r ON r.oid = o.id AND NOT r.rolsuper AND NOT r.rolbypassrls
+            WHERE (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(o.id, c.relowner, 'USAGE'))
+                AND NOT EXISTS (
+                    SELECT FROM pg_catalog.pg_policy p
+                    WHERE p.polrelid = t.id AND p.polpermissive AND p.polcmd = '*'
+                        AND pg_catalog.pg_get_expr(p.polqual, p.polrelid) = 'true'
+                        AND (0 = ANY (p.polroles) OR o.id = ANY (p.polroles))
+                )
+            ORDER BY 1, 2
+            """
+        )
+
+    def sequence(self, table: str, column: str) -> tuple[str | None, int | None]:
+        ((name, last),) = self._rows(
+            """
+            SELECT s.name, CASE WHEN pg_catalog.has_sequence_privilege(s.name, 'USAGE, SELECT')
+                THEN coalesce(pg_catalog.pg_sequence_last_value(s.name::pg_catalog.regclass), 0) END
+            FROM (SELECT pg_catalog.pg_get_serial_sequence('close_engine.' || %s, %s) AS name) s
+            """,
+            (table, column),
+        )
+        return name, last
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        return list(self.database.execute_sql(query, values).fetchall())
 
     def printed(self, ddl_type: str, required: bool, default: str | None) -> Column:
         type_ = _PRINTED.get(ddl_type, ddl_type.lower().replace("varchar", "character varying"))
@@ -141,6 +291,9 @@ class Postgres(Dialect):
 
     def sql(self, text: str) -> str:
         return text.replace("{", "close_engine.").replace("}", "")
+
+    def escaped(self, text: str) -> str:
+        return text.replace("%", "%%")
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
         # Setting the context is part of the WHERE clause, so it needs no round trip of its own:
@@ -216,12 +369,13 @@ class Postgres(Dialect):
                 raise
             raise SchemaError(_lock_timeout_sentence(database, timeout)) from error
 
-    def create_schema(self, database: peewee.Database) -> None:
-        # CREATE SCHEMA IF NOT EXISTS needs the right to create schemas even if the schema exists: look first.
-        found = database.execute_sql("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine'")
-        if not found.fetchall():
-            database.execute_sql("CREATE SCHEMA close_engine")
-            database.execute_sql(f"COMMENT ON SCHEMA close_engine IS '{_MADE_HERE}'")
+    # CREATE SCHEMA IF NOT EXISTS needs the right to create schemas even if the schema exists: look first.
+    schema_sql = f"""DO $body$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = 'close_engine') THEN
+        CREATE SCHEMA close_engine;
+        COMMENT ON SCHEMA close_engine IS '{_MADE_HERE}';
+    END IF;
+END $body$"""
 
     def drop_schema(self, database: peewee.Database) -> None:
         found = database.execute_sql(

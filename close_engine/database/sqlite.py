@@ -44,9 +44,12 @@ class SqliteCatalog(Catalog):
 
     def triggers(self, table: str) -> dict[str, Trigger]:
         rows = self.database.execute_sql(
-            "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
         ).fetchall()
-        return {name: Trigger() for (name,) in rows}
+        return {name: Trigger(self.printed_trigger(sql)) for name, sql in rows}
+
+    def printed_trigger(self, statement: str) -> str:
+        return statement
 
 
 class Sqlite(Dialect):

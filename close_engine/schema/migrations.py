@@ -1,10 +1,9 @@
-"""Migrate, downgrade, and list the migrations.
+"""Migrate, downgrade and repair.
 
     close_engine.connect("postgresql://…")
     close_engine.migrate()           # all or nothing; many workers may call it at once
 
-`playhouse.migrations` runs the scripts in `migrations/`. The log of what ran is `close_engine.migrations` on PostgreSQL
-and `close_engine_migrations` on SQLite.
+The log of migrations is not believed without looking: what it promises and the database lacks is made again.
 
 >>> from close_engine.database.url import connect
 >>> database = connect("sqlite:///:memory:")
@@ -19,52 +18,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from threading import get_ident
 from typing import Any
 
 import peewee
-from playhouse.migrations import MigrationError, Runner
+from playhouse.migrations import MigrationError
 
 from close_engine.database.binding import Binding, current
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue, SchemaError, first_line
 from close_engine.models import BaseModel
+from close_engine.schema.checks import checks, lost, other_crm
+from close_engine.schema.problems import Problem
+from close_engine.schema.scripts import pending, runner
+from close_engine.schema.structure import CRM_COLUMNS
 
-__all__ = ["LOCK_TIMEOUT", "MigrationStatus", "migrate", "migration_sql", "downgrade", "status"]
+__all__ = ["LOCK_TIMEOUT", "downgrade", "migrate", "migration_sql", "repair", "rows_at_stake"]
 
 #: How long a process waits for another one that migrates.
 LOCK_TIMEOUT = timedelta(minutes=5)
 
 
-@dataclass(frozen=True)
-class MigrationStatus:
-    """One migration.
-
-    Attributes:
-        name: str, the script's name.
-        applied_at: datetime, when it was applied, in the local time of the machine that applied it; None if pending.
-        known: bool, False if the database has it but this version of the library does not.
-    """
-
-    name: str
-    applied_at: datetime | None
-    known: bool
-
-
-def directory() -> Path:
-    """Return where the migration scripts are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    installed = package / "migrations"
-    return installed if installed.is_dir() else package.parent / "migrations"
-
-
 def migrate(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
     """Apply every pending migration to the bound database, in one transaction.
 
-    Many processes may call it at once: one migrates, the others wait and then find nothing to do.
+    Many processes may call it at once: one migrates, the others wait and then find nothing to do. If something is gone
+    that an applied migration had made, all migrations are applied again, which makes it whole and keeps every row. That
+    happens after `prisma migrate reset`, for example.
 
     Args:
         standalone: bool, first create minimal leads, users and clients tables if they are missing; for a database
@@ -75,28 +56,64 @@ def migrate(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT)
         list of str, the names of the migrations that were applied.
 
     Raises:
-        SchemaError: the CRM's tables are missing, an existing table does not match, the database refused a statement
-            (for example, because the role may not create tables), or another process held the migration lock for too
-            long. Nothing was changed.
+        SchemaError: the CRM's tables are missing, an existing table does not match, the database serves another CRM,
+            the database refused a statement (for example, because the role may not create tables), or another process
+            held the migration lock for too long. Nothing was changed.
         InvalidValue: the lock_timeout is not greater than zero.
     """
     binding = current()
     _check_timeout(lock_timeout)
-    if not standalone and not pending():
+    _refuse_second_crm()
+    if not standalone and not pending() and not lost():
         return []
     with _migration_lock(binding, lock_timeout):
         return _apply(binding, standalone)
 
 
-def migration_sql(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
+def repair(*, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
+    """Mend what `verify` finds, as far as no data is lost, in one transaction.
+
+    Migrations are applied again, which makes what is missing. Sequences, rights, stamps and the history of
+    conversations that were changed past the guard are set right. Whatever needs a decision stays.
+
+    Args:
+        lock_timeout: timedelta, as for `migrate`.
+
+    Returns:
+        list of str, what was wrong and is no longer.
+
+    Raises:
+        SchemaError, InvalidValue: as for `migrate`.
+    """
+    binding = current()
+    with _migration_lock(binding, lock_timeout):
+        before = _problems()
+        for problem in before:
+            if problem.mend:
+                binding.database.execute_sql(binding.dialect.escaped(problem.mend))
+        if pending() or any(problem.again for problem in before):
+            _apply(binding, standalone=False, again=True)
+        left = {problem.what for problem in _problems()}
+    return [problem.what for problem in before if problem.what not in left]
+
+
+def _problems() -> list[Problem]:
+    return [problem for check in checks() for problem in check.problems]
+
+
+def migration_sql(
+    *, standalone: bool = False, whole: bool = False, lock_timeout: timedelta = LOCK_TIMEOUT
+) -> list[str]:
     """Return the statements that `migrate` would run now: run them, record them, and roll them back.
 
     Args:
         standalone, lock_timeout: as for `migrate`.
+        whole: bool, also the migrations that were applied already. On a database in which Prisma has made the tables
+            that it declares, the result is a script for every database in which it has made them.
 
     Returns:
         list of str, SQL with the values filled in: a script to run in one transaction. It also writes the log of
-            migrations.
+            migrations. It can run again, on the same database or after `prisma migrate reset`.
 
     Raises:
         SchemaError, InvalidValue: as for `migrate`.
@@ -114,11 +131,14 @@ def migration_sql(*, standalone: bool = False, lock_timeout: timedelta = LOCK_TI
     with _migration_lock(binding, lock_timeout) as transaction:
         binding.database.query_hooks.append(record)
         try:
-            _apply(binding, standalone)
+            applied = _apply(binding, standalone, whole)
         finally:
             binding.database.query_hooks.remove(record)
         transaction.rollback()
-    return statements
+    schema = binding.dialect.schema_sql
+    if not applied or not schema:
+        return statements
+    return [schema, *(statement for statement in statements if statement != schema)]
 
 
 def downgrade(target: str | None = None, *, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
@@ -149,31 +169,13 @@ def downgrade(target: str | None = None, *, lock_timeout: timedelta = LOCK_TIMEO
 
 
 def _undo(binding: Binding, target: str | None) -> list[str]:
-    runner = _runner(binding)
-    reverted: list[str] = runner.down(target)
-    if reverted and not runner.applied():
+    scripts = runner(binding)
+    reverted: list[str] = scripts.down(target)
+    if reverted and not scripts.applied():
         # Only the library's log is left.
-        runner.History.drop_table()
+        scripts.History.drop_table()
         binding.dialect.drop_schema(binding.database)
     return reverted
-
-
-def status() -> list[MigrationStatus]:
-    """List every migration, applied or pending, in order.
-
-    Returns:
-        list of MigrationStatus.
-
-    Raises:
-        SchemaError: the role may not read the log of migrations.
-    """
-    try:
-        return [MigrationStatus(m.name, m.applied, m.path is not None) for m in _runner(current()).status()]
-    except peewee.ProgrammingError as error:
-        raise SchemaError(
-            f"Database error: {first_line(error)}. To read which migrations were applied, this role needs USAGE "
-            "on the schema close_engine and SELECT on its tables: ask their owner to grant both."
-        ) from error
 
 
 def rows_at_stake(target: str | None = None, *, lock_timeout: timedelta = LOCK_TIMEOUT) -> dict[str, int]:
@@ -199,44 +201,22 @@ def rows_at_stake(target: str | None = None, *, lock_timeout: timedelta = LOCK_T
 
 
 def _filled_rows() -> dict[str, int]:
-    """Count the rows with data, for each of the library's tables and each column added to a CRM's table."""
+    """Count the rows with data, for each table of the library's and each column that it adds to a CRM's table."""
     binding = current()
     catalog = binding.dialect.catalog(binding.database)
-    schema, record = binding.dialect.own_table("created")
-    if not catalog.columns(record, schema):
-        return {}
-    created = set(binding.execute("SELECT * FROM {created}").fetchall())
     counted = {}
     for model in BaseModel.__subclasses__():
         meta = model._meta
-        if not catalog.columns(meta.table_name, meta.schema):
+        columns = catalog.columns(meta.table_name, meta.schema)
+        name = ".".join(filter(None, (meta.schema, meta.table_name)))
+        if model not in CRM_COLUMNS:
+            counted[name] = binding.count(model.select()) if columns else 0
             continue
-        if hasattr(meta, "own_table") or (meta.table_name, "") in created:
-            counted[".".join(filter(None, (meta.schema, meta.table_name)))] = binding.count(model.select())
         for field in meta.sorted_fields:
-            if (meta.table_name, field.column_name) in created:
+            if field.column_name in columns and field.column_name not in CRM_COLUMNS[model]:
                 filled = field.is_null(False) if field.default is None else field != field.default
-                counted[f"{meta.table_name}.{field.column_name}"] = binding.count(model.select().where(filled))
+                counted[f"{name}.{field.column_name}"] = binding.count(model.select().where(filled))
     return {name: count for name, count in counted.items() if count}
-
-
-class _Runner(Runner):  # type: ignore[misc]
-    """Peewee's runner, but reading the dialect's catalog: Peewee's own queries do not name the schema of functions."""
-
-    def applied(self) -> dict[str, datetime]:
-        if not current().dialect.catalog(self.database).columns(self.table_name, self.schema):
-            return {}
-        return {row.name: row.applied for row in self.History.select()}
-
-
-def _runner(binding: Binding) -> Any:
-    schema, table = binding.dialect.own_table("migrations")
-    return _Runner(binding.database, str(directory()), table_name=table, schema=schema)
-
-
-def pending() -> list[str]:
-    """Return the names of the migrations that are not applied yet. Raises what `status` raises."""
-    return [migration.name for migration in status() if migration.applied_at is None]
 
 
 def _check_timeout(lock_timeout: timedelta) -> None:
@@ -251,16 +231,29 @@ def _migration_lock(binding: Binding, lock_timeout: timedelta) -> Iterator[atomi
     # An error at the commit is not turned into a SchemaError: then nobody knows whether anything was changed.
     with binding.dialect.limit_wait(binding.database, lock_timeout), atomic() as transaction, _schema_errors():
         binding.dialect.lock_migrations(binding.database, lock_timeout)
+        _refuse_second_crm()
         yield transaction
 
 
-def _apply(binding: Binding, standalone: bool) -> list[str]:
+def _refuse_second_crm() -> None:
+    if problem := other_crm():
+        raise SchemaError(f"Nothing was changed. {problem}")
+
+
+def _apply(binding: Binding, standalone: bool, again: bool = False) -> list[str]:
+    """Apply the pending migrations; then all of them `again`, also if something is gone that they had made."""
     if standalone:
         _create_crm_tables(binding)
-    if not pending():
-        return []
-    binding.dialect.create_schema(binding.database)
-    applied: list[str] = _runner(binding).up()
+    applied: list[str] = []
+    if pending():
+        if binding.dialect.schema_sql:
+            binding.database.execute_sql(binding.dialect.schema_sql)
+        applied = runner(binding).up()
+    if not again and not lost():
+        return applied
+    applied = runner(binding, again=True).up()
+    if left := lost():
+        raise SchemaError("Nothing was changed: some things could not be made again.", list(map(str, left)))
     return applied
 
 

@@ -1,0 +1,236 @@
+"""Check what is in the database: words, references, history, stamps, deadlines; and who may do what in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import peewee
+
+from close_engine import approvals, inbox  # noqa: F401 - defines more models to check
+from close_engine.conversations import CloseEngineConversation
+from close_engine.database.binding import current
+from close_engine.database.catalog import Catalog
+from close_engine.database.fields import EnumField
+from close_engine.machine import TRIGGERS, Stamp
+from close_engine.models import BaseModel, Lead, StageChange, User
+from close_engine.schema.problems import (
+    REPAIR,
+    Check,
+    Problem,
+    current_catalog,
+    fetch,
+    identifier,
+    key_column,
+    literal,
+    own_columns,
+    rows_of,
+    table_name,
+)
+
+__all__ = ["contents"]
+
+_BACK_REFERENCES = ((Lead, "close_conversation"), (User, "close_engine_conversations"))
+
+
+def contents() -> list[Check]:
+    catalog = current_catalog()
+    models = BaseModel.__subclasses__()
+    readable = {model for model in models if not _missing_columns(catalog, model)}
+    made = []
+    if catalog.exact:
+        made.append(Check("rights", list(_rights_problems(catalog))))
+        made.append(Check("sequences", list(_sequence_problems(catalog, readable))))
+    made += [
+        Check(f"enum values in {table_name(model)}", list(_unknown_words(model)))
+        for model in models
+        if model in readable
+    ]
+    if {Lead, User, CloseEngineConversation} <= readable:
+        made.append(Check("back-references", list(_reference_problems())))
+    if {StageChange, CloseEngineConversation} <= readable:
+        made.append(Check("history", list(_history_problems())))
+        made.append(Check("stamps", list(_stamp_problems())))
+    if {CloseEngineConversation, approvals.PendingAction} <= readable and own_columns("deadlines"):
+        made.append(Check("deadlines", list(_deadline_problems())))
+    return made
+
+
+def _missing_columns(catalog: Catalog, model: type[BaseModel]) -> list[Any]:
+    found = catalog.columns(model._meta.table_name, model._meta.schema)
+    return [field for field in model._meta.sorted_fields if field.column_name not in found]
+
+
+def _rights_problems(catalog: Catalog) -> Iterator[Problem]:
+    owners = catalog.owners()
+    keeper = next((owner for _, name, owner in owners if name == "close_engine.history"), None)
+    for kind, name, owner in owners:
+        if keeper is not None and owner != keeper:
+            give = f"ALTER {kind} {name} OWNER TO {identifier(keeper)}"
+            yield Problem(
+                f"The {kind.lower()} {name} belongs to {owner}, and close_engine.history to {keeper}",
+                f"give them one owner ({give}), or {REPAIR} as a superuser",
+                mend=give,
+            )
+    for owner, right, table in catalog.missing_rights():
+        grant = f"GRANT {right} ON {table} TO {owner}"
+        yield Problem(
+            f"The functions of close_engine run with the rights of {owner}, who lacks {right} on {table}",
+            f"grant it ({grant}), or {REPAIR} as the table's owner",
+            mend=grant,
+        )
+    for role, right, table in catalog.forgers():
+        yield Problem(
+            f"{'Everybody' if role == 'PUBLIC' else f'The role {role}'} may {right} on {table}, which only the "
+            "library's triggers and migrations write",
+            f"REVOKE {right} ON {table} FROM {role}",
+        )
+    for table, owner in catalog.hidden_rows():
+        yield Problem(
+            f"Row-level security hides rows of {table} from the functions of close_engine, which run with the rights "
+            f"of {owner}",
+            f"give that role BYPASSRLS, or a policy (CREATE POLICY close_engine ON {table} TO {owner} USING (true))",
+        )
+
+
+def _sequence_problems(catalog: Catalog, readable: set[type[BaseModel]]) -> Iterator[Problem]:
+    for model in (model for model in BaseModel.__subclasses__() if model in readable):
+        key = model._meta.primary_key
+        if not isinstance(key, peewee.AutoField):
+            continue
+        sequence, last = catalog.sequence(model._meta.table_name, key.column_name)
+        if sequence is None:
+            continue
+        if last is None:
+            yield Problem(
+                f"This role may not read the sequence {sequence}, so it is not checked",
+                f"have its owner GRANT SELECT ON SEQUENCE {sequence}",
+            )
+            continue
+        ((newest,),) = fetch(f'SELECT pg_catalog.max("{key.column_name}") FROM <table>', model=model)
+        if (newest or 0) > last:
+            yield Problem(
+                f"The sequence {sequence} is at {last}, and {table_name(model)} has the id {newest}, so the next row "
+                "cannot be inserted",
+                f"{REPAIR}, which sets it",
+                mend=f"SELECT pg_catalog.setval({literal(sequence)}::pg_catalog.regclass, {newest})",
+            )
+
+
+def _unknown_words(model: type[BaseModel]) -> Iterator[Problem]:
+    for field in model._meta.sorted_fields:
+        if isinstance(field, EnumField):
+            words = [str(word.value) for word in field.words]
+            marks = ", ".join(["%s"] * len(words))
+            builtin = current().dialect.builtin
+            # Plain SQL, because the field refuses to load an unknown value.
+            strange = fetch(
+                f'SELECT "{field.column_name}", {builtin}count(*), {builtin}min("{key_column(model)}") FROM <table> '
+                f'WHERE "{field.column_name}" NOT IN ({marks}) GROUP BY 1 ORDER BY 1',
+                words,
+                model,
+            )
+            for word, count, example in strange:
+                yield Problem(
+                    f"In {rows_of(model, count, repr(example))}, {field.column_name} has the unknown value {word!r}",
+                    f"change it to one of {', '.join(words)}",
+                )
+
+
+def _reference_problems() -> Iterator[Problem]:
+    for model, name in _BACK_REFERENCES:
+        if name not in {key.backref for key in model._meta.backrefs}:
+            yield Problem(
+                f"The model {model.__name__} has no back-reference {name}", "import close_engine, not a part of it"
+            )
+    for key in CloseEngineConversation._meta.refs:
+        column, target = key.column_name, key.rel_model._meta.table_name
+        dangling = fetch(
+            f"SELECT {current().dialect.builtin}count(*) OVER (), c.id, c.{column} FROM close_engine_conversations c "
+            f"LEFT JOIN <table> t ON t.id = c.{column} "
+            f"WHERE c.{column} IS NOT NULL AND t.id IS NULL ORDER BY c.id LIMIT 1",
+            model=key.rel_model,
+        )
+        for count, example, missing in dangling:
+            yield Problem(
+                f"In {rows_of(CloseEngineConversation, count, repr(example))}, {column} refers to {missing!r}, which "
+                f"is not in {target}",
+                "delete these conversations, or restore what they refer to",
+            )
+
+
+def _history_problems() -> Iterator[Problem]:
+    history, counted = table_name(StageChange), f"{current().dialect.builtin}count(*) OVER ()"
+    adopts = f"a writer bypassed the guard; {REPAIR}, which records the stage as it is"
+    unrecorded = fetch(
+        f"SELECT {counted}, c.id, c.stage FROM close_engine_conversations c "
+        "WHERE NOT EXISTS (SELECT 1 FROM {history} h WHERE h.conversation_id = c.id) ORDER BY c.id LIMIT 1"
+    )
+    for count, example, stage in unrecorded:
+        yield Problem(
+            f"For {rows_of(CloseEngineConversation, count, f'{example!r} in {stage}')}, {history} has no row",
+            adopts,
+            again=True,
+        )
+    differing = fetch(
+        f"SELECT {counted}, id, stage, dest FROM (SELECT c.id, c.stage, "
+        "(SELECT h.dest FROM {history} h "
+        "WHERE h.conversation_id = c.id ORDER BY h.id DESC LIMIT 1) AS dest FROM close_engine_conversations c) newest "
+        "WHERE stage <> dest ORDER BY id LIMIT 1"
+    )
+    for count, example, stage, dest in differing:
+        yield Problem(
+            f"In {rows_of(CloseEngineConversation, count, f'{example!r}: {stage} instead of {dest}')}, the stage "
+            f"differs from the newest row of {history}",
+            adopts,
+            again=True,
+        )
+
+
+def _stamp_problems() -> Iterator[Problem]:
+    """Find the rows without the stamps that their stage needs."""
+    binding = current()
+    for transition in TRIGGERS.values():
+        for column in (column for column, stamp in transition.stamps.items() if stamp is Stamp.NOW):
+            stage = transition.dest
+            missing = f"stage = '{stage}' AND {column} IS NULL"
+            found = fetch(
+                f"SELECT {binding.dialect.builtin}count(*) OVER (), id FROM close_engine_conversations WHERE {missing} "
+                "ORDER BY id LIMIT 1"
+            )
+            for count, example in found:
+                yield Problem(
+                    f"In {rows_of(CloseEngineConversation, count, repr(example))}, the stage is {stage} and {column} "
+                    "is empty",
+                    f"set it, or {REPAIR}, which takes it from the history",
+                    mend=binding.dialect.sql(
+                        f"UPDATE close_engine_conversations SET {column} = coalesce((SELECT h.created_at FROM "
+                        "{history} h WHERE h.conversation_id = close_engine_conversations.id "
+                        f"AND h.dest = '{stage}' ORDER BY h.id DESC LIMIT 1), updated_at) WHERE {missing}"
+                    ),
+                )
+
+
+#: A row that the sweeps must find by time: the model, which of its rows, and the trigger that is due.
+_DUE: tuple[tuple[type[BaseModel], str, str], ...] = (
+    (CloseEngineConversation, "s.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')", "stall"),
+    (CloseEngineConversation, "s.stage = 'STALLED' AND s.stalled_at IS NOT NULL", "close_lost"),
+    (approvals.PendingAction, "s.status = 'PENDING' AND s.expires_at IS NOT NULL", "expire"),
+)
+
+
+def _deadline_problems() -> Iterator[Problem]:
+    for model, due, trigger in _DUE:
+        found = fetch(
+            f"SELECT {current().dialect.builtin}count(*) OVER (), s.id FROM {table_name(model)} s WHERE {due} "
+            'AND NOT EXISTS (SELECT 1 FROM {deadlines} d WHERE d."trigger" = %s AND d.subject_id = s.id) '
+            "ORDER BY s.id LIMIT 1",
+            [trigger],
+        )
+        for count, example in found:
+            yield Problem(
+                f"For {rows_of(model, count, repr(example))}, {current().dialect.sql('{deadlines}')} has no row "
+                f"{trigger}, so no sweep finds it",
+                f"{REPAIR}, which adds it",
+                again=True,
+            )
