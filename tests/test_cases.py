@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import peewee
 import psycopg2
 import pytest
 from celery import Celery
+from playhouse.migrations import MigrationError, Runner
 
 import close_engine
 from close_engine import (
@@ -37,10 +38,11 @@ from close_engine import (
 from close_engine.board import pipeline
 from close_engine.database.binding import current
 from close_engine.database.postgresql import POSTGRES
-from close_engine.schema import directory, downgrade, migration_sql, rows_at_stake, status
+from close_engine.schema import directory, downgrade, migration_sql, repair, rows_at_stake, status
+from close_engine.sweeps import Swept
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.calls import unqualified
-from tests.crm import query
+from tests.crm import AFTER, everything, query, restore
 from tests.foreign import Change, ForeignWriter, moment
 from tests.servers import execute, new_name, postgres_database
 from tests.workers import LINK, claimed
@@ -827,3 +829,345 @@ def test_g9_odd_names_survive_migrating(server: str, schema: str) -> None:
         assert close_engine.migrate() == []
         assert len(downgrade("0001_conversations")) == 5
         database.close()
+
+
+# -- E1: the CRM's schema is dropped and made again -----------------------------------------------------------------
+
+
+def reset_by_prisma(url: str) -> None:
+    """Do what `prisma migrate reset` does: only `public` is dropped, and made again with the models in it."""
+    query(url, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    restore(url, AFTER)
+
+
+def refill(leads: list[str]) -> None:
+    """Seed the CRM anew, past the library: in stages that nobody has watched."""
+    for number, lead in enumerate(leads):
+        current().execute(
+            "INSERT INTO leads (id, first_name, company_name, phone, updated_at) VALUES (%s, 'A', 'B', '+1555', now())",
+            (lead,),
+        )
+        current().execute(
+            "INSERT INTO close_engine_conversations (id, lead_id, entry_point, stage, updated_at) "
+            "VALUES (%s, %s, 'SMS_REPLY', %s, now())",
+            (f"seed {lead}", lead, ["BUILDING", "QUALIFYING"][number % 2]),
+        )
+
+
+@pytest.fixture
+def reset_url(server: str) -> Iterator[str]:
+    """A CRM that was migrated, worked in, and reset by Prisma; the library's schema was left standing."""
+    with postgres_database(server) as url:
+        restore(url, AFTER)
+        database = close_engine.connect(url)
+        close_engine.migrate()
+        refill(["old"])
+        conversation = CloseEngineConversation.get()
+        submit(conversation, ActionType.SEND_MESSAGE, "Still there?")
+        outbox.enqueue(conversation, "build_site")
+        assert not close_engine.pending_actions()
+        submit(conversation, ActionType.SEND_PREVIEW, "Look", policy=lambda level, type: True)
+        reset_by_prisma(url)
+        yield url
+        database.close()
+
+
+def test_e1_after_a_reset_migrate_makes_the_guard_again(reset_url: str) -> None:
+    """`migrate()` said that there was nothing to do, and any word passed as a stage."""
+    refill(["new", "newer"])
+    assert len(close_engine.verify()) > 10
+
+    assert close_engine.migrate() == [migration.name for migration in status()]
+
+    assert close_engine.verify() == []
+    assert close_engine.migrate() == []
+    with pytest.raises(peewee.IntegrityError, match="NONSENSE"):
+        current().execute("UPDATE close_engine_conversations SET stage = 'NONSENSE'")
+    for conversation in CloseEngineConversation.select():
+        (adopted,) = conversation.history()
+        assert (adopted.trigger, adopted.source, adopted.dest) == ("adopted", None, conversation.stage)
+        assert conversation.stall().source == adopted.dest
+
+
+def test_e1_after_a_reset_nothing_of_the_old_life_leaves(reset_url: str) -> None:
+    """The texts of the leads before the reset were claimed and sent."""
+    assert close_engine.migrate()
+
+    assert outbox.claim(limit=10) == []
+    assert [message.status for message in OutboxMessage.select()] == [MessageStatus.WITHDRAWN] * 2
+    assert close_engine.sweep() == Swept([], [], [], [])
+    assert query(reset_url, "SELECT * FROM close_engine.deadlines") == []
+
+
+def test_e1_after_a_reset_downgrading_leaves_what_prisma_made(reset_url: str) -> None:
+    """The library had made these tables once, so taking the migrations back dropped Prisma's new ones."""
+    close_engine.migrate()
+    refill(["new"])
+    before = query(reset_url, "SELECT id, stage FROM close_engine_conversations")
+    assert not any("public" in name or "." not in name for name in rows_at_stake("0001_conversations"))
+
+    downgrade("0001_conversations")
+
+    assert query(reset_url, "SELECT id, stage FROM close_engine_conversations") == before
+    assert query(reset_url, "SELECT autonomy_level, close_entry_point, qualification_data FROM leads") == [
+        ("FULL_AUTO", None, None)
+    ]
+
+
+@pytest.mark.parametrize("change", ["DROP autonomy_level", "DROP close_entry_point, DROP qualification_data"])
+def test_e1_a_column_that_prisma_dropped_and_made_again_is_prismas(postgres_url: str, change: str) -> None:
+    """The same without a reset: a push without our models, and later one with them."""
+    database = close_engine.connect(postgres_url)
+    names = change.replace("DROP ", "").split(", ")
+    query(postgres_url, f"ALTER TABLE leads {change}")
+    types = {"autonomy_level": "text NOT NULL DEFAULT 'FULL_AUTO'", "qualification_data": "jsonb"}
+    query(postgres_url, "ALTER TABLE leads " + ", ".join(f"ADD {name} {types.get(name, 'text')}" for name in names))
+    assert close_engine.verify() == []
+
+    downgrade("0001_conversations")
+
+    left = {name for (name,) in query(postgres_url, "SELECT attname::text FROM pg_attribute WHERE attnum > 0 "
+                                      "AND NOT attisdropped AND attrelid = 'leads'::regclass")}  # fmt: skip
+    assert left == {"id", "phone", "name", *names}
+    database.close()
+
+
+def test_e1_a_push_that_dropped_our_tables_is_made_good(database: peewee.Database) -> None:
+    """As when the models are not declared yet: Prisma drops the tables, and the triggers with them."""
+    lead = new_lead()
+    close_engine.submit(close_engine.open_conversation(lead, EntryPoint.SMS_REPLY), ActionType.SEND_MESSAGE, "Hi")
+    for table in ("pending_actions", "close_engine_conversations"):
+        database.execute_sql(f"DROP TABLE {table}")
+
+    assert len(close_engine.migrate()) == 5
+
+    assert close_engine.verify() == []
+    assert outbox.claim() == []
+    conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY)
+    assert bring_to(conversation, Stage.COMPLETED).stage is Stage.COMPLETED
+
+
+def test_e1_the_whole_script_makes_it_whole_after_every_reset(reset_url: str) -> None:
+    """As a migration of Prisma's own it runs after a reset without anybody thinking of it, and on a new database."""
+    script = ";\n".join(migration_sql(whole=True))
+    for _ in range(2):
+        query(reset_url, script)
+        assert close_engine.verify() == []
+        query(reset_url, script)
+        assert close_engine.verify() == []
+        reset_by_prisma(reset_url)
+    query(reset_url, "DROP SCHEMA close_engine CASCADE")
+    query(reset_url, script)
+    assert close_engine.verify() == []
+    downgrade("0001_conversations")
+    assert query(reset_url, "SELECT nspname FROM pg_namespace WHERE nspname = 'close_engine'") == []
+    assert query(reset_url, "SELECT count(*) FROM close_engine_conversations") == [(0,)]
+
+
+def test_e1_an_older_version_does_not_undo_what_a_newer_one_made(postgres: peewee.Database) -> None:
+    """A worker that was not upgraded yet calls migrate() when it starts."""
+    current().execute("INSERT INTO {migrations} (name, applied) VALUES ('0999_later', now())")
+    postgres.execute_sql(
+        "CREATE OR REPLACE FUNCTION close_engine.forget_deadlines() RETURNS trigger LANGUAGE plpgsql "
+        "SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; /* better */ END'"
+    )
+    body = "SELECT prosrc FROM pg_proc WHERE proname = 'forget_deadlines'"
+    (before,) = postgres.execute_sql(body).fetchall()
+
+    assert close_engine.migrate() == []
+
+    assert postgres.execute_sql(body).fetchall() == [before]
+    assert close_engine.verify() == ["The migration 0999_later is unknown to this version: upgrade close-engine."]
+
+
+# -- E3: the schema is renamed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mend", [close_engine.migrate, repair])
+def test_e3_a_renamed_schema_is_told_and_mended(postgres_url: str, mend: Callable[[], list[str]]) -> None:
+    """Approving, closing and deleting failed with `relation "public.…" does not exist`, and verify found nothing."""
+    database = close_engine.connect(postgres_url)
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    action = submit(conversation, ActionType.SEND_MESSAGE, "Hi", policy=lambda level, type: True)
+    assert isinstance(action, PendingAction)
+    database.close()
+    query(postgres_url, 'ALTER SCHEMA public RENAME TO "the crm\'s"')
+    database = close_engine.connect(postgres_url + "&schema=" + quote("the crm's"))
+
+    found = close_engine.verify()
+    assert found
+    assert all(
+        problem.endswith(
+            "() speaks of the schema public, and the CRM's tables are in \"the crm's\": "
+            "run close-engine migrate, which makes it again."
+        )
+        for problem in found
+    )
+    assert mend()
+    assert close_engine.verify() == []
+
+    action.approve(by="dana")
+    conversation = CloseEngineConversation.get()
+    conversation.close_lost(reason="too dear")
+    assert close_engine.Lead.delete().execute() == 1
+    database.close()
+
+
+# -- E4, E5: a dump that was restored ----------------------------------------------------------------------------------
+
+
+def test_e4_a_dump_without_rights_is_told_and_mended(postgres: peewee.Database, postgres_url: str) -> None:
+    """`pg_dump --no-acl` loses the REVOKE: whoever has USAGE on the schema could attach our functions to another table.
+    In the restored database every table has another number."""
+    bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.BUILDING)
+    query(postgres_url, "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA close_engine TO PUBLIC")
+    query(postgres_url, "UPDATE close_engine.created SET identity = '1/2/3'")
+    found = close_engine.verify()
+    assert len(found) > 5
+    assert all(problem.startswith("Everybody may execute close_engine.") for problem in found)
+
+    assert len(close_engine.migrate()) == 5
+
+    assert close_engine.verify() == []
+    downgrade("0001_conversations")
+    assert query(postgres_url, "SELECT 1 FROM pg_class WHERE relname = 'close_engine_conversations'") == []
+
+
+def test_e5_sequences_that_are_behind_are_told_and_set(
+    postgres: peewee.Database, postgres_url: str, server: str
+) -> None:
+    """After logical replication, or a dump of the data alone, the next change failed with `history_pkey`."""
+    conversation = bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.BUILDING)
+    submit(conversation, ActionType.SEND_MESSAGE, "Hi")
+    close_engine.receive(conversation.lead_id, "SM1", "Hello")
+    with postgres_database(server) as url:
+        database = close_engine.connect(url)
+        close_engine.migrate(standalone=True)
+        for table in ("history", "outbox", "inbox"):
+            rows = postgres.execute_sql(f"SELECT row_to_json(t)::text FROM close_engine.{table} t").fetchall()
+            for (row,) in rows:
+                current().execute(
+                    f"INSERT INTO {{{table}}} SELECT * FROM json_populate_record(NULL::{{{table}}}, %s::json)", (row,)
+                )
+        found = [problem for problem in close_engine.verify() if "sequence" in problem]
+        assert [problem.split()[2] for problem in found] == [
+            f"close_engine.{table}_id_seq" for table in ("history", "outbox", "inbox")
+        ]
+
+        assert len(repair()) == 3
+
+        assert close_engine.verify() == []
+        bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.COMPLETED)
+        database.close()
+
+
+# -- E6: two CRMs in one database -----------------------------------------------------------------------------------
+
+
+def test_e6_a_second_crm_in_one_database_is_refused(server: str) -> None:
+    """migrate() for the second said nothing and left it unguarded, and what verify said to do broke the first."""
+    with postgres_database(server) as url:
+        query(url, "CREATE SCHEMA one; CREATE SCHEMA two")
+        close_engine.connect(f"{url}&schema=one")
+        close_engine.migrate(standalone=True)
+        database = close_engine.connect(f"{url}&schema=two")
+        before = everything(url)
+        sentence = (
+            "This database serves the CRM in the schema one already, so it cannot serve the one in two: close_engine "
+            "serves one CRM per database; give this one a database of its own."
+        )
+        refusing: list[Callable[[], Any]] = [
+            close_engine.migrate,
+            partial(close_engine.migrate, standalone=True),
+            migration_sql,
+            repair,
+            downgrade,
+            partial(rows_at_stake, "0001_conversations"),
+        ]
+        for verb in refusing:
+            with pytest.raises(errors.SchemaError) as caught:
+                verb()
+            assert str(caught.value) == f"Nothing was changed. {sentence}"
+        assert close_engine.verify() == [sentence]
+        assert everything(url) == before
+        database.close()
+
+        close_engine.connect(f"{url}&schema=one")
+        assert close_engine.verify() == []
+        bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.COMPLETED)
+        downgrade("0001_conversations")
+        database = close_engine.connect(f"{url}&schema=two")
+        assert len(close_engine.migrate(standalone=True)) == 5
+        database.close()
+
+
+def test_e6_peewees_own_command_refuses_it_too(server: str) -> None:
+    """pwmigrate keeps a log of its own for each schema, so that every script is pending there."""
+    with postgres_database(server) as url:
+        query(url, "CREATE SCHEMA two")
+        database = close_engine.connect(url)
+        close_engine.migrate(standalone=True)
+        before = everything(url)
+        second = close_engine.connect(f"{url}&schema=two")
+        with pytest.raises(MigrationError, match="serves the CRM in the schema public already"):
+            Runner(second, str(directory())).up()
+        query(url, "DROP TABLE two.schema_migration")
+        assert everything(url) == before
+        database.close()
+
+
+# -- G5: the owner changes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tables", [["pending_actions"], ["close_engine_conversations", "pending_actions"]])
+def test_g5_another_owner_of_the_crms_tables_is_told_and_mended(server: str, role: str, tables: list[str]) -> None:
+    """Approving and closing failed with "permission denied", and verify found nothing."""
+    with postgres_database(server) as url:
+        execute(url, f"GRANT ALL ON SCHEMA public TO {role}", f"GRANT CREATE ON DATABASE {url_name(url)} TO {role}")
+        as_role = url.replace("//postgres:@", f"//{role}:@")
+        database = close_engine.connect(as_role)
+        close_engine.migrate(standalone=True)
+        conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+        action = submit(conversation, ActionType.SEND_MESSAGE, "Hi", policy=lambda level, type: True)
+        assert isinstance(action, PendingAction)
+        database.close()
+        database = close_engine.connect(url)
+        for table in tables:
+            query(url, f"ALTER TABLE {table} OWNER TO postgres")
+        assert close_engine.verify() == [
+            f"The functions of close_engine run with the rights of {role}, who lacks {right} on public.{table}: grant "
+            f"it (GRANT {right} ON public.{table} TO {role}), or run close-engine verify --repair as the table's owner."
+            for table in tables
+            for right in ("SELECT", "UPDATE")
+        ]
+
+        assert len(repair()) == 2 * len(tables)
+
+        assert close_engine.verify() == []
+        action.approve(by="dana")
+        CloseEngineConversation.get().close_lost(reason="too dear")
+        database.close()
+
+
+def test_g5_row_level_security_that_hides_rows_from_our_functions_is_told(server: str, role: str) -> None:
+    """As with another owner: the functions see no conversation, and refuse every approval."""
+    with postgres_database(server) as url:
+        execute(url, f"GRANT ALL ON SCHEMA public TO {role}", f"GRANT CREATE ON DATABASE {url_name(url)} TO {role}")
+        database = close_engine.connect(url.replace("//postgres:@", f"//{role}:@"))
+        close_engine.migrate(standalone=True)
+        database.execute_sql("ALTER TABLE close_engine_conversations ENABLE ROW LEVEL SECURITY")
+        assert close_engine.verify() == []  # the owner of a table sees all of it
+        database.execute_sql("ALTER TABLE close_engine_conversations FORCE ROW LEVEL SECURITY")
+        assert close_engine.verify() == [
+            "Row-level security hides rows of public.close_engine_conversations from the functions of close_engine, "
+            f"which run with the rights of {role}: give that role BYPASSRLS, or a policy (CREATE POLICY close_engine "
+            f"ON public.close_engine_conversations TO {role} USING (true))."
+        ]
+        database.execute_sql(f"CREATE POLICY close_engine ON public.close_engine_conversations TO {role} USING (true)")
+        assert close_engine.verify() == []
+        database.close()
+
+
+def url_name(url: str) -> str:
+    """The name of the database in a URL."""
+    return urlsplit(url).path.removeprefix("/")

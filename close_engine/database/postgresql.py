@@ -154,7 +154,7 @@ class PostgresCatalog(Catalog):
     def guarded_schemas(self) -> list[str]:
         rows = self._rows(
             """
-            SELECT DISTINCT n.nspname::text FROM pg_catalog.pg_trigger t
+            SELECT DISTINCT pg_catalog.quote_ident(n.nspname::text) FROM pg_catalog.pg_trigger t
             JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
             JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace AND f.nspname = 'close_engine'
             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid AND c.relname = 'close_engine_conversations'
