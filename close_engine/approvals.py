@@ -133,6 +133,7 @@ class PendingAction(BaseModel):
             ActionDecided: it was rejected, or it expired.
             ConversationClosed: its conversation has closed in the meantime.
             ConversationNotFound, ActionNotFound: it was deleted.
+            GuardMissing: nothing would follow from the approval.
             InvalidValue: an argument cannot be stored.
         """
         values = {"approved_by": by}
@@ -154,6 +155,7 @@ class PendingAction(BaseModel):
         Raises:
             ActionDecided: it was approved, or it expired.
             ActionNotFound: it was deleted.
+            GuardMissing: nothing would follow from the rejection.
             InvalidValue: an argument cannot be stored.
         """
         values: dict[str, Any] = {"approved_by": by}

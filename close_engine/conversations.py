@@ -241,6 +241,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             StageConflict: somebody changed the conversation since it was loaded.
             ConversationNotFound: it was deleted.
             KeyReused: the key was used for another trigger.
+            GuardMissing: the database would not record the change.
             InvalidValue: an argument cannot be stored.
         """
         given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "closed_lost_reason": reason}
@@ -468,6 +469,7 @@ def open_conversation(
         UserNotFound: there is no such rep.
         ConversationCompleted: the lead has paid.
         KeyReused: the key was used for another trigger.
+        GuardMissing: the database would not record the opening.
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead

@@ -3,6 +3,7 @@
     CloseEngineError
         ConfigurationError
         SchemaError
+            GuardMissing
         InvalidValue, also a ValueError
         UnknownTrigger, also a LookupError
         TransitionRefused
@@ -56,6 +57,7 @@ __all__ = [
     "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
+    "GuardMissing",
     "InvalidValue",
     "KeyReused",
     "LeadHasNoPhone",
@@ -110,6 +112,21 @@ class SchemaError(CloseEngineError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         self.problems = list(problems)
         super().__init__("\n  - ".join([message, *self.problems]))
+
+
+class GuardMissing(SchemaError):
+    """The triggers that check and record every change are not there, or do not fire; nothing was written.
+
+    Attributes:
+        table: the table that they guard.
+    """
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        super().__init__(
+            f"Nothing was written: the guard on {table} is missing, disabled, or turned off in this session by "
+            "session_replication_role. Run close-engine migrate, then close-engine verify."
+        )
 
 
 class InvalidValue(CloseEngineError, ValueError):
@@ -494,6 +511,12 @@ class AfterCommitError(CloseEngineError):
         self.errors = list(errors)
         failures = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
         super().__init__(f"The change is committed, but functions that ran after it failed: {failures}")
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """PostgreSQL's code of a database error; None if it has none."""
+    code: str | None = getattr(getattr(error, "orig", None), "pgcode", None)
+    return code
 
 
 def first_line(error: BaseException) -> str:

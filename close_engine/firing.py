@@ -103,6 +103,7 @@ def change_stage(
         UnknownTrigger, TransitionNotAllowed, ConditionNotMet, PartlyLoaded: see `decide` and `facts_of`.
         StageConflict, ConversationNotFound: see `conflict`.
         KeyReused: the key was used for another trigger.
+        GuardMissing: the database would not record the change.
         InvalidValue: a value cannot be stored.
     """
     source = conversation.stage
@@ -212,7 +213,7 @@ def _statement(dialect: Dialect, table: str, shape: tuple[tuple[str, str], ...],
 
     UPDATE "close_engine_conversations" SET "stage" = %s, "updated_at" = %s
     WHERE "id" = %s AND "stage" || '' = %s AND "updated_at" = %s AND pg_catalog.set_config(…) IS NOT NULL
-    RETURNING "stage", "updated_at", pg_catalog.currval(…)
+    RETURNING "stage", "updated_at", close_engine.recorded()
     """
     # `|| ''` keeps the planner off the index on stage, as in `EnumField.is_still`: the id must find the row.
     conditions = '"id" = %s AND "stage" || \'\' = %s AND "updated_at" = %s'

@@ -110,6 +110,7 @@ def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -
 
     Raises:
         InvalidValue: the batch is less than 1.
+        GuardMissing: the database would not record the changes.
     """
     moment = now()
     before, at = stored_time(moment - after), stored_time(moment)
@@ -132,6 +133,7 @@ def lose_stalled(
 
     Raises:
         InvalidValue: the reason is empty, or the batch is less than 1.
+        GuardMissing: the database would not record the changes.
     """
     if not reason.strip():
         raise InvalidValue("reason", reason, "a reason must be given")
@@ -151,6 +153,7 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
 
     Raises:
         InvalidValue: the batch is less than 1.
+        GuardMissing: the database would not record the changes.
     """
     moment = stored_time(now())
     provenance = Provenance(ACTOR, "it was not approved in time")

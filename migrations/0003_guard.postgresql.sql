@@ -15,7 +15,8 @@ $body$;
 
 -- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
 -- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
--- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match.
+-- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match. If the context is
+-- of this row, the id of the history row takes its place, so that the library knows that its write was recorded.
 CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -23,6 +24,8 @@ DECLARE
     later boolean;
     context jsonb;
     fired text;
+    ours boolean;
+    recorded text;
 BEGIN
     -- A session in another time zone wrote its local now(): convert it. Leave a session in UTC alone: the library's own
     -- updated_at may be the same millisecond as now(), and the library finds its row by that value.
@@ -77,9 +80,10 @@ BEGIN
                 || coalesce(NEW.stage, 'NULL'),
             HINT = 'The allowed stage changes are in close_engine.transitions.';
     END IF;
-    IF later THEN
-        context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
-        IF coalesce(context ->> 'trigger', fired) <> fired OR coalesce(context ->> 'id', NEW.id) <> NEW.id
+    context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
+    IF context IS NOT NULL THEN
+        ours := context ->> 'id' = NEW.id;
+        IF NOT later OR coalesce(context ->> 'trigger', fired) <> fired OR coalesce(context ->> 'id', NEW.id) <> NEW.id
             OR (context ->> 'at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
             context := NULL;
         ELSE
@@ -128,7 +132,11 @@ BEGIN
         (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
     VALUES (NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
         CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
-        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment)
+    RETURNING id INTO recorded;
+    IF ours THEN
+        recorded := pg_catalog.set_config('close_engine.context', recorded, true);
+    END IF;
     -- From one active stage to another, the deadline stays.
     IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
         DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
@@ -139,6 +147,20 @@ BEGIN
     END IF;
 
     RETURN NEW;
+END
+$body$;
+
+-- The id of the history row of the library's write, for the RETURNING of its statement. If the guard did not see the
+-- write, the setting still is the context: an error, so that nothing is written.
+CREATE OR REPLACE FUNCTION close_engine.recorded() RETURNS bigint LANGUAGE plpgsql AS $body$
+DECLARE
+    setting text := pg_catalog.current_setting('close_engine.context'::text);
+BEGIN
+    IF pg_catalog.starts_with(setting, '{'::text) THEN
+        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = 'close_engine: the guard on '
+            'close_engine_conversations is missing or disabled: run close-engine migrate';
+    END IF;
+    RETURN setting;
 END
 $body$;
 

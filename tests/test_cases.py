@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from close_engine import (
     AutonomyLevel,
     CloseEngineConversation,
     EntryPoint,
+    GuardMissing,
     MessageStatus,
     OutboxMessage,
     PendingAction,
@@ -38,14 +39,15 @@ from close_engine import (
 from close_engine.board import pipeline
 from close_engine.database.binding import current
 from close_engine.database.postgresql import POSTGRES
-from close_engine.schema import directory, downgrade, migration_sql, repair, rows_at_stake, status
+from close_engine.schema import directory, downgrade, migration_sql, repair, rows_at_stake, scripts, status
 from close_engine.sweeps import Swept
 from close_engine.testing import MovableClock, bring_to, new_lead
+from close_engine.worker import Worker
 from tests.calls import unqualified
 from tests.crm import AFTER, everything, query, restore
 from tests.foreign import Change, ForeignWriter, moment
 from tests.servers import execute, new_name, postgres_database
-from tests.workers import LINK, claimed
+from tests.workers import LINK, claimed, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -55,6 +57,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.CloseEngineError("Something is wrong.", 7),
     errors.ConfigurationError("No database is bound."),
     errors.SchemaError("Two problems:", ["one", "two"]),
+    errors.GuardMissing("pending_actions"),
     errors.InvalidValue("batch", 0, "it must be at least 1"),
     errors.UnknownTrigger("win", ["complete", "stall"]),
     errors.TransitionRefused("Not now.", "c1", "stall", Stage.STALLED),
@@ -556,20 +559,19 @@ def test_e2_a_deadline_that_was_left_behind_holds_nobody_up(
         submit(asked, ActionType.SEND_MESSAGE, "hello", expires_after=timedelta(days=days)) for days in (8, 40)
     )
     close_engine_clock.move(timedelta(days=9))
-    recent = close_engine_clock.now.strftime("%Y-%m-%d %H:%M:%S.000")
+    foreign.update(other.id, stalled_at=close_engine_clock.now.strftime("%Y-%m-%d %H:%M:%S.000"))
+    foreign.run(
+        "DELETE FROM close_engine.deadlines WHERE \"trigger\" IN ('close_lost', 'expire') AND subject_id IN (%s, %s)",
+        *(other.id, later.id),
+    )
     left = [
         *((trigger, subject) for trigger in ("stall", "close_lost", "expire") for subject in ("gone", closed.id)),
-        *(("stall", stalled.id), ("close_lost", active.id), ("expire", later.id)),
+        *(("stall", stalled.id), ("close_lost", active.id), ("close_lost", other.id), ("expire", later.id)),
     ]
-    without_triggers(
-        foreign,
-        f"UPDATE close_engine_conversations SET stalled_at = '{recent}' WHERE id = '{other.id}'",
-        f"DELETE FROM close_engine.deadlines WHERE subject_id IN ('{later.id}')",
-        *(
-            f"INSERT INTO close_engine.deadlines VALUES ('{trigger}', '{subject}', '2020-01-01 00:00:00.000')"
-            for trigger, subject in left
-        ),
-    )
+    for trigger, subject in left:
+        foreign.run(
+            "INSERT INTO close_engine.deadlines VALUES (%s, %s, %s)", trigger, subject, "2020-01-01 00:00:00.000"
+        )
     assert close_engine.stall_silent(batch=1) == [active.id, asked.id]
     assert close_engine.lose_stalled(batch=1) == [stalled.id]
     assert close_engine.expire_actions(batch=1) == [action.id]
@@ -634,6 +636,253 @@ def test_e2_migrating_again_makes_a_damaged_database_whole(
     for each, stage in ((moved, Stage.BUILDING), (closed, Stage.QUALIFYING)):
         each.reload()
         assert each.resume().dest is stage
+
+
+# -- E7: the guard is gone --------------------------------------------------------------------------------------------
+
+ON_CONVERSATIONS, ON_ACTIONS = "ON close_engine_conversations", "ON pending_actions"
+
+#: Ways to lose what records a stage change, on each kind of database.
+GUARD_LOST = {
+    "postgresql": {
+        "dropped": f"DROP TRIGGER zz_close_engine_guard {ON_CONVERSATIONS}",
+        "disabled": "ALTER TABLE close_engine_conversations DISABLE TRIGGER zz_close_engine_guard",
+        "replica": "SET session_replication_role = replica",
+        "gone": "DROP SCHEMA close_engine CASCADE",
+    },
+    "sqlite": {
+        "dropped": "DROP TRIGGER close_engine_record",
+        "gone": "DROP TABLE close_engine_context; DROP TABLE close_engine_history; DROP TABLE close_engine_deadlines",
+    },
+}
+
+#: Ways to lose what follows a decision.
+DECISIONS_LOST = {
+    "postgresql": {
+        "unfollowed": f"DROP TRIGGER zz_close_engine_decision {ON_ACTIONS}",
+        "unguarded": f"DROP TRIGGER zz_close_engine_guard {ON_ACTIONS}",
+        "disabled": "ALTER TABLE pending_actions DISABLE TRIGGER USER",
+        "for replicas only": "ALTER TABLE pending_actions ENABLE REPLICA TRIGGER zz_close_engine_decision",
+    },
+    "sqlite": {
+        "unfollowed": "DROP TRIGGER close_engine_action_approved",
+        "unguarded": "DROP TRIGGER close_engine_action_withdrawn",
+    },
+}
+
+
+def each_way(ways: dict[str, dict[str, str]], *left_out: str) -> pytest.MarkDecorator:
+    """Run the test on each kind of database, for each way that there is on it."""
+    pairs = [
+        (kind, lost)
+        for kind in ("sqlite-file", "sqlite-memory", "postgresql")
+        for lost in ways[kind.partition("-")[0]]
+        if lost not in left_out
+    ]
+    return pytest.mark.parametrize(("kind", "lost"), pairs, indirect=["kind"])
+
+
+def take_away(ways: dict[str, dict[str, str]], lost: str, kind: str) -> None:
+    """Lose it, in the library's own session."""
+    for statement in ways[kind.partition("-")[0]][lost].split("; "):
+        sql(statement)
+
+
+def bring_back(foreign: ForeignWriter) -> None:
+    """Have it again, as an operator does."""
+    if foreign.is_postgres:
+        sql("RESET session_replication_role")
+        for table in PRISMA_INDEXES:
+            foreign.run(f"ALTER TABLE {table} ENABLE TRIGGER USER")
+    migrated_again(foreign)
+
+
+def all_rows(foreign: ForeignWriter) -> dict[str, list[Any]]:
+    """Read every table that a stage change or a decision writes, as far as it is still there."""
+    if foreign.is_postgres:
+        there = foreign.run(
+            "SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace "
+            "WHERE relkind = 'r' AND nspname IN ('public', 'close_engine')"
+        )
+    else:
+        there = foreign.run("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%%'")
+    return {table: sorted(foreign.run(f"SELECT * FROM {table}"), key=repr) for (table,) in there}
+
+
+@contextmanager
+def nothing_is_written(foreign: ForeignWriter, table: str = "close_engine_conversations") -> Iterator[None]:
+    """The block raises that the guard on this table is missing, and leaves every table as it is."""
+    before = all_rows(foreign)
+    with pytest.raises(GuardMissing, match="close-engine migrate") as caught:
+        yield
+    assert caught.value.table == table
+    assert all_rows(foreign) == before
+
+
+@pytest.mark.parametrize("key", [None, "SM1"])
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "in a transaction"])
+@each_way(GUARD_LOST)
+def test_e7_a_change_that_nobody_would_record_is_an_error(
+    kind: str, lost: str, within: bool, key: str | None, foreign: ForeignWriter, conversation_in: ConversationIn
+) -> None:
+    """It returned a StageChange with the id of another row, and forgot the key."""
+    conversation, stalled = conversation_in(Stage.QUALIFYING), conversation_in(Stage.STALLED)
+    before = conversation.__data__.copy()
+    take_away(GUARD_LOST, lost, kind)
+    for fire in (lambda: conversation.collect_info(key=key, actor="w"), lambda: stalled.resume(key=key)):
+        with nothing_is_written(foreign), close_engine.atomic() if within else nullcontext():
+            fire()
+    assert conversation.__data__ == before
+
+    if lost != "gone":
+        bring_back(foreign)
+        change = conversation.collect_info(key=key, actor="w")
+        assert conversation.history()[-1].id == change.id
+        assert foreign.history(conversation.id)[-1] == Change(
+            "collect_info", "QUALIFYING", "COLLECTING_INFO", "w", key=key
+        )
+
+
+@each_way(GUARD_LOST)
+def test_e7_nor_is_a_conversation_opened_stalled_or_lost(
+    kind: str, lost: str, foreign: ForeignWriter, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    """An opening, and the sweeps, which write many rows in a statement."""
+    lead = new_lead()
+    conversation_in(Stage.QUALIFYING), conversation_in(Stage.STALLED)
+    close_engine_clock.move(timedelta(days=9))
+    take_away(GUARD_LOST, lost, kind)
+    writes: list[Callable[[], object]] = [
+        lambda: close_engine.open_conversation(lead, EntryPoint.SMS_REPLY),
+        close_engine.stall_silent,
+        close_engine.lose_stalled,
+        close_engine.expire_actions,
+    ]
+    for write in writes:
+        with nothing_is_written(foreign):
+            write()
+        with nothing_is_written(foreign), close_engine.atomic():
+            write()
+
+
+def test_e7_nor_what_a_trigger_of_its_own_records(foreign: ForeignWriter, database: peewee.Database) -> None:
+    """An opening is recorded by a trigger of its own."""
+    lead = new_lead()
+    name = f"aa_close_engine_opening {ON_CONVERSATIONS}" if foreign.is_postgres else "close_engine_opening"
+    sql(f"DROP TRIGGER {name}")
+    with nothing_is_written(foreign):
+        close_engine.open_conversation(lead, EntryPoint.SMS_REPLY, key="SM1")
+    migrated_again(foreign)
+    opened = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY, key="SM1")
+    assert [change.key for change in opened.history()] == ["SM1"]
+
+
+@each_way(GUARD_LOST, "gone")
+def test_e7_nor_does_a_text_resume_or_a_payment_complete(
+    kind: str, lost: str, foreign: ForeignWriter, conversation_in: ConversationIn
+) -> None:
+    """Both go back with all that they had written, so that the provider's next try finds the key unused."""
+    stalled, asked = conversation_in(Stage.STALLED), conversation_in(Stage.PAYMENT_SENT)
+    take_away(GUARD_LOST, lost, kind)
+    with nothing_is_written(foreign):
+        close_engine.receive(stalled.lead_id, "SM1", "Hello")
+    with nothing_is_written(foreign):
+        close_engine.record_payment(asked.lead_id, "evt_1")
+    bring_back(foreign)
+    assert close_engine.receive(stalled.lead_id, "SM1", "Hello").resumed
+    assert close_engine.record_payment(asked.lead_id, "evt_1").dest is Stage.COMPLETED
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "in a transaction"])
+@each_way(DECISIONS_LOST)
+def test_e7_a_decision_that_nothing_would_follow_is_an_error(
+    kind: str,
+    lost: str,
+    within: bool,
+    foreign: ForeignWriter,
+    conversation_in: ConversationIn,
+    close_engine_clock: MovableClock,
+) -> None:
+    """An approval was committed, with nothing in the outbox, and then failed with a DoesNotExist."""
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
+    assert isinstance(action, PendingAction)
+    take_away(DECISIONS_LOST, lost, kind)
+    for decide in (lambda: action.approve(by="dana"), lambda: action.reject(by="dana"), close_engine.expire_actions):
+        with (
+            nothing_is_written(foreign, "pending_actions"),
+            close_engine.atomic() if within else nullcontext(),
+        ):
+            decide()
+    assert action.status is ActionStatus.PENDING
+    bring_back(foreign)
+    assert action.approve(by="dana").body == "pay"
+
+
+def test_e7_a_decision_needs_the_conversations_guard_too(
+    kind: str, foreign: ForeignWriter, conversation_in: ConversationIn
+) -> None:
+    """Rejecting the last payment link moves the conversation, and nobody would have recorded it."""
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
+    assert isinstance(action, PendingAction)
+    take_away(GUARD_LOST, "dropped", kind)
+    with nothing_is_written(foreign):
+        action.reject(by="dana")
+
+
+def test_e7_as_many_triggers_are_asked_for_as_the_migrations_make(database: peewee.Database) -> None:
+    """Or a trigger that is missing would not be noticed, or every decision refused."""
+    made: dict[str, int] = {}
+    for trigger in scripts.triggers():
+        made[trigger.table] = made.get(trigger.table, 0) + 1
+    assert dict(current().dialect.guards) == made
+
+
+def test_e7_what_is_left_of_a_write_speaks_for_nobody_else(conversation_in: ConversationIn, kind: str) -> None:
+    """The guard leaves the id of the history row in the setting. A foreign write in the same transaction is its own."""
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.MANUAL)
+    other = conversation_in(Stage.QUALIFYING)
+    action = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
+    with close_engine.atomic():
+        changes = [other.collect_info(actor="w", key="SM1")]
+        sql("UPDATE pending_actions SET status = 'REJECTED' WHERE id = %s", action.id)
+        sql("UPDATE close_engine_conversations SET stage = 'BUILDING' WHERE id = %s", other.id)
+        other.reload()
+        changes.append(other.send_preview(actor="v"))
+    assert [change.actor for change in other.history()][-3:-1] == ["w", conversation.history()[-1].actor]
+    assert str(conversation.history()[-1].actor).startswith("database")
+    assert changes == [change for change in other.history() if change.actor in ("w", "v")]
+
+
+@each_way(GUARD_LOST, "gone")
+def test_e7_a_worker_does_not_take_it_for_an_outage(
+    kind: str,
+    lost: str,
+    foreign: ForeignWriter,
+    conversation_in: ConversationIn,
+    close_engine_clock: MovableClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What left is recorded as sent, once, and says why its trigger was not fired."""
+    conversation_in(Stage.STALLED)
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    submit(conversation, ActionType.SEND_MESSAGE, "Hello")
+    close_engine_clock.move(timedelta(days=9))
+    sent: list[str] = []
+
+    def send(message: OutboxMessage) -> None:
+        sent.append(message.body or "")
+
+    take_away(GUARD_LOST, lost, kind)
+    assert Worker(send).run_until_empty() == 1
+    assert sent == ["Hello"]
+    (message,) = OutboxMessage.select()
+    assert message.status is MessageStatus.SENT
+    assert message.refusal.startswith("GuardMissing: Nothing was written: the guard on close_engine_conversations")
+    assert "database unreachable" not in caplog.text
+    assert "sweep failed" in caplog.text
+    assert {each.stage for each in CloseEngineConversation.select()} == {Stage.STALLED, Stage.INITIATED}
 
 
 # -- G3: calls that somebody else can answer ------------------------------------------------------------------------

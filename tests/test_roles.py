@@ -30,7 +30,6 @@ WORKER = [
     "GRANT SELECT, INSERT, UPDATE ON close_engine_conversations, pending_actions TO {role}",
     "GRANT USAGE ON SCHEMA close_engine TO {role}",
     "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
-    "GRANT SELECT ON SEQUENCE close_engine.history_id_seq TO {role}",
     "GRANT INSERT ON close_engine.inbox, close_engine.outbox TO {role}",
     "GRANT UPDATE ON close_engine.outbox, close_engine.deadlines TO {role}",
 ]
@@ -201,7 +200,7 @@ RIGHTS = [
     *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
     *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
     "USAGE ON SCHEMA close_engine",
-    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "history_id_seq", "outbox", "inbox")),
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "outbox", "inbox")),
     *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox")),
     *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "deadlines")),
 ]

@@ -24,7 +24,7 @@ from close_engine.database.fields import milliseconds
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
-from close_engine.errors import ConfigurationError
+from close_engine.errors import ConfigurationError, sqlstate
 
 __all__ = ["Binding", "Tables", "bind", "current", "database_proxy", "is_transient", "now", "utc_now"]
 
@@ -79,7 +79,11 @@ class Binding:
         return self.dialect.for_update(self.database, query)
 
     def attributed(self, provenance: Provenance, write: Write) -> AbstractContextManager[None]:
-        """Inside a transaction, give the history this provenance for the write that the block makes."""
+        """Inside a transaction, give the history this provenance for the write that the block makes.
+
+        Raises:
+            GuardMissing: the triggers that record it are not there, or do not fire.
+        """
         return self.dialect.attributed(self.database, provenance, write)
 
     def count(self, query: peewee.ModelSelect[Any]) -> int:
@@ -134,6 +138,8 @@ def now() -> datetime:
 
 def is_transient(error: BaseException) -> bool:
     """Return whether the database failed, not the statement: it is away or busy, so try again later."""
+    if sqlstate(error) == "55000":  # something must be done first, for example by migrating
+        return False
     # If the server goes away without a word, psycopg2 raises the base class itself.
     return isinstance(error, (peewee.OperationalError, peewee.InterfaceError)) or type(error) is peewee.DatabaseError
 

@@ -11,6 +11,7 @@ import peewee
 
 from close_engine.database.catalog import Catalog
 from close_engine.database.provenance import Provenance, Write
+from close_engine.errors import GuardMissing
 
 __all__ = ["Dialect"]
 
@@ -29,6 +30,9 @@ class Dialect:
 
     #: Reads the database's catalog.
     catalog: type[Catalog]
+
+    #: The tables that the migrations guard, and how many triggers each of them has.
+    guards: tuple[tuple[str, int], ...]
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         """Return schema and name of one of the library's tables, which Prisma must not see."""
@@ -64,14 +68,31 @@ class Dialect:
 
         Returns:
             tuple of the returned columns, followed by the id of the history row; None if no row matched.
+
+        Raises:
+            GuardMissing: the change was not recorded, so it was not made.
         """
         raise NotImplementedError
 
     @contextmanager
     def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
-        """Inside a transaction, give the history this provenance for the write that the block makes."""
+        """Inside a transaction, give the history this provenance for the write that the block makes.
+
+        Raises:
+            GuardMissing: the triggers that record it are not there, or do not fire.
+        """
         raise NotImplementedError
         yield
+
+    def require_guards(self, found: Sequence[int]) -> None:
+        """Refuse to write if fewer triggers would fire than the migrations made; `found` is in the order of `guards`.
+
+        Raises:
+            GuardMissing: triggers are missing.
+        """
+        for (table, made), firing in zip(self.guards, found, strict=True):
+            if firing < made:
+                raise GuardMissing(table)
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         """Inside a transaction, make a query lock the rows that it finds against every other writer."""

@@ -17,7 +17,7 @@ import peewee
 from close_engine.database.catalog import Catalog, Column, ForeignKey, Function, Index, Trigger
 from close_engine.database.dialect import Dialect
 from close_engine.database.provenance import Provenance, Write
-from close_engine.errors import SchemaError
+from close_engine.errors import GuardMissing, SchemaError, sqlstate
 
 __all__ = ["POSTGRES", "Postgres", "PostgresCatalog"]
 
@@ -273,6 +273,31 @@ class PostgresCatalog(Catalog):
 _SET_CONTEXT = "pg_catalog.set_config('close_engine.context'::text, %s::text, true)"
 
 
+#: How many triggers of the library on a table fire in this session.
+_FIRING = """(
+    SELECT pg_catalog.count(*) FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+    JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'close_engine'::name
+    WHERE t.tgrelid = pg_catalog.to_regclass('{table}'::text) AND t.tgenabled::text IN
+        ('A', CASE pg_catalog.current_setting('session_replication_role'::text) WHEN 'replica' THEN 'R' ELSE 'O' END)
+)"""
+
+#: The SQLSTATEs of a function, a table or a schema that does not exist.
+_UNDEFINED = ("42883", "42P01", "3F000")
+
+
+@contextmanager
+def _guard_missing() -> Iterator[None]:
+    """Turn what PostgreSQL says if the guard or all of its schema is gone into GuardMissing."""
+    try:
+        yield
+    except peewee.DatabaseError as error:
+        code, text = sqlstate(error), str(error)
+        refused = code == "55000" and text.startswith("close_engine: ")
+        if refused or (code in _UNDEFINED and re.search('close_engine[."]', text)):
+            raise GuardMissing("close_engine_conversations") from error
+        raise
+
+
 class Postgres(Dialect):
     """PostgreSQL: a schema for the library's tables, a setting for the context of a write."""
 
@@ -282,6 +307,8 @@ class Postgres(Dialect):
     builtin = "pg_catalog."
 
     catalog = PostgresCatalog
+
+    guards = (("close_engine_conversations", 6), ("pending_actions", 4))
 
     # NO KEY, so that the CRM can still insert rows that refer to a locked lead.
     row_lock = "FOR NO KEY UPDATE"
@@ -300,11 +327,10 @@ class Postgres(Dialect):
         #
         #     UPDATE "close_engine_conversations" SET "stage" = %s, … WHERE "id" = %s AND …
         #     AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-        #     RETURNING …, pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass)
+        #     RETURNING …, close_engine.recorded()
         return self.sql(
             f'UPDATE "{table}" SET {assignments} WHERE {conditions} '
-            f"AND {_SET_CONTEXT} IS NOT NULL RETURNING {returning}, "
-            "pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass)"
+            f"AND {_SET_CONTEXT} IS NOT NULL RETURNING {returning}, close_engine.recorded()"
         )
 
     def execute_guarded(
@@ -315,7 +341,8 @@ class Postgres(Dialect):
         provenance: Provenance,
         write: Write,
     ) -> tuple[Any, ...] | None:
-        cursor = database.execute_sql(statement, (*parameters, provenance.context(write)))
+        with _guard_missing():
+            cursor = database.execute_sql(statement, (*parameters, provenance.context(write)))
         row: tuple[Any, ...] | None = cursor.fetchone()
         if row is None and database.in_transaction():
             # If another writer won while this UPDATE waited, the setting is already made: clear it.
@@ -324,8 +351,11 @@ class Postgres(Dialect):
 
     @contextmanager
     def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
-        database.execute_sql(f"SELECT {_SET_CONTEXT}", (provenance.context(write),))
-        yield
+        firing = ", ".join(_FIRING.format(table=table) for table, _ in self.guards)
+        counted = database.execute_sql(f"SELECT {firing}, {_SET_CONTEXT}", (provenance.context(write),))
+        self.require_guards(counted.fetchone()[:-1])
+        with _guard_missing():
+            yield
         database.execute_sql(f"SELECT {_SET_CONTEXT}", ("",))
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
@@ -365,7 +395,7 @@ class Postgres(Dialect):
                 database.execute_sql(f"SELECT pg_catalog.pg_advisory_xact_lock({_LOCK_KEY})")
                 _set_lock_timeout(database, before)
         except peewee.OperationalError as error:
-            if getattr(getattr(error, "orig", None), "pgcode", None) != _LOCK_NOT_AVAILABLE:
+            if sqlstate(error) != _LOCK_NOT_AVAILABLE:
                 raise
             raise SchemaError(_lock_timeout_sentence(database, timeout)) from error
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from close_engine.database.catalog import Catalog, ForeignKey, Trigger
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import dump_json
 from close_engine.database.provenance import Provenance, Write
-from close_engine.errors import SchemaError
+from close_engine.errors import GuardMissing, SchemaError
 
 __all__ = ["SQLITE", "Sqlite", "SqliteCatalog", "WalConnection"]
 
@@ -62,6 +63,8 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
+    guards = (("close_engine_conversations", 11), ("pending_actions", 9))
+
     row_lock = ""  # SQLite has one writer at a time
 
     def own_table(self, name: str) -> tuple[str | None, str]:
@@ -81,24 +84,32 @@ class Sqlite(Dialect):
         provenance: Provenance,
         write: Write,
     ) -> tuple[Any, ...] | None:
-        with database.atomic(*self.begin), self.attributed(database, provenance, write):
+        with database.atomic(*self.begin), _context(database, provenance, write):
             rows = database.execute_sql(statement, parameters).fetchall()
             if not rows:
                 return None
-            newest = "SELECT max(id) FROM close_engine_history WHERE conversation_id = ?"
-            (history_id,) = database.execute_sql(newest, (write.id,)).fetchone()
-        return (*rows[0], history_id)
+            recorded = database.execute_sql(
+                "SELECT id FROM close_engine_history "
+                'WHERE conversation_id = ? AND "trigger" = ? AND created_at = ? ORDER BY id DESC LIMIT 1',
+                (write.id, write.trigger, write.at),
+            ).fetchone()
+            if recorded is None:
+                raise GuardMissing("close_engine_conversations")
+        return (*rows[0], recorded[0])
 
     @contextmanager
     def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
-        insert = "INSERT OR REPLACE INTO close_engine_context VALUES (1, ?)"
-        database.execute_sql(insert, (provenance.context(write),))
-        yield
-        database.execute_sql("DELETE FROM close_engine_context")
+        count = (
+            "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? AND name GLOB 'close_engine_*'"
+        )
+        self.require_guards([database.execute_sql(count, (table,)).fetchone()[0] for table, _ in self.guards])
+        with _context(database, provenance, write):
+            yield
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         # Any write takes the write lock, which covers the whole file.
-        database.execute_sql("DELETE FROM close_engine_context")
+        with _guard_missing():
+            database.execute_sql("DELETE FROM close_engine_context")
         return query
 
     def skip_locked(self, *aliases: str) -> str:
@@ -137,6 +148,27 @@ class Sqlite(Dialect):
 
     def lock_migrations(self, database: peewee.Database, timeout: timedelta) -> None:
         """Do nothing: BEGIN IMMEDIATE already locked the file."""
+
+
+@contextmanager
+def _context(database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
+    """Keep the context in its table while the block writes."""
+    with _guard_missing():
+        insert = "INSERT OR REPLACE INTO close_engine_context VALUES (1, ?)"
+        database.execute_sql(insert, (provenance.context(write),))
+        yield
+        database.execute_sql("DELETE FROM close_engine_context")
+
+
+@contextmanager
+def _guard_missing() -> Iterator[None]:
+    """Turn what SQLite says if a table of the library is gone into GuardMissing."""
+    try:
+        yield
+    except peewee.OperationalError as error:
+        if re.match(r"no such table: (main\.)?close_engine_(?!conversations)", str(error)):
+            raise GuardMissing("close_engine_conversations") from error
+        raise
 
 
 def _merge_json(stored: str | None, merged: str) -> str:

@@ -5,7 +5,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- collect_info
 UPDATE "close_engine_conversations"
@@ -14,7 +14,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- start_building
 UPDATE "close_engine_conversations"
@@ -23,7 +23,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- send_preview
 UPDATE "close_engine_conversations"
@@ -32,7 +32,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- request_edits
 UPDATE "close_engine_conversations"
@@ -41,7 +41,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "edit_rounds", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "edit_rounds", close_engine.recorded();
 
 -- request_approval
 UPDATE "close_engine_conversations"
@@ -50,7 +50,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- withdraw_approval
 UPDATE "close_engine_conversations"
@@ -59,7 +59,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- send_payment_link
 UPDATE "close_engine_conversations"
@@ -68,7 +68,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "payment_link_url", "payment_link_sent_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "payment_link_url", "payment_link_sent_at", close_engine.recorded();
 
 -- complete
 UPDATE "close_engine_conversations"
@@ -77,7 +77,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "completed_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "completed_at", close_engine.recorded();
 
 -- stall
 UPDATE "close_engine_conversations"
@@ -86,7 +86,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "stalled_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "stalled_at", close_engine.recorded();
 
 -- resume
 UPDATE "close_engine_conversations"
@@ -95,7 +95,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "stalled_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "stalled_at", close_engine.recorded();
 
 -- close_lost
 UPDATE "close_engine_conversations"
@@ -104,7 +104,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "closed_lost_at", "closed_lost_reason", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "closed_lost_at", "closed_lost_reason", close_engine.recorded();
 
 -- reopen
 UPDATE "close_engine_conversations"
@@ -113,7 +113,7 @@ WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "closed_lost_at", "closed_lost_reason", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", "closed_lost_at", "closed_lost_reason", close_engine.recorded();
 
 -- collect_info with a key
 UPDATE "close_engine_conversations"
@@ -123,4 +123,4 @@ AND "stage" || '' = %s
 AND "updated_at" = %s
 AND NOT EXISTS (SELECT 1 FROM close_engine.history WHERE conversation_id = %s AND key = %s)
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", pg_catalog.currval('close_engine.history_id_seq'::pg_catalog.regclass);
+RETURNING "stage", "updated_at", close_engine.recorded();
