@@ -473,6 +473,8 @@ def open_conversation(
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
+    if isinstance(lead, Lead):
+        del lead.close_conversation  # a query may have loaded along that there is none
     rep_id = rep.id if isinstance(rep, User) else rep
     entry_point = CloseEngineConversation.entry_point.clean(entry_point)
     provenance = Provenance(actor, reason, metadata, key)

@@ -62,7 +62,7 @@ class Lead(BaseModel):
     """A lead of the CRM. Only these columns are read or written; its other columns are never touched.
 
     Attributes:
-        close_conversation: its one conversation, or None.
+        close_conversation: its one conversation, or None: what `prefetch()` or a join has loaded, or else read now.
     """
 
     phone = TextField["str | None"](null=True)

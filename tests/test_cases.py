@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -28,10 +29,13 @@ from close_engine import (
     CloseEngineConversation,
     EntryPoint,
     GuardMissing,
+    InvalidValue,
+    Lead,
     MessageStatus,
     OutboxMessage,
     PendingAction,
     Stage,
+    User,
     errors,
     outbox,
     submit,
@@ -286,6 +290,119 @@ def test_f9_an_approval_asked_for_by_the_crm_names_its_own_author(
     close_engine_clock.move(timedelta(minutes=1))
 
     assert claimed().submitted_by == "the CRM"
+
+
+# -- F4: one row, and no list of one --------------------------------------------------------------------------------
+
+
+class MeasuredLead(Lead):
+    """A user's own subclass of the model."""
+
+    class Meta:
+        table_name = "leads"
+
+
+def leads_and_a_rep(conversation_in: Factory) -> tuple[list[CloseEngineConversation], User]:
+    """Two leads with a conversation, a third without; a rep with both, and one with none."""
+    rep = User.create()
+    User.create()
+    conversations = [conversation_in(Stage.BUILDING), conversation_in(Stage.QUALIFYING)]
+    for conversation in conversations:
+        conversation.rep = rep
+        conversation.save()
+    new_lead()
+    return conversations, rep
+
+
+def conversations_of(leads: Any) -> dict[Any, int]:
+    return Counter(lead.close_conversation for lead in leads)
+
+
+def test_f4_prefetch_loads_the_conversation_or_none(conversation_in: Factory) -> None:
+    """After `prefetch()`, `lead.close_conversation` was a list, and an empty list for a lead without one."""
+    conversations, _ = leads_and_a_rep(conversation_in)
+    expected = Counter([*conversations, None])
+
+    assert conversations_of(Lead.select()) == expected
+    for kind in (peewee.PREFETCH_TYPE.WHERE, peewee.PREFETCH_TYPE.JOIN):
+        leads = peewee.prefetch(Lead.select(), CloseEngineConversation.select(), prefetch_type=kind)
+        with overheard() as statements:
+            assert conversations_of(leads) == expected
+            assert all(lead.close_conversation.lead is lead for lead in leads if lead.close_conversation)
+        assert statements == []
+        loaded = next(lead.close_conversation for lead in leads if lead.close_conversation == conversations[0])
+        assert loaded.send_preview().dest is Stage.PREVIEW_SENT
+        loaded.request_edits()
+
+    reference: Any = Lead.close_conversation
+    leads = list(Lead.select().with_related(peewee.Load(reference)))
+    with overheard() as statements:
+        assert conversations_of(leads) == expected
+    assert statements == []
+
+
+def test_f4_a_join_loads_the_conversation_or_none(conversation_in: Factory) -> None:
+    """What a join names `close_conversation` is read back under that name, with or without a query."""
+    conversations, _ = leads_and_a_rep(conversation_in)
+
+    both = Lead.select(Lead, CloseEngineConversation)
+    leads = list(both.join(CloseEngineConversation, peewee.JOIN.LEFT_OUTER, attr="close_conversation"))
+    with overheard() as statements:
+        assert conversations_of(leads) == Counter([*conversations, None])
+    assert statements == []
+
+    leads = list(both.join(CloseEngineConversation))
+    assert conversations_of(leads) == Counter(conversations)
+    stages = Lead.select(Lead.id, CloseEngineConversation.stage)
+    (lead,) = stages.join(CloseEngineConversation, attr="close_conversation").where(Lead.id == conversations[0].lead_id)
+    assert lead.close_conversation.stage is Stage.BUILDING
+
+
+def test_f4_prefetch_through_the_rep_and_of_a_subclass(conversation_in: Factory) -> None:
+    """A user has many conversations, so theirs stay a list; a subclass of Lead reads its one as Lead does."""
+    conversations, rep = leads_and_a_rep(conversation_in)
+
+    users = peewee.prefetch(User.select(), CloseEngineConversation.select(), Lead.select())
+    with overheard() as statements:
+        found = {user.id: sorted(row.id for row in user.close_engine_conversations) for user in users}
+        assert found.pop(rep.id) == sorted(conversation.id for conversation in conversations)
+        assert list(found.values()) == [[]]
+        assert all(row.lead.phone for user in users for row in user.close_engine_conversations)
+    assert statements == []
+
+    assert conversations_of(MeasuredLead.select()) == Counter([*conversations, None])
+
+
+def test_f4_what_was_loaded_is_forgotten_when_a_conversation_opens(conversation_in: Factory) -> None:
+    """A lead that was loaded without a conversation knows of it once it is opened, and after `del`."""
+    (lead,) = peewee.prefetch(Lead.select().where(Lead.id == new_lead().id), CloseEngineConversation.select())
+    assert lead.close_conversation is None
+    conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY)
+    assert lead.close_conversation == conversation
+
+    (lead,) = peewee.prefetch(Lead.select().where(Lead.id == lead.id), CloseEngineConversation.select())
+    conversation.start_qualifying()
+    assert str(lead.close_conversation.stage) == "INITIATED"
+    del lead.close_conversation
+    assert str(lead.close_conversation.stage) == "QUALIFYING"
+    assert pickled(lead).close_conversation == conversation
+
+
+def test_f4_only_a_leads_own_conversation_can_be_assigned(conversation_in: Factory) -> None:
+    """Anything could be assigned: it was believed, and nothing was written."""
+    own, other = conversation_in(Stage.BUILDING), conversation_in(Stage.QUALIFYING)
+    lead = Lead.get_by_id(own.lead_id)
+    for wrong in (other, "c1", {"id": own.id}, [other], lead):
+        with pytest.raises(
+            InvalidValue, match=r"^Lead.close_conversation cannot be .*: it must be this row's own Close"
+        ):
+            lead.close_conversation = wrong  # type: ignore[assignment]
+    assert lead.close_conversation == own
+
+    lead.close_conversation = own
+    assert lead.close_conversation is own
+    assert Lead(id=own.lead_id, close_conversation=own).close_conversation is own
+    assert lead.save() == 0
 
 
 # -- D13: rounded moments ------------------------------------------------------------------------------------------

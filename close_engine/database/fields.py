@@ -181,9 +181,32 @@ class JsonField(peewee.JSONField):
 
 
 class _OneOrNone(peewee.BackrefAccessor):
+    """Reads the one row, and keeps what a query has loaded along: `prefetch()` assigns a list, a join a row."""
+
     def __get__(self, instance: peewee.Model | None, instance_type: type | None = None) -> Any:
+        name = self.field.backref
+        if instance is not None and name in vars(instance):
+            return vars(instance)[name]
         rows = super().__get__(instance, instance_type)  # type: ignore[no-untyped-call]
         return rows if instance is None else rows.first()
+
+    def __set__(self, instance: peewee.Model, value: Any) -> None:
+        row = next(iter(value), None) if isinstance(value, list) else value
+        if row is not None and not self._refers_to(row, instance):
+            label = f"{type(instance).__name__}.{self.field.backref}"
+            raise InvalidValue(label, value, f"it must be this row's own {self.rel_model.__name__}, or None")
+        vars(instance)[self.field.backref] = row
+
+    def __delete__(self, instance: peewee.Model) -> None:
+        """Forget what a query has loaded along."""
+        vars(instance).pop(self.field.backref, None)
+
+    def _refers_to(self, row: Any, instance: peewee.Model) -> bool:
+        """Whether the row is the instance's own; a query may have left out the columns that say so."""
+        if not (isinstance(row, peewee.Model) and self.model in row._meta.refs.values()):
+            return False
+        ids = row.__data__.get(self.field.name), instance.__data__.get(self.field.rel_field.name)
+        return None in ids or ids[0] == ids[1]
 
 
 class OneToOneField(peewee.ForeignKeyField):
