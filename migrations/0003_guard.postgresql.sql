@@ -13,6 +13,17 @@ LANGUAGE sql VOLATILE PARALLEL SAFE AS $body$
 SELECT pg_catalog.date_trunc('milliseconds', pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
 $body$;
 
+-- Each trigger function refuses to work for any table but its own. Otherwise, whoever may execute it could attach it to a
+-- table of theirs and forge history: a dump without rights loses the REVOKE below.
+CREATE OR REPLACE FUNCTION close_engine.refuse_table(attached oid, expected text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
+        MESSAGE = 'close_engine: this trigger is for ' || expected || ' and not for ' || attached::regclass::text
+            || ': if the schema was renamed, run close-engine migrate; if not, drop the trigger';
+END
+$body$;
+
 -- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
 -- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
 -- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match. If the context is
@@ -27,6 +38,9 @@ DECLARE
     ours boolean;
     recorded text;
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
+    END IF;
     -- A session in another time zone wrote its local now(): convert it. Leave a session in UTC alone: the library's own
     -- updated_at may be the same millisecond as now(), and the library finds its row by that value.
     IF NEW.updated_at = localtimestamp(3) AND localtimestamp <> current_timestamp AT TIME ZONE 'UTC' THEN
@@ -172,6 +186,9 @@ DECLARE
     moment timestamp := close_engine.moment();
     context jsonb;
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
+    END IF;
     context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
     IF coalesce(context ->> 'trigger', 'open') <> 'open' OR coalesce(context ->> 'id', NEW.id) <> NEW.id
         OR (context ->> 'at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
@@ -198,6 +215,9 @@ $body$;
 CREATE OR REPLACE FUNCTION close_engine.forget_deadlines() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
+    END IF;
     IF TG_OP = 'TRUNCATE' THEN
         DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost');
     ELSE
@@ -207,7 +227,7 @@ BEGIN
 END
 $body$;
 
--- Without this, a role with USAGE on the schema could attach these functions to its own table and forge history.
+-- Nor may anybody attach them in the first place.
 REVOKE EXECUTE ON FUNCTION
     close_engine.guard_conversation(), close_engine.record_opening(), close_engine.forget_deadlines() FROM PUBLIC;
 

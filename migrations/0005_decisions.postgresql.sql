@@ -23,6 +23,9 @@ DECLARE
     moment timestamp := close_engine.moment();
     found text;
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
+    END IF;
     IF TG_OP = 'UPDATE' AND NEW.status IS NOT DISTINCT FROM OLD.status THEN
         RETURN NEW;
     END IF;
@@ -71,6 +74,9 @@ DECLARE
     context jsonb := nullif(outer_context, '')::jsonb;
     version timestamp;
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
+    END IF;
     IF OLD.status <> 'PENDING' OR NEW.status = 'PENDING' THEN
         RETURN NULL;
     END IF;
@@ -125,6 +131,9 @@ DECLARE
     over boolean := coalesce(NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage, true);
     approval_withdrawn boolean := OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT';
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
+    END IF;
     IF over THEN
         UPDATE close_engine.outbox
         SET status = 'WITHDRAWN', last_error = 'the conversation is ' || coalesce(NEW.stage, 'deleted')
@@ -145,6 +154,9 @@ $body$;
 CREATE OR REPLACE FUNCTION close_engine.follow_expiry() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
+    END IF;
     IF TG_OP = 'TRUNCATE' THEN
         DELETE FROM close_engine.deadlines WHERE trigger = 'expire';
         RETURN NULL;
@@ -165,7 +177,7 @@ BEGIN
 END
 $body$;
 
--- Without this, a role with USAGE on the schema could attach these functions to its own table.
+-- Nobody may attach these functions to a table of their own.
 REVOKE EXECUTE ON FUNCTION
     close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting(),
     close_engine.follow_expiry() FROM PUBLIC;

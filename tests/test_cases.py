@@ -755,6 +755,92 @@ def test_e2_migrating_again_makes_a_damaged_database_whole(
         assert each.resume().dest is stage
 
 
+# -- E4: a dump without rights ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forger(role: str, foreign_postgres: ForeignWriter) -> ForeignWriter:
+    """A worker's role in a database that was restored without its rights: it may execute our functions."""
+    foreign_postgres.run("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA close_engine TO PUBLIC")
+    foreign_postgres.run(f"GRANT USAGE ON SCHEMA close_engine TO {role}")
+    foreign_postgres.run(f"CREATE SCHEMA mine AUTHORIZATION {role}")
+    return foreign_postgres
+
+
+TRIGGER_FUNCTIONS = (
+    "SELECT proname FROM pg_proc WHERE pronamespace = 'close_engine'::regnamespace "
+    "AND prorettype = 'trigger'::regtype ORDER BY proname"
+)
+
+
+def test_e4_no_function_of_ours_works_for_another_table(forger: ForeignWriter, role: str) -> None:
+    """`pg_dump --no-acl` loses the REVOKE. A worker's role attached a function to its own table and forged history."""
+    functions = [name for (name,) in forger.run(TRIGGER_FUNCTIONS)]
+    assert len(functions) == 7
+    conversation = forger.insert("QUALIFYING", "c1")
+    before = all_rows(forger)
+    forger.run(f"SET SESSION AUTHORIZATION {role}")
+    for number, function in enumerate(functions):
+        for like in ("close_engine_conversations", "pending_actions"):
+            forged = f"mine.{like}" if number % 2 else f"mine.forged_{like}"
+            columns = "id text, lead_id text, stage text, conversation_id text, status text, expires_at timestamp(3), "
+            columns += "type text, stalled_at timestamp(3), created_at timestamp(3), updated_at timestamp(3)"
+            forger.run(f"CREATE TABLE {forged} ({columns})")
+            forger.run(f"INSERT INTO {forged} (id, stage, status) VALUES ('{conversation}', 'QUALIFYING', 'PENDING')")
+            for name, event in (("r", "INSERT OR UPDATE OR DELETE"), ("t", "TRUNCATE")):
+                each = "ROW" if name == "r" else "STATEMENT"
+                forger.run(
+                    f"CREATE TRIGGER {name} AFTER {event} ON {forged} FOR EACH {each} "
+                    f"EXECUTE FUNCTION close_engine.{function}()"
+                )
+            for statement in (
+                f"INSERT INTO {forged} (id, lead_id, stage) VALUES ('c2', 'l', 'COMPLETED')",
+                f"UPDATE {forged} SET stage = 'STALLED', status = 'APPROVED'",
+                f"DELETE FROM {forged}",
+                f"TRUNCATE {forged}",
+            ):
+                with pytest.raises(
+                    psycopg2.errors.ObjectNotInPrerequisiteState,
+                    match=rf"close_engine: this trigger is for public\.\w+ and not for {forged}: .*drop the trigger",
+                ):
+                    forger.run(statement)
+            forger.run(f"DROP TABLE {forged}")
+    forger.run("RESET SESSION AUTHORIZATION")
+    assert all_rows(forger) == before
+
+
+def test_e4_nor_for_the_other_of_the_two(foreign_postgres: ForeignWriter) -> None:
+    """The functions of the conversations are not those of the actions."""
+    foreign_postgres.insert("QUALIFYING", "c1")
+    foreign_postgres.run(
+        f"CREATE TRIGGER wrong BEFORE UPDATE {ON_CONVERSATIONS} "
+        "FOR EACH ROW EXECUTE FUNCTION close_engine.guard_action()"
+    )
+    with pytest.raises(
+        psycopg2.errors.ObjectNotInPrerequisiteState,
+        match=r"for public\.pending_actions and not for public\.close_engine_conversations",
+    ):
+        foreign_postgres.update("c1", stage="STALLED")
+
+
+@pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+def test_e4_in_a_renamed_schema_they_say_what_to_do(
+    kind: str, database: peewee.Database, foreign: ForeignWriter, conversation_in: ConversationIn
+) -> None:
+    """They speak of the schema that they were made for. Going on would fail half-way, at the first table they name."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    sql("ALTER SCHEMA public RENAME TO crm")
+    for writer in (sql, foreign.run):
+        writer("SET search_path = crm")
+        with pytest.raises(
+            (psycopg2.errors.ObjectNotInPrerequisiteState, peewee.OperationalError),
+            match=r"close_engine: this trigger is for public\..* if the schema was renamed, run close-engine migrate",
+        ):
+            writer("UPDATE close_engine_conversations SET stage = 'STALLED'")
+    with nothing_is_written(foreign):
+        conversation.stall()
+
+
 # -- E7: the guard is gone --------------------------------------------------------------------------------------------
 
 ON_CONVERSATIONS, ON_ACTIONS = "ON close_engine_conversations", "ON pending_actions"
