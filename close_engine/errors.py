@@ -515,8 +515,9 @@ class AfterCommitError(CloseEngineError):
 
 def sqlstate(error: BaseException) -> str | None:
     """PostgreSQL's code of a database error; None if it has none."""
-    code: str | None = getattr(getattr(error, "orig", None), "pgcode", None)
-    return code
+    driver_error = getattr(error, "orig", None)
+    # psycopg 2 calls it pgcode, psycopg 3 sqlstate.
+    return getattr(driver_error, "pgcode", None) or getattr(driver_error, "sqlstate", None)
 
 
 def first_line(error: BaseException) -> str:

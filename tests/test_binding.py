@@ -213,6 +213,10 @@ def test_the_url_comes_from_the_environment_and_else_is_a_file_here(
     assert close_engine.connect("postgresql://h/given").database == "given"
 
 
+TAKES = "bind() takes a Peewee database"
+MAKE = "bind peewee.PostgresqlDatabase(…), or connect() to a URL."
+
+
 class OldSqlite(peewee.SqliteDatabase):
     """Reports the version of an old system's SQLite."""
 
@@ -223,8 +227,11 @@ class OldSqlite(peewee.SqliteDatabase):
     ("database", "why"),
     [
         (peewee.MySQLDatabase("crm"), "MySQLDatabase is not supported: bind a PostgreSQL or SQLite database."),
-        (peewee.DatabaseProxy(), "DatabaseProxy is not supported: bind a PostgreSQL or SQLite database."),
-        ("sqlite:///crm.db", "str is not supported: bind a PostgreSQL or SQLite database."),
+        (
+            peewee.DatabaseProxy(),
+            f"bind() takes a Peewee database, not a DatabaseProxy that is not initialized: {MAKE}",
+        ),
+        (f"postgresql://u:{SECRET}@h/crm", f"{TAKES}, not an object of the type str: {MAKE}"),
         (OldSqlite(":memory:"), "SQLite 3.34.1 is too old: 3.35 or newer is needed."),
     ],
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import multiprocessing
 import pickle
+import pkgutil
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,14 +15,21 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import peewee
+import playhouse
 import psycopg2
 import pytest
 from celery import Celery
+from playhouse import db_url
+from playhouse.cysqlite_ext import CySqliteDatabase, PooledCySqliteDatabase
 from playhouse.migrations import MigrationError, Runner
+from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
+from playhouse.postgres_ext import PooledPostgresqlExtDatabase, PostgresqlExtDatabase, Psycopg3Database
+from playhouse.shortcuts import ReconnectMixin
 
 import close_engine
 from close_engine import (
@@ -27,6 +37,7 @@ from close_engine import (
     ActionType,
     AutonomyLevel,
     CloseEngineConversation,
+    ConfigurationError,
     EntryPoint,
     GuardMissing,
     InvalidValue,
@@ -34,7 +45,10 @@ from close_engine import (
     MessageStatus,
     OutboxMessage,
     PendingAction,
+    SchemaError,
     Stage,
+    StageConflict,
+    TransactionFailed,
     User,
     errors,
     outbox,
@@ -290,6 +304,192 @@ def test_f9_an_approval_asked_for_by_the_crm_names_its_own_author(
     close_engine_clock.move(timedelta(minutes=1))
 
     assert claimed().submitted_by == "the CRM"
+
+
+# -- F2: databases of every kind -------------------------------------------------------------------------------------
+
+
+class ReconnectingPostgres(ReconnectMixin, peewee.PostgresqlDatabase):  # type: ignore[misc]
+    """As Peewee's documentation shows it."""
+
+
+class ReconnectingSqlite(ReconnectMixin, peewee.SqliteDatabase):  # type: ignore[misc]
+    """As Peewee's documentation shows it."""
+
+
+#: Every database class of Peewee's that the library works with. SqlCipherDatabase is one as well: its driver cannot be
+#: installed everywhere, so the suite does not run it.
+WORKING: dict[str, Callable[[str], Any]] = {
+    "PostgresqlDatabase": peewee.PostgresqlDatabase,
+    "PostgresqlDatabase with psycopg 3": partial(peewee.PostgresqlDatabase, prefer_psycopg3=True),
+    "PooledPostgresqlDatabase": PooledPostgresqlDatabase,
+    "PostgresqlExtDatabase": PostgresqlExtDatabase,
+    "PooledPostgresqlExtDatabase": PooledPostgresqlExtDatabase,
+    "Psycopg3Database": Psycopg3Database,
+    "PooledPsycopg3Database": lambda url: db_url.connect(url.replace("postgresql", "psycopg3+pool", 1)),
+    "ReconnectingPostgres": ReconnectingPostgres,
+    "SqliteDatabase": peewee.SqliteDatabase,
+    "PooledSqliteDatabase": PooledSqliteDatabase,
+    "CySqliteDatabase": CySqliteDatabase,
+    "PooledCySqliteDatabase": PooledCySqliteDatabase,
+    "ReconnectingSqlite": ReconnectingSqlite,
+}
+
+LIKE_POSTGRES = "bind a PostgresqlDatabase."
+NOT_ASYNC = "bind a PostgresqlDatabase or SqliteDatabase, and call this library with asyncio.to_thread()."
+NEITHER = "is not supported: bind a PostgreSQL or SQLite database."
+ITS_OWN = "because the stages are guarded by triggers and locks of PostgreSQL's own"
+
+#: Every other class of Peewee's, with the sentence that refuses it.
+REFUSED: dict[str, str] = {
+    **{f"{name}Database": f"{name}Database {NEITHER}" for name in ("MySQL", "PooledMySQL")},
+    **{
+        f"{name}Database": f"{name}Database cannot be bound, because its queries must be awaited: {NOT_ASYNC}"
+        for name in ("AsyncPostgresql", "AsyncSqlite", "AsyncMySQL")
+    },
+    **{
+        name: f"{name} cannot be bound, {ITS_OWN}: {LIKE_POSTGRES}"
+        for name in ("CockroachDatabase", "PooledCockroachDatabase")
+    },
+    "SqliteQueueDatabase": "SqliteQueueDatabase cannot be bound, because it has no transactions: "
+    "bind a SqliteDatabase with a timeout, to wait for other writers.",
+    "APSWDatabase": "APSWDatabase cannot be bound, because its driver takes no datetimes: "
+    "bind a SqliteDatabase, CySqliteDatabase or SqlCipherDatabase.",
+}
+
+#: Those that need a driver which is not installed here.
+NOT_INSTALLED = {
+    *("SqlCipherDatabase", "APSWDatabase", "MySQLConnectorDatabase", "PooledMySQLConnectorDatabase"),
+    *("MariaDBConnectorDatabase", "PooledMariaDBConnectorDatabase"),
+}
+
+
+def offered() -> dict[str, str]:
+    """Every class for a database that Peewee offers, and the module it is in."""
+    modules = ["peewee", *(f"playhouse.{module.name}" for module in pkgutil.iter_modules(playhouse.__path__))]
+    return {
+        name: module
+        for module in modules
+        for name in re.findall(
+            r"^class ([A-Z]\w*Database)\([^)]*Database\b",
+            Path(str(importlib.util.find_spec(module).origin)).read_text(),
+            re.MULTILINE,
+        )
+    }
+
+
+def test_f2_every_class_that_peewee_offers_is_known() -> None:
+    """A class that Peewee adds must be tried, and stand in one of the two lists above."""
+    assert set(offered()) - NOT_INSTALLED == {*WORKING, *REFUSED} - NOT_INSTALLED - {
+        *("PostgresqlDatabase with psycopg 3", "ReconnectingPostgres", "ReconnectingSqlite")
+    }
+    assert set(offered()) >= NOT_INSTALLED
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_f2_what_is_accepted_works(name: str, server: str, tmp_path: Path) -> None:
+    """About all that this library does, with each class of database, from migrating to downgrading."""
+    with postgres_database(server) as url:
+        database = WORKING[name](url if "ostgres" in name or "sycopg" in name else f"{tmp_path}/crm.db")
+        assert close_engine.bind(database) is database
+        work()
+        getattr(database, "close_all", database.close)()
+
+
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - NOT_INSTALLED))
+def test_f2_what_does_not_work_is_refused_when_it_is_bound(name: str, tmp_path: Path) -> None:
+    """`bind()` accepted these, and the first trigger failed with an AttributeError, or waited for nothing."""
+    bound = close_engine.connect("sqlite:///:memory:", leads="Lead")
+    kind = getattr(importlib.import_module(offered()[name]), name)
+    database = kind(f"{tmp_path}/crm.db", **({"autostart": False} if name == "SqliteQueueDatabase" else {}))
+    for kinds in (kind, type("Measured", (kind,), {})):
+        database.__class__ = kinds
+        with pytest.raises(ConfigurationError) as caught:
+            close_engine.bind(database, leads="customers")
+        assert str(caught.value) == REFUSED[name].replace(name, kinds.__name__)
+    assert not hasattr(database, "close_engine_tables")
+    assert current().database is bound
+    assert Lead._meta.table_name == "Lead"
+
+
+def test_f2_apsw_is_refused_by_its_name() -> None:
+    """Its driver is not installed here; a class of this name is refused as the real one is."""
+    with pytest.raises(ConfigurationError) as caught:
+        close_engine.bind(type("APSWDatabase", (peewee.SqliteDatabase,), {})(":memory:"))
+    assert str(caught.value) == REFUSED["APSWDatabase"]
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (None, "None"),
+        ("postgresql://u:s3cr3t@h/crm", "an object of the type str"),
+        (peewee.PostgresqlDatabase, "the class PostgresqlDatabase"),
+        (peewee.DatabaseProxy(), "a DatabaseProxy that is not initialized"),
+        (Lead, "the class Lead"),
+        (7, "an object of the type int"),
+    ],
+    ids=["None", "URL", "class", "proxy", "model", "number"],
+)
+def test_f2_what_is_no_database_is_refused(given: Any, what: str) -> None:
+    """The sentence says what was given, and does not show a URL's password."""
+    with pytest.raises(ConfigurationError) as caught:
+        close_engine.bind(given)
+    assert str(caught.value) == (
+        f"bind() takes a Peewee database, not {what}: bind peewee.PostgresqlDatabase(…), or connect() to a URL."
+    )
+
+
+@pytest.mark.parametrize(
+    ("database", "why"),
+    [
+        (PostgresqlExtDatabase("crm", server_side_cursors=True), "a server-side cursor cannot lock rows"),
+        (Psycopg3Database("crm", server_side_cursors=True), "a server-side cursor cannot lock rows"),
+        (peewee.PostgresqlDatabase("crm", thread_safe=False), "its threads would share one transaction"),
+        (peewee.SqliteDatabase(":memory:", thread_safe=False), "its threads would share one transaction"),
+    ],
+)
+def test_f2_an_option_that_cannot_work_is_refused(database: Any, why: str) -> None:
+    """The class would do, but with this option a lock fails, or two threads write in one transaction."""
+    with pytest.raises(ConfigurationError, match=f"^This {type(database).__name__} cannot be bound, because {why}: "):
+        close_engine.bind(database)
+
+
+def test_f2_a_proxy_stands_for_the_database_in_it(tmp_path: Path) -> None:
+    """An application that binds its own models to a DatabaseProxy can hand over the proxy."""
+    proxy, inner = peewee.DatabaseProxy(), peewee.DatabaseProxy()
+    database = peewee.SqliteDatabase(f"{tmp_path}/crm.db")
+    proxy.initialize(inner)
+    with pytest.raises(ConfigurationError, match="a DatabaseProxy that is not initialized"):
+        close_engine.bind(proxy)
+    inner.initialize(database)
+    assert close_engine.bind(proxy) is database
+    work()
+    database.close()
+
+
+def test_f2_psycopg_3_says_who_holds_the_lock_and_that_a_transaction_failed(postgres_url: str) -> None:
+    """psycopg 3 calls the code of an error `sqlstate`; the state of a transaction it tells as psycopg 2 does."""
+    database = Psycopg3Database(postgres_url)
+    close_engine.bind(database)
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    holder = psycopg2.connect(postgres_url)
+    holder.cursor().execute("SELECT pg_advisory_xact_lock(hashtext('close_engine.migrate')::bigint)")
+    with pytest.raises(SchemaError, match=f"held by process {holder.info.backend_pid} of the role"):
+        downgrade(lock_timeout=timedelta(milliseconds=20))
+    holder.close()
+
+    with pytest.raises(TransactionFailed), close_engine.atomic():  # noqa: PT012
+        conversation.start_qualifying()
+        with pytest.raises(peewee.IntegrityError):
+            database.execute_sql("UPDATE close_engine_conversations SET stage = 'INITIATED'")
+    assert conversation.stage is Stage.INITIATED
+    stale = CloseEngineConversation.get_by_id(conversation.id)
+    conversation.start_qualifying(metadata={"text": "50% of %s {x}"})
+    with pytest.raises(StageConflict):
+        stale.start_qualifying()
+    assert conversation.history()[-1].metadata == {"text": "50% of %s {x}"}
+    database.close()
 
 
 # -- F4: one row, and no list of one --------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def bind(
-    database: peewee.Database,
+    database: peewee.Database | peewee.DatabaseProxy,
     *,
     leads: str | None = None,
     users: str | None = None,
@@ -155,7 +155,8 @@ def bind(
     """Bind every model of this library to your own Peewee database.
 
     Args:
-        database: a PostgresqlDatabase or SqliteDatabase, pooled or not.
+        database: a PostgresqlDatabase or SqliteDatabase, or of a class that is derived from one, such as the pools. The
+            guide lists which. Of a DatabaseProxy, the database that it stands for now.
         leads, users, clients: names of the CRM's tables; see `Tables.named` for the defaults.
         clock: a function that returns the current moment with a timezone; tests pass one that they can move.
 
@@ -163,19 +164,67 @@ def bind(
         the database.
 
     Raises:
-        ConfigurationError: it is neither PostgreSQL nor SQLite, or a SQLite older than 3.35.
+        ConfigurationError: it is no database that this library can use, or a table cannot have the name that is given.
+            What was bound before stays bound.
     """
     global _binding
-    binding = Binding(database, Tables.named(leads, users, clients), clock, _dialect_of(database))
+    database = _database_in(database)
+    dialect = _dialect_of(database)
+    binding = Binding(database, Tables.named(leads, users, clients), clock, dialect)
+    dialect.prepare(database)
     # The migrations read the names from the database object: they import nothing from this package.
     database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
     _binding = binding
-    binding.dialect.prepare(database)
     database_proxy.initialize(database)
     return database
 
 
+#: Databases that Peewee offers and this library cannot use: why, and what to bind instead. They are known by name,
+#: because most can only be imported if their driver is installed.
+_UNUSABLE = {
+    "APSWDatabase": ("its driver takes no datetimes", "a SqliteDatabase, CySqliteDatabase or SqlCipherDatabase"),
+    "AsyncDatabaseMixin": (
+        "its queries must be awaited",
+        "a PostgresqlDatabase or SqliteDatabase, and call this library with asyncio.to_thread()",
+    ),
+    "CockroachDatabase": ("the stages are guarded by triggers and locks of PostgreSQL's own", "a PostgresqlDatabase"),
+    "SqliteQueueDatabase": ("it has no transactions", "a SqliteDatabase with a timeout, to wait for other writers"),
+}
+
+
+def _database_in(given: Any) -> peewee.Database:
+    """Return the database that was given to `bind`, itself or in a proxy."""
+    while isinstance(given, peewee.Proxy) and given.obj is not None:
+        given = given.obj
+    if isinstance(given, peewee.Database):
+        return given
+    if isinstance(given, peewee.Proxy):
+        what = f"a {type(given).__name__} that is not initialized"
+    elif isinstance(given, type):
+        what = f"the class {given.__name__}"
+    else:
+        what = "None" if given is None else f"an object of the type {type(given).__name__}"
+    raise ConfigurationError(
+        f"bind() takes a Peewee database, not {what}: bind peewee.PostgresqlDatabase(…), or connect() to a URL."
+    )
+
+
 def _dialect_of(database: peewee.Database) -> Dialect:
+    kind = type(database).__name__
+    for base in type(database).__mro__:
+        if base.__name__ in _UNUSABLE:
+            why, instead = _UNUSABLE[base.__name__]
+            raise ConfigurationError(f"{kind} cannot be bound, because {why}: bind {instead}.")
+    if getattr(database, "_server_side_cursors", False):
+        raise ConfigurationError(
+            f"This {kind} cannot be bound, because a server-side cursor cannot lock rows: make it without "
+            "server_side_cursors, and give a large query to playhouse.postgres_ext.ServerSide()."
+        )
+    if not database.thread_safe:
+        raise ConfigurationError(
+            f"This {kind} cannot be bound, because its threads would share one transaction: make it without "
+            "thread_safe=False."
+        )
     if isinstance(database, peewee.PostgresqlDatabase):
         return POSTGRES
     if isinstance(database, peewee.SqliteDatabase):
@@ -183,4 +232,4 @@ def _dialect_of(database: peewee.Database) -> Dialect:
         if version < _SQLITE_NEEDED:
             raise ConfigurationError(f"SQLite {'.'.join(map(str, version))} is too old: 3.35 or newer is needed.")
         return SQLITE
-    raise ConfigurationError(f"{type(database).__name__} is not supported: bind a PostgreSQL or SQLite database.")
+    raise ConfigurationError(f"{kind} is not supported: bind a PostgreSQL or SQLite database.")
