@@ -11,6 +11,7 @@ models follow the binding:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,29 @@ if TYPE_CHECKING:
     from close_engine.conversations import CloseEngineConversation
 
 __all__ = ["BaseModel", "Client", "Lead", "StageChange", "User"]
+
+
+class _Metadata(peewee.Metadata):
+    """Escapes a table's name in queries: Peewee does not, and psycopg takes a % for the start of a placeholder."""
+
+    _table: peewee.Table | None
+    escape: Callable[[str], str] = str
+
+    @property
+    def entity(self) -> peewee.Entity:
+        return peewee.Entity(*filter(None, (self.schema, self.escape(self.table_name))))
+
+    @property
+    def table(self) -> peewee.Table:
+        if self._table is None:
+            columns = [field.column_name for field in self.sorted_fields]
+            name = self.escape(self.table_name)
+            self._table = peewee.Table(name, columns, schema=self.schema, _model=self.model, _database=self.database)
+        return self._table
+
+    @table.deleter
+    def table(self) -> None:
+        self._table = None
 
 
 class BaseModel(peewee.Model):
@@ -45,6 +69,7 @@ class BaseModel(peewee.Model):
     class Meta:
         database = database_proxy
         legacy_table_names = False
+        model_metadata_class = _Metadata
         only_save_dirty = True
 
 
@@ -134,9 +159,11 @@ StageChange.add_index(StageChange.conversation_id, StageChange.key, unique=True,
 
 def _follow_binding(database: peewee.Database) -> None:
     binding = current()
-    Lead._meta.set_table_name(binding.tables.leads)
-    User._meta.set_table_name(binding.tables.users)
-    Client._meta.set_table_name(binding.tables.clients)
+    tables = binding.tables
+    renamed: list[tuple[Any, str]] = [(Lead, tables.leads), (User, tables.users), (Client, tables.clients)]
+    for crm, name in renamed:
+        crm._meta.escape = binding.dialect.escaped
+        crm._meta.set_table_name(name)
     for model in BaseModel.__subclasses__():
         # `own_table` names a table that Prisma must not see: the dialect knows its schema and its full name.
         own_table = getattr(model._meta, "own_table", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import multiprocessing
+import os
 import pickle
 import pkgutil
 import re
@@ -1481,6 +1482,176 @@ def test_g9_odd_names_survive_migrating(server: str, schema: str) -> None:
         assert close_engine.migrate() == []
         assert len(downgrade("0001_conversations")) == 5
         database.close()
+
+
+#: What a table or a schema may be called.
+NAMES = {
+    "percent": "50% of %s, %(leads)s, %%s and 100%",
+    "braces": "{leads} {history} {} }{",
+    "quotes": 'it\'s "leads" \'\'""',
+    "backslash": "a\\b \\n \\",
+    "newline": "two\nlines\r\n\t\v;\n",
+    "dollars": "$body$ $$ $1 -- x /* ?",
+    "dot": "crm.leads",
+    "space": " ",
+    "keyword": "select",
+    "question": "? :name <table> @x",
+    "unicode": "Größe 名前 \U0001f600 \x85\u2028",
+    "control": "bell \x07 escape \x1b",
+    "letters": "x" * 63,
+    "bytes": "é" * 31 + "x",
+}
+
+
+def three_like(name: str) -> dict[str, Any]:
+    """Such a name for each of the CRM's tables, no longer than this one."""
+    return {"leads": name, "users": name[:-1] + "2", "clients": name[:-1] + "3"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_g9_a_table_of_any_name_works(name: str, empty_url: str) -> None:
+    """A `%` was an IndexError in Peewee's own queries, and braces in the name of a table broke `verify`."""
+    database = close_engine.connect(empty_url, **three_like(NAMES[name]))
+    work()
+    database.close()
+
+
+@pytest.mark.parametrize("name", ["percent", "braces", "quotes"])
+def test_g9_a_table_of_any_name_works_with_psycopg_3(name: str, server: str) -> None:
+    """psycopg 3 reads placeholders in its own way."""
+    with postgres_database(server) as url:
+        database = Psycopg3Database(url)
+        close_engine.bind(database, **three_like(NAMES[name]))
+        work()
+        database.close()
+
+
+def test_g9_a_percent_sign_survives_joins_aliases_and_a_rebinding(empty_url: str) -> None:
+    """Peewee builds its tables anew for an alias, and the next binding has other names."""
+    names = three_like(NAMES["percent"])
+    for given, other in (({}, names), (names, {})):
+        close_engine.connect("sqlite:///:memory:", **other)
+        database = close_engine.connect(empty_url, **given)
+        close_engine.migrate(standalone=True)
+        rep = User.create()
+        conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY, rep=rep)
+        lead: Any = Lead.alias()
+        query = CloseEngineConversation.select().join(lead, on=CloseEngineConversation.lead == lead.id).switch()
+        assert list(query.join(User).where(lead.phone.is_null(False), User.id == rep)) == [conversation]
+        (loaded,) = peewee.prefetch(Lead.select(), CloseEngineConversation.select(), User.select())
+        assert loaded.close_conversation.rep == rep
+        assert Lead._meta.table_name == given.get("leads", "leads")
+        Lead.update(phone="+1555").where(Lead.id == loaded).execute()
+        assert Lead.delete().where(Lead.phone == "+1555").execute() == 1
+        assert downgrade("0001_conversations")
+        database.close()
+
+
+@pytest.mark.parametrize("name", ["percent", "braces", "quotes", "backslash", "newline", "dollars", "control", "long"])
+def test_g9_a_schema_of_any_name_works(name: str, server: str) -> None:
+    """The server refused `?schema=` with a newline. A name that is too long PostgreSQL cuts wherever it stands."""
+    schema = {**NAMES, "dollars": "$$ $1 -- x /* ?", "long": "é" * 40}[name]
+    with postgres_database(server) as url:
+        quoted = schema.replace('"', '""').replace("%", "%%")
+        execute(url, f'CREATE SCHEMA "{quoted}"'.replace("%%", "%"))
+        database = close_engine.connect(f"{url}&schema={quote(schema, safe='')}")
+        work()
+        assert query(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == []
+        database.close()
+
+
+TAKEN = "this library's own table has that name"
+LIKE_OURS = "names that begin with close_engine_ are this library's own"
+CUT = "PostgreSQL cuts it off after 63 bytes; give what is left, "
+
+
+@pytest.mark.parametrize(
+    ("url", "names", "why"),
+    [
+        (url, names, f"The name of the CRM's {[*names][-1]} table cannot be {[*names.values()][-1]!r}: {why}.")
+        for url, names, why in [
+            *[
+                case
+                for url in ("sqlite:///:memory:", "postgresql://h/crm")
+                for case in (
+                    (url, {"leads": ""}, "it is empty"),
+                    (url, {"leads": "a\0b"}, "PostgreSQL cannot hold a NUL character"),
+                    (url, {"users": "\udcff"}, "it contains half of a surrogate pair, which is not a character"),
+                    (url, {"clients": 7}, "it must be text"),
+                    (url, {"leads": "pending_actions"}, TAKEN),
+                    (url, {"users": "close_engine_conversations"}, TAKEN),
+                    (url, {"leads": "x", "users": "x"}, "its leads table has that name, and they must be two tables"),
+                    (url, {"clients": "leads"}, "its leads table has that name, and they must be two tables"),
+                )
+            ],
+            ("sqlite:///:memory:", {"leads": "Pending_ACTIONS"}, TAKEN),
+            ("sqlite:///:memory:", {"leads": "Close_Engine_history"}, LIKE_OURS),
+            (
+                "sqlite:///:memory:",
+                {"leads": "x", "users": "X"},
+                "its leads table has that name, and they must be two tables",
+            ),
+            ("postgresql://h/crm", {"leads": "x" * 64}, f"{CUT}{'x' * 63!r}"),
+            ("postgresql://h/crm", {"leads": "é" * 32}, f"{CUT}{'é' * 31!r}"),
+        ]
+    ],
+)
+def test_g9_a_name_that_no_table_can_have_is_refused(url: str, names: dict[str, Any], why: str) -> None:
+    """At `connect()`, by a sentence; the earlier binding stays."""
+    bound = close_engine.connect("sqlite:///:memory:", leads="Lead")
+    with pytest.raises(ConfigurationError) as caught:
+        close_engine.connect(url, **names)
+    assert str(caught.value) == why
+    assert current().database is bound
+    assert Lead._meta.table_name == "Lead"
+
+
+def test_g9_a_name_from_the_environment_is_checked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python cannot read as text comes from the environment as halves of surrogate pairs. Empty means: not set."""
+    monkeypatch.setenv("CLOSE_ENGINE_LEADS_TABLE", "")
+    close_engine.connect("sqlite:///:memory:")
+    assert Lead._meta.table_name == "leads"
+    monkeypatch.setitem(os.environ, "CLOSE_ENGINE_LEADS_TABLE", os.fsdecode(b"\xff"))
+    with pytest.raises(
+        ConfigurationError, match=r"^The name of the CRM's leads table cannot be '.udcff': it contains half"
+    ):
+        close_engine.connect("sqlite:///:memory:")
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ("", "its schema is empty"),
+        ("a%00b", "its schema has a NUL character"),
+        ("a%ffb", "its schema is not UTF-8"),
+        ("%ed%b3%bf", "its schema is not UTF-8"),
+        ("$body$", "its schema has $body$ in its name, which ends the text of a function"),
+        ("close_engine", "the schema close_engine is for this library's own tables; name the one of the CRM's"),
+    ],
+)
+def test_g9_a_schema_that_cannot_be_is_refused(schema: str, why: str) -> None:
+    """A byte that is no text became another character, and the tables of another schema were used."""
+    with pytest.raises(ConfigurationError) as caught:
+        close_engine.connect(f"postgresql://u:s3cr3t@h/crm?schema={schema}")
+    shown = f"postgresql://u:***@h/crm?schema={schema}"
+    assert str(caught.value) == f"The database URL {shown!r} cannot be used: {why}."
+
+
+def test_g9_what_only_the_database_knows_is_said_when_migrating(server: str) -> None:
+    """A schema that is not there, and a name with a dot that was meant as schema and table."""
+    with postgres_database(server) as url:
+        execute(url, "CREATE SCHEMA crm", "CREATE TABLE crm.leads (id text PRIMARY KEY, phone text)")
+        cases: list[tuple[str, dict[str, Any], str]] = [
+            (f"{url}&schema=nowhere", {}, "the CRM's leads table was not found as 'leads'"),
+            (url, {"leads": "crm.leads"}, "the CRM's leads table was not found as 'crm.leads' in schema public"),
+        ]
+        for address, names, why in cases:
+            database = close_engine.connect(address, **names)
+            for run in (close_engine.migrate, migration_sql):
+                with pytest.raises(SchemaError) as caught:
+                    run()
+                assert why in str(caught.value)
+            database.close()
 
 
 # -- E1: the CRM's schema is dropped and made again -----------------------------------------------------------------

@@ -20,15 +20,18 @@ from typing import Any
 import peewee
 
 from close_engine.database.dialect import Dialect
-from close_engine.database.fields import milliseconds
+from close_engine.database.fields import clean_text, milliseconds
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
-from close_engine.errors import ConfigurationError, sqlstate
+from close_engine.errors import ConfigurationError, InvalidValue, sqlstate
 
 __all__ = ["Binding", "Tables", "bind", "current", "database_proxy", "is_transient", "now", "utc_now"]
 
 _SQLITE_NEEDED = (3, 35, 0)
+
+#: The library's own tables beside those of the CRM.
+_OURS = ("close_engine_conversations", "pending_actions")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Tables:
         given = {"leads": leads, "users": users, "clients": clients}
         return cls(
             **{
-                table: name or os.environ.get(f"CLOSE_ENGINE_{table.upper()}_TABLE") or table
+                table: (os.environ.get(f"CLOSE_ENGINE_{table.upper()}_TABLE") or table) if name is None else name
                 for table, name in given.items()
             }
         )
@@ -171,12 +174,28 @@ def bind(
     database = _database_in(database)
     dialect = _dialect_of(database)
     binding = Binding(database, Tables.named(leads, users, clients), clock, dialect)
+    _check_names(binding.tables, dialect)
     dialect.prepare(database)
     # The migrations read the names from the database object: they import nothing from this package.
     database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
     _binding = binding
     database_proxy.initialize(database)
     return database
+
+
+def _check_names(tables: Tables, dialect: Dialect) -> None:
+    """Refuse names that the CRM's tables cannot have."""
+    taken = dict.fromkeys(_OURS, "this library's own table has that name")
+    for table, name in vars(tables).items():
+        label = f"The name of the CRM's {table} table"
+        try:
+            folded = dialect.folded(clean_text(label, name))
+        except InvalidValue as error:
+            raise ConfigurationError(str(error)) from None
+        why = "it is empty" if not name else taken.get(folded) or dialect.why_no_table(name)
+        if why:
+            raise ConfigurationError(f"{label} cannot be {name!r}: {why}.")
+        taken[folded] = f"its {table} table has that name, and they must be two tables"
 
 
 #: Databases that Peewee offers and this library cannot use: why, and what to bind instead. They are known by name,

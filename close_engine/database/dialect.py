@@ -38,6 +38,14 @@ class Dialect:
         """Return schema and name of one of the library's tables, which Prisma must not see."""
         raise NotImplementedError
 
+    def folded(self, name: str) -> str:
+        """Return a table's name as this database compares it with others: on SQLite without regard to case."""
+        return name
+
+    def why_no_table(self, name: str) -> str | None:
+        """Say why no table of the CRM can have this name here, if that is so."""
+        raise NotImplementedError
+
     def sql(self, text: str) -> str:
         """Translate a statement for this database: `%s` is a value, `{history}` a table of the library."""
         raise NotImplementedError

@@ -33,6 +33,9 @@ _LOCK_KEY = "pg_catalog.hashtext('close_engine.migrate'::text)::bigint"
 #: The SQLSTATE of a lock that was not free within lock_timeout.
 _LOCK_NOT_AVAILABLE = "55P03"
 
+#: The most bytes of a name that PostgreSQL keeps.
+_LONGEST_NAME = 63
+
 #: The longest lock_timeout, in milliseconds.
 _LONGEST_WAIT = 2**31 - 1
 
@@ -315,6 +318,12 @@ class Postgres(Dialect):
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return "close_engine", name
+
+    def why_no_table(self, name: str) -> str | None:
+        kept = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+        return (
+            None if name == kept else f"PostgreSQL cuts it off after {_LONGEST_NAME} bytes; give what is left, {kept!r}"
+        )
 
     def sql(self, text: str) -> str:
         return text.replace("{", "close_engine.").replace("}", "")

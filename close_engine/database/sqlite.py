@@ -70,6 +70,13 @@ class Sqlite(Dialect):
     def own_table(self, name: str) -> tuple[str | None, str]:
         return None, f"close_engine_{name}"
 
+    def folded(self, name: str) -> str:
+        return name.encode().lower().decode()  # SQLite knows upper and lower case of ASCII only
+
+    def why_no_table(self, name: str) -> str | None:
+        ours = self.folded(name).startswith(self.own_table("")[1])
+        return "names that begin with close_engine_ are this library's own" if ours else None
+
     def sql(self, text: str) -> str:
         return text.replace("{", "close_engine_").replace("}", "").replace("%s", "?")
 

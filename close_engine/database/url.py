@@ -115,9 +115,24 @@ def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _schema(encoded: str) -> str:
+    try:
+        schema = unquote(encoded, errors="strict")
+        schema.encode()
+    except UnicodeError:
+        raise ValueError("its schema is not UTF-8") from None
+    if not schema or "\x00" in schema:
+        raise ValueError("its schema is empty" if not schema else "its schema has a NUL character")
+    if "$body$" in schema:
+        raise ValueError("its schema has $body$ in its name, which ends the text of a function")
+    if schema == "close_engine":
+        raise ValueError("the schema close_engine is for this library's own tables; name the one of the CRM's")
+    return schema
+
+
 def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
     """Return psycopg2's arguments; libpq itself parses the URL."""
-    schema = unquote(query.pop("schema", "public"))
+    schema = _schema(query.pop("schema", "public"))
     known = "&".join(f"{name}={value}" for name, value in query.items() if name not in _PRISMA_ONLY)
     try:
         options: dict[str, Any] = parse_dsn(f"postgresql://{place}?{known}")
@@ -134,6 +149,6 @@ def _postgres_options(place: str, query: dict[str, str]) -> dict[str, Any]:
     options["database"] = options.pop("dbname")
     if schema != "public":
         quoted = '"' + schema.replace('"', '""') + '"'
-        search_path = "-c search_path=" + re.sub(r"([\\ ])", r"\\\1", quoted)
+        search_path = "-c search_path=" + re.sub(r"([\\\s])", r"\\\1", quoted)
         options["options"] = f"{options.get('options', '')} {search_path}"
     return options
