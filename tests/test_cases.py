@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ import pytest
 from celery import Celery
 from playhouse import db_url
 from playhouse.cysqlite_ext import CySqliteDatabase, PooledCySqliteDatabase
+from playhouse.migrate import PostgresqlMigrator, SqliteMigrator, migrate
 from playhouse.migrations import MigrationError, Runner
 from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
 from playhouse.postgres_ext import PooledPostgresqlExtDatabase, PostgresqlExtDatabase, Psycopg3Database
@@ -65,6 +67,7 @@ from close_engine.worker import Worker
 from tests.calls import unqualified
 from tests.crm import AFTER, everything, query, restore
 from tests.foreign import Change, ForeignWriter, moment
+from tests.prose import ROOT, block
 from tests.servers import execute, new_name, postgres_database
 from tests.workers import LINK, claimed, sql
 
@@ -253,6 +256,113 @@ def test_f7_an_error_that_holds_itself_arrives() -> None:
 
 
 Factory = Callable[..., CloseEngineConversation]
+
+# -- E8: a table that is made again ----------------------------------------------------------------------------------
+
+OPERATIONS = ROOT / "docs/operations.md"
+
+
+@pytest.fixture
+def with_a_crm(tmp_path: Path) -> Iterator[peewee.SqliteDatabase]:
+    """A SQLite file with a conversation that has a rep, and an action that waits."""
+    database = close_engine.connect(f"sqlite:///{tmp_path}/crm.db")
+    assert isinstance(database, peewee.SqliteDatabase)
+    close_engine.migrate(standalone=True)
+    lead = new_lead(autonomy_level=AutonomyLevel.MANUAL)
+    conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY, rep=User.create())
+    submit(conversation, ActionType.SEND_MESSAGE, "Hello!")
+    yield database
+    current().database.close()
+    database.close()
+
+
+def left() -> dict[str, int]:
+    """What is left: conversations, those with a rep, and actions."""
+    conversations = CloseEngineConversation.select()
+    return {
+        "conversations": len(conversations),
+        "reps": len(conversations.where(CloseEngineConversation.rep.is_null(False))),
+        "actions": len(PendingAction.select()),
+    }
+
+
+EVERYTHING = {"conversations": 1, "reps": 1, "actions": 1}
+
+
+def rebuilt(migrator: SqliteMigrator, table: str) -> Any:
+    """The operation that makes a table again, whatever this SQLite can do without."""
+    columns = {"leads": "phone", "users": "id", "clients": "lead_id", "pending_actions": "metadata"}
+    return migrator.drop_not_null(table, columns.get(table, "rep_id"), legacy=True)
+
+
+def test_e8_the_documented_way_keeps_every_conversation(
+    with_a_crm: peewee.SqliteDatabase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example in the documentation, as it stands there, on a file with conversations in it."""
+    url, everything = f"sqlite:///{with_a_crm.database}", "SELECT type, name, tbl_name FROM sqlite_master ORDER BY 1, 2"
+    before = query(url, everything)
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", url)
+    exec(block(OPERATIONS, "python", "SqliteMigrator"), {"close_engine": close_engine})
+
+    assert capsys.readouterr().out == "[]\n[]\n"
+    assert left() == EVERYTHING
+    assert query(url, everything) == before
+    with pytest.raises(peewee.IntegrityError, match=r"NOT NULL constraint failed: leads\.phone"):
+        new_lead(phone=None)
+    (conversation,) = CloseEngineConversation.select()
+    assert bring_to(conversation, Stage.COMPLETED).history()[-1].dest is Stage.COMPLETED
+    Lead.delete().where(Lead.id == conversation.lead_id).execute()
+    assert left()["conversations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "lost"), [("leads", {"conversations": 0, "reps": 0}), ("users", {"reps": 0}), ("clients", {})]
+)
+@pytest.mark.parametrize("way", ["nothing", "a transaction", "migration_context() in a transaction"])
+def test_e8_with_foreign_keys_on_a_rebuilt_table_takes_conversations_along(
+    with_a_crm: peewee.SqliteDatabase, table: str, lost: dict[str, int], way: str
+) -> None:
+    """The danger that the documentation speaks of: nothing warns, and `verify` finds nothing wrong."""
+    migrator = SqliteMigrator(with_a_crm)
+    with ExitStack() as open_around:
+        if "a transaction" in way:
+            open_around.enter_context(with_a_crm.atomic())
+        if "migration_context()" in way:
+            open_around.enter_context(migrator.migration_context())
+        migrate(rebuilt(migrator, table))
+
+    assert left() == {**EVERYTHING, **lost}
+    assert close_engine.verify() == []
+
+
+@pytest.mark.parametrize("table", ["close_engine_conversations", "pending_actions"])
+def test_e8_the_librarys_own_tables_cannot_be_rebuilt(with_a_crm: peewee.SqliteDatabase, table: str) -> None:
+    """SQLite refuses it because of the triggers; told to look away, it drops them, and `migrate` makes them again."""
+    migrator = SqliteMigrator(with_a_crm)
+    with pytest.raises(peewee.OperationalError, match="error in trigger close_engine_"), migrator.migration_context():
+        migrate(rebuilt(migrator, table))
+    assert left() == EVERYTHING
+    assert close_engine.verify() == []
+
+    with_a_crm.pragma("legacy_alter_table", 1)
+    with migrator.migration_context():
+        migrate(rebuilt(migrator, table))
+    with_a_crm.pragma("legacy_alter_table", 0)
+    assert left() == EVERYTHING
+    assert any("is missing, so the table is not guarded" in problem for problem in close_engine.verify())
+    assert close_engine.migrate()
+    assert close_engine.verify() == []
+
+
+def test_e8_postgresql_changes_the_column_in_place(postgres: peewee.Database) -> None:
+    """The same change by Peewee's migrator for PostgreSQL keeps what refers to the table."""
+    close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY, rep=User.create())
+    migrator = PostgresqlMigrator(postgres)
+    migrate(migrator.add_not_null("leads", "phone"))
+
+    assert left() == {**EVERYTHING, "actions": 0}
+    assert close_engine.verify() == []
+
 
 # -- F9: what is given for the history ------------------------------------------------------------------------------
 
