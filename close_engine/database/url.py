@@ -58,7 +58,8 @@ def connect(
         the database.
 
     Raises:
-        ConfigurationError: the URL cannot be used. No error shows its password.
+        ConfigurationError: the URL cannot be used, or a table cannot have the name that is given. No error shows the
+            URL's password.
     """
     url = url or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
     return bind(_database_from(url), leads=leads, users=users, clients=clients, clock=clock)
