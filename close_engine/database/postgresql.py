@@ -288,17 +288,12 @@ _FIRING = """(
 _UNDEFINED = ("42883", "42P01", "3F000")
 
 
-@contextmanager
-def _guard_missing() -> Iterator[None]:
-    """Turn what PostgreSQL says if the guard or all of its schema is gone into GuardMissing."""
-    try:
-        yield
-    except peewee.DatabaseError as error:
-        code, text = sqlstate(error), str(error)
-        refused = code == "55000" and text.startswith("close_engine: ")
-        if refused or (code in _UNDEFINED and re.search('close_engine[."]', text)):
-            raise GuardMissing("close_engine_conversations") from error
-        raise
+def _says_guard_missing(error: peewee.DatabaseError) -> bool:
+    """Whether PostgreSQL says that the guard did not record the change, or that all of its schema is gone."""
+    code, text = sqlstate(error), str(error)
+    if code == "55000":
+        return text.startswith("close_engine: ")
+    return code in _UNDEFINED and re.search('close_engine[."]', text) is not None
 
 
 class Postgres(Dialect):
@@ -350,8 +345,12 @@ class Postgres(Dialect):
         provenance: Provenance,
         write: Write,
     ) -> tuple[Any, ...] | None:
-        with _guard_missing():
+        try:
             cursor = database.execute_sql(statement, (*parameters, provenance.context(write)))
+        except peewee.DatabaseError as error:
+            if _says_guard_missing(error):
+                raise GuardMissing("close_engine_conversations") from error
+            raise
         row: tuple[Any, ...] | None = cursor.fetchone()
         if row is None and database.in_transaction():
             # If another writer won while this UPDATE waited, the setting is already made: clear it.
@@ -363,8 +362,12 @@ class Postgres(Dialect):
         firing = ", ".join(_FIRING.format(table=table) for table, _ in self.guards)
         counted = database.execute_sql(f"SELECT {firing}, {_SET_CONTEXT}", (provenance.context(write),))
         self.require_guards(counted.fetchone()[:-1])
-        with _guard_missing():
+        try:
             yield
+        except peewee.DatabaseError as error:
+            if _says_guard_missing(error):
+                raise GuardMissing("close_engine_conversations") from error
+            raise
         database.execute_sql(f"SELECT {_SET_CONTEXT}", ("",))
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
