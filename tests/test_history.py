@@ -253,6 +253,8 @@ def test_conversations_from_before_the_history_are_adopted_once(
         assert foreign.row(conversation) == rows[stage]
     silent = {made[stage]: rows[stage]["updated_at"] for stage in ACTIVE}
     assert foreign.silent_since() == silent
+    assert all("is empty: set it" in problem for problem in close_engine.verify())
+    assert len(close_engine.schema.repair()) == 4
     assert close_engine.verify() == []
     stalled = CloseEngineConversation.get_by_id(made["STALLED"])
     assert stalled.resume().dest is Stage.QUALIFYING

@@ -35,7 +35,11 @@ WORKER = [
 ]
 
 #: The rights that it needs in addition to verify the installation.
-VERIFIER = ["GRANT SELECT (id) ON users TO {role}", "GRANT SELECT (id, autonomy_level) ON clients TO {role}"]
+VERIFIER = [
+    "GRANT SELECT (id) ON users TO {role}",
+    "GRANT SELECT (id, autonomy_level) ON clients TO {role}",
+    "GRANT SELECT ON ALL SEQUENCES IN SCHEMA close_engine TO {role}",
+]
 
 
 @pytest.fixture
