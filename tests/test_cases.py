@@ -1910,6 +1910,11 @@ def test_e1_an_older_version_does_not_undo_what_a_newer_one_made(postgres: peewe
 
     assert postgres.execute_sql(body).fetchall() == [before]
     assert close_engine.verify() == ["The migration 0999_later is unknown to this version: upgrade close-engine."]
+    refused: list[Callable[[], list[str]]] = [repair, partial(migration_sql, whole=True)]
+    for verb in refused:
+        with pytest.raises(SchemaError, match=r"a newer version has applied 0999_later.* Upgrade close-engine\."):
+            verb()
+    assert postgres.execute_sql(body).fetchall() == [before]
 
 
 # -- E3: the schema is renamed -------------------------------------------------------------------------------------

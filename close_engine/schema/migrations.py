@@ -31,7 +31,7 @@ from close_engine.errors import InvalidValue, SchemaError, first_line
 from close_engine.models import BaseModel
 from close_engine.schema.checks import checks, lost, other_crm
 from close_engine.schema.problems import Problem
-from close_engine.schema.scripts import pending, runner
+from close_engine.schema.scripts import pending, runner, status
 from close_engine.schema.structure import CRM_COLUMNS
 
 __all__ = ["LOCK_TIMEOUT", "downgrade", "migrate", "migration_sql", "repair", "rows_at_stake"]
@@ -87,6 +87,7 @@ def repair(*, lock_timeout: timedelta = LOCK_TIMEOUT) -> list[str]:
     """
     binding = current()
     with _migration_lock(binding, lock_timeout):
+        _refuse_newer()
         before = _problems()
         for problem in before:
             if problem.mend:
@@ -129,6 +130,8 @@ def migration_sql(
             statements.append(sql.strip().removesuffix(";"))
 
     with _migration_lock(binding, lock_timeout) as transaction:
+        if whole:
+            _refuse_newer()
         binding.database.query_hooks.append(record)
         try:
             applied = _apply(binding, standalone, whole)
@@ -238,6 +241,16 @@ def _migration_lock(binding: Binding, lock_timeout: timedelta) -> Iterator[atomi
 def _refuse_second_crm() -> None:
     if problem := other_crm():
         raise SchemaError(f"Nothing was changed. {problem}")
+
+
+def _refuse_newer() -> None:
+    """Refuse to apply everything again if a newer version may have changed it."""
+    newer = [migration.name for migration in status() if not migration.known]
+    if newer:
+        raise SchemaError(
+            f"Nothing was changed: a newer version has applied {', '.join(newer)}, and may have changed what this one "
+            "would make again. Upgrade close-engine."
+        )
 
 
 def _apply(binding: Binding, standalone: bool, again: bool = False) -> list[str]:

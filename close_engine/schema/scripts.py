@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -170,21 +171,22 @@ _REVOKED = re.compile(r"^REVOKE EXECUTE ON FUNCTION(?P<names>.*?)FROM PUBLIC;$",
 
 def triggers() -> Iterator[ScriptTrigger]:
     """Yield the triggers that the migrations make on this kind of database."""
-    for migration, text in _files():
+    for migration, text in _files(current().dialect.name):
         for found in _TRIGGER.finditer(text):
             yield ScriptTrigger(found["name"], found["table"], migration, found[0].removesuffix(";"))
 
 
 def functions() -> Iterator[ScriptFunction]:
     """Yield the functions that the migrations make on this kind of database: none on SQLite."""
-    for migration, text in _files():
+    for migration, text in _files(current().dialect.name):
         revoked = {name for found in _REVOKED.finditer(text) for name in re.findall(r"\.(\w+)\(", found["names"])}
         for found in _FUNCTION.finditer(text):
             protected = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp" in found["header"]
             yield ScriptFunction(found["name"], migration, found["body"], protected, found["name"] in revoked)
 
 
-def _files() -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of each migration's SQL file for this kind of database."""
-    for script in sorted(directory().glob("[0-9]*.py")):
-        yield script.stem, script.with_name(f"{script.stem}.{current().dialect.name}.sql").read_text("utf-8")
+@cache
+def _files(kind: str) -> tuple[tuple[str, str], ...]:
+    """Return the name and the text of each migration's SQL file for a kind of database."""
+    scripts = sorted(directory().glob("[0-9]*.py"))
+    return tuple((each.stem, each.with_name(f"{each.stem}.{kind}.sql").read_text("utf-8")) for each in scripts)
