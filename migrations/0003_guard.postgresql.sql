@@ -80,8 +80,10 @@ BEGIN
     IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN
         IF NEW.stage = 'STALLED' AND NEW.stalled_at IS DISTINCT FROM OLD.stalled_at THEN
             DELETE FROM close_engine.deadlines WHERE trigger = 'close_lost' AND subject_id = NEW.id;
-            INSERT INTO close_engine.deadlines (trigger, subject_id, at)
-            SELECT 'close_lost', NEW.id, NEW.stalled_at WHERE NEW.stalled_at IS NOT NULL;
+            IF NEW.stalled_at IS NOT NULL THEN
+                INSERT INTO close_engine.deadlines (trigger, subject_id, at)
+                VALUES ('close_lost', NEW.id, NEW.stalled_at);
+            END IF;
         END IF;
         RETURN NEW;
     END IF;
@@ -154,10 +156,11 @@ BEGIN
     -- From one active stage to another, the deadline stays.
     IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
         DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
-        INSERT INTO close_engine.deadlines (trigger, subject_id, at)
-        SELECT 'stall', NEW.id, moment WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-        UNION ALL
-        SELECT 'close_lost', NEW.id, NEW.stalled_at WHERE NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL;
+        IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+            INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('stall', NEW.id, moment);
+        ELSIF NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL THEN
+            INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('close_lost', NEW.id, NEW.stalled_at);
+        END IF;
     END IF;
 
     RETURN NEW;
@@ -203,10 +206,11 @@ BEGIN
         CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
     DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
-    INSERT INTO close_engine.deadlines (trigger, subject_id, at)
-    SELECT 'stall', NEW.id, moment WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-    UNION ALL
-    SELECT 'close_lost', NEW.id, NEW.stalled_at WHERE NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL;
+    IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+        INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('stall', NEW.id, moment);
+    ELSIF NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL THEN
+        INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('close_lost', NEW.id, NEW.stalled_at);
+    END IF;
 
     RETURN NULL;
 END
