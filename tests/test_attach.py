@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from enum import Enum
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,10 +16,10 @@ import psycopg2
 import pytest
 
 import close_engine
-from close_engine import ActionType, EntryPoint, Lead, Stage, User, outbox, submit
+from close_engine import ActionStatus, ActionType, AutonomyLevel, EntryPoint, Lead, Stage, User, outbox, submit
 from close_engine.testing import bring_to
 from tests.crm import AFTER, BEFORE, query, restore
-from tests.prose import README, ROOT, block
+from tests.prose import PRISMA, ROOT, block, section
 from tests.servers import execute, new_name, postgres_database
 
 OPERATIONS = ROOT / "docs/operations.md"
@@ -75,7 +76,7 @@ def statements_of(model: str, table: str) -> Iterator[str]:
         )
 
 
-MODELS = dict(re.findall(r"^model (\w+) \{\n(.*?)^\}", block(README, "prisma"), re.MULTILINE | re.DOTALL))
+MODELS = dict(re.findall(r"^model (\w+) \{\n(.*?)^\}", block(PRISMA, "prisma"), re.MULTILINE | re.DOTALL))
 DUMP = re.split(r"(?<=;)\n", AFTER.read_text())
 
 
@@ -102,9 +103,24 @@ def test_the_added_fields_are_the_columns_that_prisma_adds(model: str) -> None:
     assert [field.definition for field in fields_of(MODELS[model])] == after[len(before) :]
 
 
+def test_the_words_are_those_of_the_enums() -> None:
+    rows = re.findall(r"^\| (`.+`) \| (`.+`) \|$", section(PRISMA, "The words that are allowed"), re.MULTILINE)
+    shown = {field: words for fields, words in rows for field in fields.split(", ")}
+
+    enums: dict[str, type[Enum]] = {"stage": Stage, "entryPoint": EntryPoint, "autonomyLevel": AutonomyLevel}
+    expected = {f"CloseEngineConversation.{field}": enum for field, enum in enums.items()}
+    expected |= {"Lead.closeEntryPoint": EntryPoint, "Lead.autonomyLevel": AutonomyLevel}
+    expected |= {"Client.autonomyLevel": AutonomyLevel, "PendingAction.type": ActionType}
+    expected |= {"PendingAction.status": ActionStatus}
+    assert shown == {f"`{field}`": ", ".join(f"`{word.value}`" for word in enum) for field, enum in expected.items()}
+    for field in expected:
+        model, _, name = field.partition(".")
+        assert re.search(rf"^  {name} +String\b", MODELS[model], re.MULTILINE), field
+
+
 @pytest.fixture
 def roles(server: str) -> Iterator[dict[str, str]]:
-    """The roles in the README, each mapped to the test's own role without rights."""
+    """The roles on the page, each mapped to the test's own role without rights."""
     names = {role: new_name() for role in ("crm_owner", "close_worker", "crm_app")}
     for name in names.values():
         execute(server, f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
@@ -133,14 +149,14 @@ def as_role(url: str, role: str) -> str:
 
 
 def run_block(url: str, having: str, roles: dict[str, str]) -> None:
-    """Run the block of SQL in the README that contains this text, for the test's roles."""
-    text = block(README, "sql", having)
+    """Run the block of SQL on the page that contains this text, for the test's roles."""
+    text = block(PRISMA, "sql", having)
     for role, name in roles.items():
         text = text.replace(role, name)
     execute(url, text)
 
 
-def test_the_rights_that_the_readme_grants_are_enough_and_no_more(url: str, roles: dict[str, str]) -> None:
+def test_the_rights_that_the_page_grants_are_enough_and_no_more(url: str, roles: dict[str, str]) -> None:
     run_block(url, "CREATE SCHEMA", roles)
     owner = as_role(url, roles["crm_owner"])
     database = close_engine.connect(owner)
