@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format lint types coverage docs wheel bench clean
+.PHONY: demo test check format lint types coverage judge matrix docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
 
+# Without Node, this leaves out the tests in which Prisma is the judge, and says so. The check does not.
 test: $(INSTALLED)
+	@$(BIN)/python -m tests.judge try
 	$(BIN)/pytest -q -n 2
 
 check: lint types coverage docs wheel
@@ -26,8 +28,18 @@ types: $(INSTALLED)
 	$(BIN)/mypy --strict close_engine
 	$(BIN)/mypy --strict tests
 
-coverage: $(INSTALLED)
-	$(BIN)/pytest -q -n 2 --cov --cov-report=term --cov-fail-under=95
+coverage: judge
+	$(BIN)/pytest -q -n 2 --prisma --cov --cov-report=term --cov-fail-under=95
+
+# Prisma's engines, for the machine's Node or else for the one from PyPI.
+judge: $(INSTALLED)
+	@$(BIN)/python -m tests.judge node || \
+		$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[judge]'
+	@$(BIN)/python -m tests.judge install
+
+# What Prisma judges, as the table in docs/prisma.md.
+matrix: judge
+	$(BIN)/pytest -q --prisma --write-matrix tests/test_judge.py
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict --quiet
@@ -53,4 +65,4 @@ $(VENV)/.bench-installed: $(INSTALLED)
 	touch $(VENV)/.bench-installed
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site tests/prisma/node_modules *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

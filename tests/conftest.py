@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,12 @@ pytest_plugins = ["close_engine.testing", "tests.foreign"]
 SERVER = "CLOSE_ENGINE_TEST_SERVER"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("close-engine")
+    group.addoption("--prisma", action="store_true", help="fail if Prisma cannot judge, instead of leaving it out")
+    group.addoption("--write-matrix", action="store_true", help="write what Prisma judged into docs/prisma.md")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A shell makes its background jobs ignore SIGINT. The processes that the tests interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
             server.__exit__(None, None, None)
 
         config.add_cleanup(stop)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out, and why: a line for each reason."""
+    left_out = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in left_out.items():
+        terminalreporter.write_line(f"Left out {count} tests. {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")
