@@ -257,11 +257,13 @@ ON_POSTGRESQL = {
         ],
     ),
     "the owner of a function": (
-        "ALTER FUNCTION close_engine.moment() OWNER TO pg_monitor",
+        "ALTER FUNCTION close_engine.moment() OWNER TO pg_monitor; "
+        "ALTER FUNCTION close_engine.refuse_table(oid, text) OWNER TO pg_monitor",
         [
-            "The function close_engine.moment() belongs to pg_monitor, and close_engine.history to postgres: "
-            'give them one owner (ALTER FUNCTION close_engine.moment() OWNER TO "postgres"), or '
+            f"The function close_engine.{function} belongs to pg_monitor, and close_engine.history to postgres: "
+            f'give them one owner (ALTER FUNCTION close_engine.{function} OWNER TO "postgres"), or '
             "run close-engine verify --repair as a superuser."
+            for function in ("moment()", "refuse_table(oid,text)")
         ],
     ),
     "a sequence that is behind": (

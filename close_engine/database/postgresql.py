@@ -174,7 +174,8 @@ class PostgresCatalog(Catalog):
                 p.prosecdef AND 'search_path=pg_catalog, pg_temp' = ANY (p.proconfig),
                 pg_catalog.pg_get_userbyid(p.proowner)::text,
                 ARRAY(
-                    SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.pg_get_userbyid(a.grantee)::text END
+                    SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC'
+                        ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)::text) END
                     FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
                     WHERE a.grantee <> p.proowner ORDER BY 1
                 )
@@ -191,7 +192,7 @@ class PostgresCatalog(Catalog):
     def owners(self) -> list[tuple[str, str, str]]:
         return self._rows(
             """
-            SELECT 'FUNCTION', n.nspname || '.' || p.proname || '()', pg_catalog.pg_get_userbyid(p.proowner)::text
+            SELECT 'FUNCTION', p.oid::pg_catalog.regprocedure::text, pg_catalog.pg_get_userbyid(p.proowner)::text
             FROM pg_catalog.pg_proc p
             JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace AND n.nspname = 'close_engine'
             UNION ALL
