@@ -151,8 +151,8 @@ def test_verify_repair_says_what_it_mended(database: Any, database_url: str) -> 
 
     assert (result.code, result.err) == (0, "")
     assert result.out.splitlines()[:2] == [
-        "mended The database refuses start_qualifying from INITIATED to QUALIFYING, which the machine allows.",
-        "mended The database allows undo from COMPLETED to INITIATED, which the machine refuses.",
+        "mended: The database refuses start_qualifying from INITIATED to QUALIFYING, which the machine allows.",
+        "mended: The database allows undo from COMPLETED to INITIATED, which the machine refuses.",
     ]
     assert {line[0] for line in result.lines[2:]} == {"ok"}
 

@@ -115,7 +115,7 @@ def verify(
     """Check the whole database: exit with status 0, or list what is wrong and exit with status 1."""
     open_database(context)
     for mended in schema.repair(lock_timeout=lock_timeout) if repair else ():
-        print(f"mended {mended}.")
+        print(f"mended: {mended}.")
     checks = schema.checks()
     for check in checks:
         print(f"{'WRONG' if check.problems else 'ok':6} {check.subject}")
