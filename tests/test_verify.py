@@ -641,29 +641,33 @@ MENDED = [
 
 
 @pytest.mark.parametrize(("what", "kind", "by"), MENDED, ids=["-".join(each) for each in MENDED])
-def test_what_is_said_to_be_mended_is(postgres_url: str, what: str, kind: str, by: str) -> None:
+def test_what_is_said_to_be_mended_is(healthy_url: str, what: str, kind: str, by: str) -> None:
     is_postgresql = kind == "postgresql"
     change, problems = (POSTGRESQL if is_postgresql else SQLITE)[what]
-    database = close_engine.connect(postgres_url if is_postgresql else "sqlite:///:memory:")
-    close_engine.migrate(standalone=True)
-    fill()
-    with database.atomic():
+    database = close_engine.connect(healthy_url if is_postgresql else "sqlite:///:memory:")
+    if not is_postgresql:
+        close_engine.migrate(standalone=True)
+        fill()
+    with close_engine.atomic() as transaction:
         for statement in [words(change, True)] if is_postgresql else words(change, False).split("; "):
             database.execute_sql(statement)
-    found = close_engine.verify()
-    assert found == [words(problem, is_postgresql) for problem in problems]
+        if is_postgresql:
+            database.execute_sql("SET LOCAL session_replication_role = origin")  # some changes bypass the triggers
+        found = close_engine.verify()
+        assert found == [words(problem, is_postgresql) for problem in problems]
 
-    if by == "migrate":
-        assert close_engine.migrate() == SCRIPTS
-    else:
-        mended = repair()
-        assert [problem for what in mended for problem in found if problem.startswith(what)] == found
-        assert repair() == []
+        if by == "migrate":
+            assert close_engine.migrate() == SCRIPTS
+        else:
+            mended = repair()
+            assert [problem for what in mended for problem in found if problem.startswith(what)] == found
+            assert repair() == []
 
-    assert close_engine.verify() == []
-    assert close_engine.migrate() == []
-    conversation = close_engine.open_conversation(Lead.create(phone="+1557"), EntryPoint.SMS_REPLY)
-    assert bring_to(conversation, Stage.COMPLETED).stage is Stage.COMPLETED
+        assert close_engine.verify() == []
+        assert close_engine.migrate() == []
+        conversation = close_engine.open_conversation(Lead.create(phone="+1557"), EntryPoint.SMS_REPLY)
+        assert bring_to(conversation, Stage.COMPLETED).stage is Stage.COMPLETED
+        transaction.rollback()
     database.close()
 
 
