@@ -2086,6 +2086,29 @@ def test_g5_another_owner_of_the_crms_tables_is_told_and_mended(server: str, rol
         database.close()
 
 
+def test_g5_a_schema_that_our_functions_may_not_use_is_told_and_mended(server: str, role: str) -> None:
+    """The owner of the functions keeps the tables, and loses the schema that they are in."""
+    with postgres_database(server) as url:
+        execute(url, f"GRANT ALL ON SCHEMA public TO {role}", f"GRANT CREATE ON DATABASE {url_name(url)} TO {role}")
+        database = close_engine.connect(url.replace("//postgres:@", f"//{role}:@"))
+        close_engine.migrate(standalone=True)
+        database.close()
+        database = close_engine.connect(url)
+        execute(url, f"REVOKE ALL ON SCHEMA public FROM {role}, PUBLIC")
+        assert close_engine.verify() == [
+            f"The functions of close_engine run with the rights of {role}, who lacks USAGE on SCHEMA public: grant "
+            f"it (GRANT USAGE ON SCHEMA public TO {role}), or run close-engine verify --repair as the table's owner."
+        ]
+        with pytest.raises(peewee.DatabaseError):
+            close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+
+        assert len(repair()) == 1
+
+        assert close_engine.verify() == []
+        bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.COMPLETED)
+        database.close()
+
+
 def test_g5_row_level_security_that_hides_rows_from_our_functions_is_told(server: str, role: str) -> None:
     """As with another owner: the functions see no conversation, and refuse every approval."""
     with postgres_database(server) as url:

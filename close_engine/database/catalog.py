@@ -154,7 +154,7 @@ class Catalog:
         return []
 
     def missing_rights(self) -> list[tuple[str, str, str]]:
-        """Return what the library's functions may not do and must: their owner, a right, and the table."""
+        """Return what the library's functions may not do and must: their owner, a right, and the table or schema."""
         return []
 
     def forgers(self) -> list[tuple[str, str, str]]:

@@ -214,6 +214,9 @@ class PostgresCatalog(Catalog):
                 AS r (name, is_for_ours)
             WHERE (t.is_ours OR NOT r.is_for_ours)
                 AND NOT pg_catalog.has_table_privilege(o.id, t.id, r.name)
+            UNION ALL
+            SELECT o.name, 'USAGE', 'SCHEMA ' || pg_catalog.quote_ident(pg_catalog.current_schema()::text)
+            FROM owners o WHERE NOT pg_catalog.has_schema_privilege(o.id, pg_catalog.current_schema()::text, 'USAGE')
             ORDER BY 1, 3, 2
             """
         )
