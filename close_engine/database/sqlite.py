@@ -49,9 +49,6 @@ class SqliteCatalog(Catalog):
         ).fetchall()
         return {name: Trigger(self.printed_trigger(sql)) for name, sql in rows}
 
-    def printed_trigger(self, statement: str) -> str:
-        return statement
-
 
 class Sqlite(Dialect):
     """SQLite: a prefix for the library's tables, a row for the context of a write."""

@@ -30,7 +30,7 @@ from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue, SchemaError, first_line
 from close_engine.models import BaseModel
 from close_engine.schema.checks import checks, lost, other_crm
-from close_engine.schema.problems import Problem
+from close_engine.schema.problems import Problem, current_catalog, identifier, literal, table_name
 from close_engine.schema.scripts import pending, runner, status
 from close_engine.schema.structure import CRM_COLUMNS
 
@@ -205,13 +205,11 @@ def rows_at_stake(target: str | None = None, *, lock_timeout: timedelta = LOCK_T
 
 def _filled_rows() -> dict[str, int]:
     """Count the rows with data, for each table of the library's and each column that it adds to a CRM's table."""
-    binding = current()
-    catalog = binding.dialect.catalog(binding.database)
+    binding, catalog = current(), current_catalog()
     counted = {}
     for model in BaseModel.__subclasses__():
-        meta = model._meta
+        meta, name = model._meta, table_name(model)
         columns = catalog.columns(meta.table_name, meta.schema)
-        name = ".".join(filter(None, (meta.schema, meta.table_name)))
         if model not in CRM_COLUMNS:
             counted[name] = binding.count(model.select()) if columns else 0
             continue
@@ -278,9 +276,7 @@ def _create_crm_tables(binding: Binding) -> None:
         binding.tables.clients: "lead_id TEXT",
     }
     for table, columns in definitions.items():
-        quoted = '"' + table.replace('"', '""') + '"'
-        if binding.database.param == "%s":
-            quoted = quoted.replace("%", "%%")  # psycopg2 takes a single % for a placeholder
+        quoted = binding.dialect.escaped(identifier(table))
         binding.database.execute_sql(f"CREATE TABLE IF NOT EXISTS {quoted} (id TEXT NOT NULL PRIMARY KEY, {columns})")
 
 
@@ -311,4 +307,4 @@ def _with_values(sql: str, values: Sequence[Any], mark: str) -> str:
 def _literal(value: Any) -> str:
     if value is None or isinstance(value, (int, float)):
         return "NULL" if value is None else str(value)
-    return "'" + str(value).replace("'", "''") + "'"
+    return literal(str(value))

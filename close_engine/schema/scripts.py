@@ -66,7 +66,6 @@ class ScriptTrigger:
 
     name: str
     table: str
-    migration: str
     statement: str
 
 
@@ -81,7 +80,6 @@ class ScriptFunction:
     """
 
     name: str
-    migration: str
     body: str
     protected: bool
     revoked: bool
@@ -171,22 +169,22 @@ _REVOKED = re.compile(r"^REVOKE EXECUTE ON FUNCTION(?P<names>.*?)FROM PUBLIC;$",
 
 def triggers() -> Iterator[ScriptTrigger]:
     """Yield the triggers that the migrations make on this kind of database."""
-    for migration, text in _files(current().dialect.name):
+    for text in _files(current().dialect.name):
         for found in _TRIGGER.finditer(text):
-            yield ScriptTrigger(found["name"], found["table"], migration, found[0].removesuffix(";"))
+            yield ScriptTrigger(found["name"], found["table"], found[0].removesuffix(";"))
 
 
 def functions() -> Iterator[ScriptFunction]:
     """Yield the functions that the migrations make on this kind of database: none on SQLite."""
-    for migration, text in _files(current().dialect.name):
+    for text in _files(current().dialect.name):
         revoked = {name for found in _REVOKED.finditer(text) for name in re.findall(r"\.(\w+)\(", found["names"])}
         for found in _FUNCTION.finditer(text):
             protected = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp" in found["header"]
-            yield ScriptFunction(found["name"], migration, found["body"], protected, found["name"] in revoked)
+            yield ScriptFunction(found["name"], found["body"], protected, found["name"] in revoked)
 
 
 @cache
-def _files(kind: str) -> tuple[tuple[str, str], ...]:
-    """Return the name and the text of each migration's SQL file for a kind of database."""
+def _files(kind: str) -> tuple[str, ...]:
+    """Return the text of each migration's SQL file for a kind of database, in order."""
     scripts = sorted(directory().glob("[0-9]*.py"))
-    return tuple((each.stem, each.with_name(f"{each.stem}.{kind}.sql").read_text("utf-8")) for each in scripts)
+    return tuple(each.with_name(f"{each.stem}.{kind}.sql").read_text("utf-8") for each in scripts)

@@ -199,22 +199,21 @@ def _helper_problems(catalog: Catalog) -> Iterator[Problem]:
 def _trigger_problems(catalog: Catalog, table: str) -> Iterator[Problem]:
     if not catalog.columns(table):
         return
-    found, ours = catalog.triggers(table), [each for each in scripts.triggers() if each.table == table]
+    found, here = catalog.triggers(table), catalog.schema()
+    ours = [each for each in scripts.triggers() if each.table == table]
     for expected in ours:
-        trigger, unguarded = found.get(expected.name), f"on {table} is missing, so the table is not guarded"
-        statement = catalog.printed_trigger(expected.statement.replace("public.", f"{catalog.schema()}.", 1))
+        trigger, named = found.get(expected.name), f"The trigger {expected.name} on {table}"
+        statement = catalog.printed_trigger(expected.statement.replace("public.", f"{here}.", 1))
         if trigger is None:
-            yield Problem(f"The trigger {expected.name} {unguarded}", AGAIN, again=True)
+            yield Problem(f"{named} is missing, so the table is not guarded", AGAIN, again=True)
         elif not trigger.enabled:
             yield Problem(
-                f"The trigger {expected.name} {unguarded.replace('missing', 'disabled')}",
+                f"{named} is disabled, so the table is not guarded",
                 "run close-engine migrate, which enables it",
                 again=True,
             )
         elif trigger.statement != statement:
-            yield Problem(
-                f"The trigger {expected.name} on {table} is not the one that this version makes", AGAIN, again=True
-            )
+            yield Problem(f"{named} is not the one that this version makes", AGAIN, again=True)
     guards = [name for name in found if found[name].rewrites and name in {each.name for each in ours}]
     later = list(found)[list(found).index(guards[-1]) + 1 :] if guards else []
     for other in later:
@@ -284,14 +283,6 @@ def _transition_problems(catalog: Catalog, machine: str, expected: Iterable[tupl
         yield Problem(
             f"The database allows {trigger} from {source} to {dest}, which the machine refuses",
             f"{REPAIR}, which forbids it",
-            mend=current().dialect.sql("DELETE FROM {transitions} WHERE machine = ")
-            + " AND ".join(
-                f"{column}{literal(value)}"
-                for column, value in (
-                    ("", machine),
-                    ('"trigger" = ', trigger),
-                    ("source = ", source),
-                    ("dest = ", dest),
-                )
-            ),
+            mend=current().dialect.sql('DELETE FROM {transitions} WHERE (machine, "trigger", source, dest) = ')
+            + f"({', '.join(map(literal, (machine, trigger, source, dest)))})",
         )
