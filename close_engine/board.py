@@ -27,12 +27,15 @@ import peewee
 
 from close_engine.approvals import PendingAction, pending_actions
 from close_engine.conversations import CloseEngineConversation
-from close_engine.database.binding import current, now
+from close_engine.database.binding import current, moment
 from close_engine.models import StageChange
-from close_engine.outbox import OutboxMessage
+from close_engine.outbox import CLAIMABLE, OutboxMessage
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
 __all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "outbox_line", "pipeline"]
+
+#: How long a message is in flight before the board calls it hanging.
+HANGING_AFTER = timedelta(minutes=5)
 
 #: An active stage with more conversations than this is sampled.
 EXACT = 1000
@@ -83,12 +86,14 @@ class OutboxLine:
     Attributes:
         pending: int, number of messages that still have to be sent, now or later.
         in_flight: int, number of those that a worker has leased now.
+        hanging: int, number of those that have been in flight for long: their sender may never return.
         dead: int, number of messages that were given up.
         lag: timedelta, how long the oldest message that can be sent now has been due; None if there is none.
     """
 
     pending: int
     in_flight: int
+    hanging: int
     dead: int
     lag: timedelta | None
 
@@ -116,41 +121,35 @@ def pipeline() -> Pipeline:
     Returns:
         the Pipeline, as plain numbers.
     """
-    moment = now()
-    return Pipeline(moment, _stage_lines(moment), _approval_lines(moment), outbox_line())
+    at = moment()
+    return Pipeline(at, _stage_lines(at), _approval_lines(at), outbox_line())
 
 
-def outbox_line() -> OutboxLine:
+def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
     """Read the state of the outbox.
+
+    Args:
+        hanging_after: timedelta, how long a message must have been in flight to count as hanging.
 
     Returns:
         the OutboxLine, as plain numbers.
     """
-    message, ahead, moment = OutboxMessage, OutboxMessage.alias(), now()
-    pending = message.status == MessageStatus.PENDING
+    message, function, at = OutboxMessage, current().dialect.function, moment()
     leased = message.leased_by.is_null(False)
-    function = current().dialect.function
-    in_flight = function("count", message.id).filter(leased & (message.available_at > moment))
-    counted: Any = message.select(function("count", message.id), in_flight).where(pending).tuples()
-    count, leased_now = counted.get()
-    # The same rule as in `claim`: the oldest message of a conversation is next, unless another one is in flight.
-    waits_behind = ahead.select(peewee.SQL("1")).where(
-        (ahead.conversation_id == message.conversation_id)
-        & (ahead.status == MessageStatus.PENDING)
-        & (ahead.id != message.id)
-        & ((ahead.id < message.id) | ahead.leased_by.is_null(False))
-    )
-    next_one = (
-        message.select(message.available_at)
-        .where(pending & (message.available_at <= moment) & (leased | ~peewee.fn.EXISTS(waits_behind)))
-        .order_by(message.available_at, message.id)
-        .first()
-    )
+    leased &= message.available_at > at
+    in_flight = function("count", message.id).filter(leased)
+    hanging = function("count", message.id).filter(leased & (message.leased_at <= at - hanging_after))
+    pending = message.status == MessageStatus.PENDING
+    counted: Any = message.select(function("count", message.id), in_flight, hanging).where(pending).tuples()
+    count, leased_now, hangs = counted.get()
+    oldest = f"SELECT o.available_at FROM {{outbox}} o WHERE {CLAIMABLE} ORDER BY o.available_at, o.id LIMIT 1"
+    found = current().execute(oldest).fetchone()
     dead = current().count(message.select().where(message.status == MessageStatus.DEAD))
-    return OutboxLine(count, leased_now, dead, next_one and moment - next_one.available_at)
+    lag = None if found is None else at - message.available_at.python_value(found[0])
+    return OutboxLine(count, leased_now, hangs, dead, lag)
 
 
-def _approval_lines(moment: datetime) -> list[ApprovalLine]:
+def _approval_lines(at: datetime) -> list[ApprovalLine]:
     action, function = PendingAction, current().dialect.function
     waiting: Any = (
         pending_actions()
@@ -158,10 +157,10 @@ def _approval_lines(moment: datetime) -> list[ApprovalLine]:
         .group_by(action.type)
         .order_by(action.type)
     )
-    return [ApprovalLine(type, count, moment - oldest) for type, count, oldest in waiting.tuples()]
+    return [ApprovalLine(type, count, at - oldest) for type, count, oldest in waiting.tuples()]
 
 
-def _stage_lines(moment: datetime) -> list[StageLine]:
+def _stage_lines(now: datetime) -> list[StageLine]:
     model = CloseEngineConversation
     count = current().dialect.function("count", model.stage)
     counted: Any = model.select(model.stage, count).group_by(model.stage).tuples()
@@ -177,20 +176,20 @@ def _stage_lines(moment: datetime) -> list[StageLine]:
     lines = {stage: StageLine(stage, count) for stage, count in counts.items()}
     for stage, times in entered.items():
         if times:
-            middle = timedelta(seconds=median((moment - at).total_seconds() for at in times))
-            lines[stage] = StageLine(stage, counts[stage], middle, moment - min(times), stage in many)
-    lines[Stage.STALLED] = _stalled_line(counts[Stage.STALLED], moment)
+            middle = timedelta(seconds=median((now - at).total_seconds() for at in times))
+            lines[stage] = StageLine(stage, counts[stage], middle, now - min(times), stage in many)
+    lines[Stage.STALLED] = _stalled_line(counts[Stage.STALLED], now)
     return list(lines.values())
 
 
-def _stalled_line(count: int, moment: datetime) -> StageLine:
+def _stalled_line(count: int, now: datetime) -> StageLine:
     """Read the times in STALLED from the deadlines, which an index keeps in order, instead of the history."""
     ordered = "SELECT at FROM {deadlines} WHERE \"trigger\" = 'close_lost' ORDER BY at LIMIT 1 OFFSET %s"
     times = [current().execute(ordered, (place,)).fetchone() for place in (0, count // 2)]
     if None in times:
         return StageLine(Stage.STALLED, count)
     first, middle = (CloseEngineConversation.stalled_at.python_value(at) for (at,) in times)
-    return StageLine(Stage.STALLED, count, moment - middle, moment - first)
+    return StageLine(Stage.STALLED, count, now - middle, now - first)
 
 
 def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, datetime]]:

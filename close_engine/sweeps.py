@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 from close_engine import hooks
 from close_engine.conversations import CloseEngineConversation
-from close_engine.database.binding import current, now
+from close_engine.database.binding import current, moment
 from close_engine.database.fields import stored_time
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
+from close_engine.outbox import MAX_UNREPORTED
 
 __all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
 
@@ -112,8 +113,8 @@ def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -
         InvalidValue: the batch is less than 1.
         GuardMissing: the database would not record the changes.
     """
-    moment = now()
-    before, at = stored_time(moment - after), stored_time(moment)
+    present = moment()
+    before, at = stored_time(present - after), stored_time(present)
     due = _Due(_PERHAPS_SILENT, (before, at), lock=("c", "d"))
     return _move("stall", at, due, batch, spared=lambda held: _not_silent(held, before))
 
@@ -137,8 +138,8 @@ def lose_stalled(
     """
     if not reason.strip():
         raise InvalidValue("reason", reason, "a reason must be given")
-    moment = now()
-    before, at = stored_time(moment - after), stored_time(moment)
+    present = moment()
+    before, at = stored_time(present - after), stored_time(present)
     return _move("close_lost", at, _Due(_STALLED, (before, at, before), lock=("c",)), batch, reason)
 
 
@@ -155,19 +156,19 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
         InvalidValue: the batch is less than 1.
         GuardMissing: the database would not record the changes.
     """
-    moment = stored_time(now())
+    at = stored_time(moment())
     provenance = Provenance(ACTOR, "it was not approved in time")
 
     def expire(held: list[str]) -> list[str]:
         _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", these=held)
         return held
 
-    due = _Due(_EXPIRED, (moment, moment), lock=("a",))
-    return _in_batches(due, batch, expire, (provenance, Write("expire", None, moment)))
+    due = _Due(_EXPIRED, (at, at), lock=("a",))
+    return _in_batches(due, batch, expire, (provenance, Write("expire", None, at)))
 
 
 def release_leases(*, batch: int = 1000) -> list[int]:
-    """Reclaim messages whose lease has run out. After `max_attempts`, a message is DEAD.
+    """Reclaim messages whose lease has run out. After too many of them, or after `max_attempts`, a message is DEAD.
 
     Args:
         batch: int, how many to change in one transaction.
@@ -181,13 +182,15 @@ def release_leases(*, batch: int = 1000) -> list[int]:
 
     def release(held: list[int]) -> list[int]:
         _execute(
-            "UPDATE {outbox} SET leased_by = NULL, last_error = 'the lease of ' || leased_by || ' ran out', "
-            "status = CASE WHEN attempts >= max_attempts THEN 'DEAD' ELSE status END WHERE id IN {these}",
+            "UPDATE {outbox} SET leased_by = NULL, leased_at = NULL, unreported = unreported + 1, "
+            "last_error = 'the lease of ' || leased_by || ' ran out', status = CASE "
+            "WHEN attempts >= max_attempts OR unreported >= %s THEN 'DEAD' ELSE status END WHERE id IN {these}",
+            MAX_UNREPORTED - 1,
             these=held,
         )
         return held
 
-    return _in_batches(_Due(_RUN_OUT, (stored_time(now()),), lock=("o",)), batch, release)
+    return _in_batches(_Due(_RUN_OUT, (stored_time(moment()),), lock=("o",)), batch, release)
 
 
 def _move(

@@ -29,7 +29,10 @@ import peewee
 import pytest
 
 from close_engine.conversations import CloseEngineConversation, open_conversation
+from close_engine.database.binding import current
+from close_engine.database.fields import milliseconds, stored_time
 from close_engine.database.url import connect
+from close_engine.errors import ConfigurationError
 from close_engine.models import Lead
 from close_engine.outbox import OutboxMessage
 from close_engine.schema.migrations import migrate
@@ -66,15 +69,30 @@ _PATHS: dict[Stage, tuple[str, ...]] = {
 class MovableClock:
     """A clock that only moves when a test moves it. Pass it to `close_engine.bind`, or use `close_engine_clock`.
 
+    What is due, leased or over is judged by the database's clock, so this clock rules that one too: from the first move
+    on, or from `rule()`.
+
     Args:
         now: datetime with a timezone, the time to start at; the default is the current time.
     """
 
     def __init__(self, now: datetime | None = None) -> None:
-        self.now = now or datetime.now(timezone.utc)
+        self._now = now or datetime.now(timezone.utc)
+        self._rules = False
 
     def __call__(self) -> datetime:
-        return self.now
+        return self._now
+
+    @property
+    def now(self) -> datetime:
+        """The time that it shows."""
+        return self._now
+
+    @now.setter
+    def now(self, moment: datetime) -> None:
+        self._now = moment
+        if self._rules or self._is_bound():
+            self.rule()
 
     def move(self, by: timedelta) -> datetime:
         """Move the clock.
@@ -87,6 +105,22 @@ class MovableClock:
         """
         self.now += by
         return self.now
+
+    def _is_bound(self) -> bool:
+        try:
+            return current().clock is self
+        except ConfigurationError:
+            return False
+
+    def let_go(self) -> None:
+        """Give the bound database its own clock back."""
+        self._rules = False
+        current().dialect.set_clock(current().database, None)
+
+    def rule(self) -> None:
+        """Make the clock of the bound database, which says what is due and over, show the same from now on."""
+        self._rules = True
+        current().dialect.set_clock(current().database, stored_time(milliseconds(self._now)))
 
 
 class FakeSender:
@@ -113,7 +147,7 @@ class FakeSender:
         Returns:
             int, how many messages were claimed.
         """
-        return Worker(self, name="fake sender", sweep=None).run_until_empty()
+        return Worker(self, name="fake sender", concurrency=1, sweep=None).run_until_empty()
 
 
 @pytest.fixture
@@ -133,6 +167,7 @@ def close_engine_database(tmp_path: Path, close_engine_clock: MovableClock) -> I
     """A migrated database for this test only, bound to the models."""
     database = connect(f"sqlite:///{tmp_path}/close_engine.db", clock=close_engine_clock)
     migrate(standalone=True)
+    close_engine_clock.rule()
     yield database
     database.close()
 

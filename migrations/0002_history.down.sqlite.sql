@@ -2,3 +2,4 @@ DROP TABLE close_engine_deadlines;
 DROP TABLE close_engine_context;
 DROP TABLE close_engine_history;
 DROP TABLE close_engine_transitions;
+DROP TABLE IF EXISTS close_engine_clock;

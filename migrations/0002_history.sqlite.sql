@@ -34,6 +34,9 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
 -- transaction. The library writes row 1. The triggers use row 2 for their own writes.
 CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2)), context TEXT NOT NULL);
 
+-- The moment that all statements take for now, if there is a row. The table is empty outside tests.
+CREATE TABLE IF NOT EXISTS close_engine_clock (at TEXT NOT NULL);
+
 -- What the sweeps look for, by time. Triggers keep the rows up to date:
 --   'stall', an active conversation: silent since. It is only a lower bound: a stage change does not update the row,
 --       because that would slow down every change. When the sweep finds a row due, it checks the history.

@@ -24,6 +24,60 @@ BEGIN
 END
 $body$;
 
+-- What Python cannot read back is not let in: one such row would stop whoever reads a list of them. A text of 200
+-- characters cannot be deeper than 100 levels, so the usual document costs a comparison of its length.
+--
+-- Of a longer one, remove the strings, then everything but the brackets, then the innermost pairs, level by level.
+-- jsonb writes spaces, so what the library lets in is longer here: up to a million characters become up to two.
+CREATE OR REPLACE FUNCTION close_engine.require_readable(subject text, document jsonb) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    outline text := document::text;
+    levels integer := 0;
+    why text;
+BEGIN
+    IF coalesce(pg_catalog.length(outline) <= 200, true) THEN
+        RETURN;
+    END IF;
+    IF pg_catalog.length(outline) > 2000000 THEN
+        why := 'longer than 2000000 characters';
+    ELSE
+        outline := pg_catalog.regexp_replace(outline, '"(?:[^"\\]|\\.)*"', '', 'g');
+        IF pg_catalog.length(outline) > 4000 AND EXISTS (
+            SELECT FROM pg_catalog.regexp_split_to_table(outline, '[^0-9]+') AS number
+            WHERE pg_catalog.length(number) > 4000) THEN
+            why := 'JSON with a number of more than 4000 digits';
+        END IF;
+        outline := pg_catalog.translate(pg_catalog.regexp_replace(outline, '[^][{}]', '', 'g'), '{}', '[]');
+        WHILE outline <> '' AND why IS NULL LOOP
+            outline := pg_catalog.replace(outline, '[]', '');
+            levels := levels + 1;
+            IF levels > 100 THEN
+                why := 'JSON nested deeper than 100 levels';
+            END IF;
+        END LOOP;
+    END IF;
+    IF why IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation',
+            MESSAGE = 'close_engine: ' || subject || ' cannot be ' || why || ': not every reader could read it';
+    END IF;
+END
+$body$;
+
+-- A time that Python cannot hold, or, for `latest`, one that no clock shows.
+CREATE OR REPLACE FUNCTION close_engine.require_time(subject text, at timestamp, latest timestamp) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF at < timestamp '0001-01-01' OR at >= timestamp '9999-01-01' THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: ' || subject || ' cannot be '
+            || at || ': a time must be finite and before the year 9999';
+    ELSIF at > latest THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: ' || subject || ' cannot be '
+            || at || ': that is more than a day after now; check the clock of the writer';
+    END IF;
+END
+$body$;
+
 -- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
 -- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
 -- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match. If the context is
@@ -32,6 +86,7 @@ CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     moment timestamp := close_engine.moment();
+    tomorrow timestamp := moment + interval '1 day';
     later boolean;
     context jsonb;
     fired text;
@@ -45,6 +100,27 @@ BEGIN
     -- updated_at may be the same millisecond as now(), and the library finds its row by that value.
     IF NEW.updated_at = localtimestamp(3) AND localtimestamp <> current_timestamp AT TIME ZONE 'UTC' THEN
         NEW.updated_at := pg_catalog.date_trunc('milliseconds', current_timestamp AT TIME ZONE 'UTC');
+    END IF;
+    -- In an INSERT, OLD is NULL. Two comparisons clear all times of nearly every write.
+    IF greatest(NEW.updated_at, NEW.created_at, NEW.payment_link_sent_at, NEW.stalled_at, NEW.completed_at,
+            NEW.closed_lost_at) > tomorrow
+        OR least(NEW.updated_at, NEW.created_at, NEW.payment_link_sent_at, NEW.stalled_at, NEW.completed_at,
+            NEW.closed_lost_at) < timestamp '0001-01-01' THEN
+        PERFORM close_engine.require_time(changed.name || ' of conversation ' || NEW.id, changed.at, changed.latest)
+        FROM (VALUES
+            ('updated_at', NEW.updated_at, OLD.updated_at, tomorrow),
+            ('created_at', NEW.created_at, OLD.created_at, NULL),
+            ('payment_link_sent_at', NEW.payment_link_sent_at, OLD.payment_link_sent_at, tomorrow),
+            ('stalled_at', NEW.stalled_at, OLD.stalled_at, tomorrow),
+            ('completed_at', NEW.completed_at, OLD.completed_at, tomorrow),
+            ('closed_lost_at', NEW.closed_lost_at, OLD.closed_lost_at, tomorrow)
+        ) AS changed (name, at, was, latest) WHERE changed.at IS DISTINCT FROM changed.was;
+    END IF;
+    IF NEW.questions_asked IS DISTINCT FROM OLD.questions_asked THEN
+        PERFORM close_engine.require_readable('questions_asked of conversation ' || NEW.id, NEW.questions_asked);
+    END IF;
+    IF NEW.collected_data IS DISTINCT FROM OLD.collected_data THEN
+        PERFORM close_engine.require_readable('collected_data of conversation ' || NEW.id, NEW.collected_data);
     END IF;
     IF TG_OP = 'INSERT' THEN
         -- The default or now(): rounded by the column, and local time if the session is not in UTC. Replace it.
@@ -74,7 +150,8 @@ BEGIN
                 || ' cannot change its id: its history is stored under it';
     END IF;
     later := NEW.updated_at > OLD.updated_at;
-    IF NOT later THEN
+    -- An updated_at that was there before the guard may be in no reader's reach: it may be set back.
+    IF NOT later AND (OLD.updated_at <= tomorrow OR NEW.updated_at = OLD.updated_at) THEN
         NEW.updated_at := greatest(moment, OLD.updated_at + interval '1 millisecond');
     END IF;
     IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN

@@ -13,7 +13,7 @@ UPDATE close_engine_conversations SET updated_at = coalesce(
         THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
             || ltrim(substr(updated_at, instr(updated_at, '.') + 4), '0123456789')
         ELSE updated_at END),
-    strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
 WHERE updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', updated_at);
 
 DROP TRIGGER IF EXISTS close_engine_guard_insert;
@@ -43,6 +43,100 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this stage change is not in close_engine_transitions');
 END;
 
+-- What Python cannot read back is not let in: one such row would stop whoever reads a list of them. What was there
+-- before and is not changed hinders nobody. Python also refuses 30 February, which SQLite takes for 2 March.
+DROP TRIGGER IF EXISTS close_engine_guard_insert_readable;
+CREATE TRIGGER close_engine_guard_insert_readable
+BEFORE INSERT ON close_engine_conversations
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
+    FROM (SELECT NEW.created_at AS value, NULL AS was
+        UNION ALL SELECT NEW.payment_link_sent_at, NULL
+        UNION ALL SELECT NEW.stalled_at, NULL
+        UNION ALL SELECT NEW.completed_at, NULL
+        UNION ALL SELECT NEW.closed_lost_at, NULL)
+    WHERE value IS NOT was AND value IS NOT NULL AND NOT (typeof(value) = 'text'
+        AND date(substr(value, 1, 10)) IS substr(value, 1, 10) AND substr(value, 1, 4) BETWEEN '0001' AND '9998'
+        AND strftime('%s', value) IS NOT NULL);
+
+    SELECT RAISE(ABORT, 'close_engine: this time is more than a day after now; check the clock of the writer')
+    FROM (SELECT NEW.updated_at AS value, NULL AS was
+        UNION ALL SELECT NEW.payment_link_sent_at, NULL
+        UNION ALL SELECT NEW.stalled_at, NULL
+        UNION ALL SELECT NEW.completed_at, NULL
+        UNION ALL SELECT NEW.closed_lost_at, NULL)
+    WHERE value IS NOT was AND strftime('%Y-%m-%d %H:%M:%f', value) > strftime('%Y-%m-%d %H:%M:%f',
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), '+1 day');
+
+    -- A number of more than 309 digits is infinite for SQLite. The digits of one that is too long stand in a row.
+    SELECT RAISE(ABORT, 'close_engine: not every reader could read this JSON: it is not valid, nested deeper than 100 levels, longer than 2000000 characters, or has a number of more than 4000 digits')
+    FROM (SELECT NEW.questions_asked AS document, NULL AS was
+        UNION ALL SELECT NEW.collected_data, NULL)
+    WHERE document IS NOT was AND document IS NOT NULL AND CASE
+        WHEN NOT json_valid(document) OR length(document) > 2000000 THEN 1
+        WHEN length(document) <= 200 THEN 0
+        WHEN EXISTS (
+            SELECT 1 FROM (
+                WITH RECURSIVE deep(inner, level) AS (
+                    SELECT document, 1
+                    UNION ALL
+                    SELECT j.value, level + 1 FROM deep JOIN json_each(deep.inner) j
+                    WHERE j.type IN ('array', 'object') AND level <= 100)
+                SELECT level FROM deep) WHERE level > 100) THEN 1
+        WHEN length(document) <= 4000 THEN 0
+        ELSE instr(replace(replace(replace(replace(replace(replace(replace(replace(replace(document,
+                '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0'),
+                printf('%04001d', 0)) > 0
+            AND EXISTS (SELECT 1 FROM json_tree(document) WHERE type = 'integer' AND atom IN (9e999, -9e999))
+        END;
+END;
+
+DROP TRIGGER IF EXISTS close_engine_guard_update_readable;
+CREATE TRIGGER close_engine_guard_update_readable
+BEFORE UPDATE ON close_engine_conversations
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
+    FROM (SELECT NEW.created_at AS value, OLD.created_at AS was
+        UNION ALL SELECT NEW.payment_link_sent_at, OLD.payment_link_sent_at
+        UNION ALL SELECT NEW.stalled_at, OLD.stalled_at
+        UNION ALL SELECT NEW.completed_at, OLD.completed_at
+        UNION ALL SELECT NEW.closed_lost_at, OLD.closed_lost_at)
+    WHERE value IS NOT was AND value IS NOT NULL AND NOT (typeof(value) = 'text'
+        AND date(substr(value, 1, 10)) IS substr(value, 1, 10) AND substr(value, 1, 4) BETWEEN '0001' AND '9998'
+        AND strftime('%s', value) IS NOT NULL);
+
+    SELECT RAISE(ABORT, 'close_engine: this time is more than a day after now; check the clock of the writer')
+    FROM (SELECT NEW.updated_at AS value, OLD.updated_at AS was
+        UNION ALL SELECT NEW.payment_link_sent_at, OLD.payment_link_sent_at
+        UNION ALL SELECT NEW.stalled_at, OLD.stalled_at
+        UNION ALL SELECT NEW.completed_at, OLD.completed_at
+        UNION ALL SELECT NEW.closed_lost_at, OLD.closed_lost_at)
+    WHERE value IS NOT was AND strftime('%Y-%m-%d %H:%M:%f', value) > strftime('%Y-%m-%d %H:%M:%f',
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), '+1 day');
+
+    -- A number of more than 309 digits is infinite for SQLite. The digits of one that is too long stand in a row.
+    SELECT RAISE(ABORT, 'close_engine: not every reader could read this JSON: it is not valid, nested deeper than 100 levels, longer than 2000000 characters, or has a number of more than 4000 digits')
+    FROM (SELECT NEW.questions_asked AS document, OLD.questions_asked AS was
+        UNION ALL SELECT NEW.collected_data, OLD.collected_data)
+    WHERE document IS NOT was AND document IS NOT NULL AND CASE
+        WHEN NOT json_valid(document) OR length(document) > 2000000 THEN 1
+        WHEN length(document) <= 200 THEN 0
+        WHEN EXISTS (
+            SELECT 1 FROM (
+                WITH RECURSIVE deep(inner, level) AS (
+                    SELECT document, 1
+                    UNION ALL
+                    SELECT j.value, level + 1 FROM deep JOIN json_each(deep.inner) j
+                    WHERE j.type IN ('array', 'object') AND level <= 100)
+                SELECT level FROM deep) WHERE level > 100) THEN 1
+        WHEN length(document) <= 4000 THEN 0
+        ELSE instr(replace(replace(replace(replace(replace(replace(replace(replace(replace(document,
+                '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0'),
+                printf('%04001d', 0)) > 0
+            AND EXISTS (SELECT 1 FROM json_tree(document) WHERE type = 'integer' AND atom IN (9e999, -9e999))
+        END;
+END;
+
 DROP TRIGGER IF EXISTS close_engine_opening;
 CREATE TRIGGER close_engine_opening
 AFTER INSERT ON close_engine_conversations
@@ -52,18 +146,18 @@ BEGIN
     SELECT NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
         CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
         json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
-        CASE WHEN context IS NULL THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE NEW.updated_at END
+        CASE WHEN context IS NULL THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE NEW.updated_at END
     FROM (SELECT (SELECT context FROM close_engine_context
                   WHERE coalesce(json_extract(context, '$.trigger'), 'open') = 'open'
                       AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
                       AND json_extract(context, '$.at') = NEW.updated_at) AS context);
 
     UPDATE close_engine_conversations SET
-        payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN strftime('%Y-%m-%d %H:%M:%f', 'now')
+        payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
             ELSE payment_link_sent_at END,
-        completed_at = CASE WHEN stage = 'COMPLETED' THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE completed_at END,
-        stalled_at = CASE WHEN stage = 'STALLED' THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE stalled_at END,
-        closed_lost_at = CASE WHEN stage = 'CLOSED_LOST' THEN strftime('%Y-%m-%d %H:%M:%f', 'now')
+        completed_at = CASE WHEN stage = 'COMPLETED' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE completed_at END,
+        stalled_at = CASE WHEN stage = 'STALLED' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE stalled_at END,
+        closed_lost_at = CASE WHEN stage = 'CLOSED_LOST' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
             ELSE closed_lost_at END
     WHERE id = NEW.id AND CASE stage
         WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
@@ -82,7 +176,7 @@ BEGIN
             THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
                 || ltrim(substr(updated_at, instr(updated_at, '.') + 4), '0123456789')
             ELSE updated_at END),
-        strftime('%Y-%m-%d %H:%M:%f', 'now'))
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
     WHERE id = NEW.id AND updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', updated_at);
 END;
 
@@ -96,7 +190,7 @@ BEGIN
     SELECT NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
         CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
         json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
-        CASE WHEN context IS NULL THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE NEW.updated_at END
+        CASE WHEN context IS NULL THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE NEW.updated_at END
     FROM (SELECT t."trigger" AS fired,
               (SELECT context FROM close_engine_context
                WHERE coalesce(json_extract(context, '$.trigger'), t."trigger") = t."trigger"
@@ -120,28 +214,28 @@ BEGIN
     WHERE id = NEW.id AND NEW.edit_rounds IS OLD.edit_rounds AND edit_rounds IS NOT OLD.edit_rounds + 1
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'request_edits' AND source = OLD.stage AND dest = NEW.stage);
-    UPDATE close_engine_conversations SET payment_link_sent_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    UPDATE close_engine_conversations SET payment_link_sent_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE id = NEW.id AND NEW.payment_link_sent_at IS OLD.payment_link_sent_at
-        AND payment_link_sent_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND payment_link_sent_at IS NOT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'send_payment_link' AND source = OLD.stage AND dest = NEW.stage);
-    UPDATE close_engine_conversations SET completed_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    UPDATE close_engine_conversations SET completed_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE id = NEW.id AND NEW.completed_at IS OLD.completed_at
-        AND completed_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND completed_at IS NOT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'complete' AND source = OLD.stage AND dest = NEW.stage);
-    UPDATE close_engine_conversations SET stalled_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    UPDATE close_engine_conversations SET stalled_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at
-        AND stalled_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND stalled_at IS NOT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'stall' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET stalled_at = NULL
     WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at AND stalled_at IS NOT NULL
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'resume' AND source = OLD.stage AND dest = NEW.stage);
-    UPDATE close_engine_conversations SET closed_lost_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    UPDATE close_engine_conversations SET closed_lost_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE id = NEW.id AND NEW.closed_lost_at IS OLD.closed_lost_at
-        AND closed_lost_at IS NOT strftime('%Y-%m-%d %H:%M:%f', 'now')
+        AND closed_lost_at IS NOT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'close_lost' AND source = OLD.stage AND dest = NEW.stage);
     UPDATE close_engine_conversations SET closed_lost_at = NULL
@@ -168,8 +262,8 @@ BEGIN
                 THEN substr(updated_at, 1, instr(updated_at, '.') + 3)
                     || ltrim(substr(updated_at, instr(updated_at, '.') + 4), '0123456789')
                 ELSE updated_at END),
-            strftime('%Y-%m-%d %H:%M:%f', 'now')),
-        CASE WHEN NEW.updated_at <= OLD.updated_at THEN strftime('%Y-%m-%d %H:%M:%f', 'now') ELSE '' END,
+            coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))),
+        CASE WHEN NEW.updated_at <= OLD.updated_at THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE '' END,
         strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at, '+0.001 seconds'))
     WHERE id = NEW.id;
 END;
@@ -196,7 +290,7 @@ END;
 -- Whatever happened while there was no guard, bring the history and the deadlines up to the rows: every conversation
 -- that the history does not know, or knows in another stage, gets a row.
 INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", source, dest, created_at)
-SELECT id, lead_id, 'adopted', known, stage, strftime('%Y-%m-%d %H:%M:%f', 'now')
+SELECT id, lead_id, 'adopted', known, stage, coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
 FROM (SELECT c.*, (SELECT h.dest FROM close_engine_history h WHERE h.conversation_id = c.id
                    ORDER BY h.id DESC LIMIT 1) AS known FROM close_engine_conversations c)
 WHERE known IS NOT stage

@@ -117,6 +117,7 @@ def database(database_url: str, close_engine_clock: MovableClock) -> Iterator[pe
     database = close_engine.connect(database_url, clock=close_engine_clock)
     if database_url.endswith(":memory:"):
         close_engine.migrate(standalone=True)
+    close_engine_clock.rule()
     yield database
     database.close()
 

@@ -18,6 +18,8 @@ import peewee
 import psycopg2
 import pytest
 
+from close_engine.testing import MovableClock
+
 #: The errors that the drivers raise if the guard refuses a write.
 REFUSED = (psycopg2.errors.CheckViolation, sqlite3.IntegrityError)
 
@@ -147,7 +149,8 @@ def moment(value: Any) -> Any:
 
 
 @pytest.fixture
-def foreign(database: peewee.Database, database_url: str) -> Iterator[ForeignWriter]:
+def foreign(database: peewee.Database, database_url: str, close_engine_clock: MovableClock) -> Iterator[ForeignWriter]:
+    close_engine_clock.let_go()  # what a foreign writer causes is compared with real time
     writer = ForeignWriter.beside(database, database_url)
     yield writer
     writer.connection.close()

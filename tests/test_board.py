@@ -37,7 +37,7 @@ def shown(width: int = 120) -> str:
 def test_a_board_without_conversations_has_every_stage_and_nothing_in_it(database: Any) -> None:
     assert pipeline().stages == [StageLine(stage, 0) for stage in Stage]
     assert pipeline().approvals == []
-    assert pipeline().outbox == OutboxLine(0, 0, 0, None)
+    assert pipeline().outbox == OutboxLine(0, 0, 0, 0, None)
     assert "nothing" in shown()
 
 
@@ -140,24 +140,26 @@ def test_the_lag_of_the_outbox_is_that_of_the_next_message_that_can_be_claimed(
     outbox.enqueue(first, "SEND_MESSAGE", "later", send_after=4 * HOUR)
     outbox.enqueue(first, "SEND_MESSAGE", "behind it")
     close_engine_clock.move(HOUR)
-    assert board.outbox_line() == OutboxLine(2, 0, 0, None)
-    assert outbox.claim() == []
+    assert board.outbox_line() == OutboxLine(2, 0, 0, 0, HOUR)
+    outbox.claim()[0].sent()
+    assert board.outbox_line() == OutboxLine(1, 0, 0, 0, None)
 
     outbox.enqueue(second, "SEND_MESSAGE", "now")
     close_engine_clock.move(HOUR)
-    assert board.outbox_line() == OutboxLine(3, 0, 0, HOUR)
+    assert board.outbox_line() == OutboxLine(2, 0, 0, 0, HOUR)
 
     (claimed,) = outbox.claim(lease=HOUR)
     outbox.enqueue(second, "SEND_MESSAGE", "after that")
-    assert board.outbox_line() == OutboxLine(4, 1, 0, None)
+    assert board.outbox_line() == OutboxLine(3, 1, 0, 0, None)
+    assert board.outbox_line(hanging_after=timedelta(0)).hanging == 1
 
     close_engine_clock.move(HOUR + timedelta(minutes=20))
-    assert board.outbox_line() == OutboxLine(4, 0, 0, timedelta(minutes=20)), "its lease has run out"
+    assert board.outbox_line() == OutboxLine(3, 0, 0, 0, timedelta(minutes=20)), "its lease has run out"
 
     (again,) = outbox.claim(lease=HOUR)
     assert again.id == claimed.id
     again.give_up("no such number")
-    assert board.outbox_line() == OutboxLine(3, 0, 1, HOUR + timedelta(minutes=20))
+    assert board.outbox_line() == OutboxLine(2, 0, 0, 1, HOUR + timedelta(minutes=20))
 
 
 def test_a_live_board_is_drawn_again_and_again(conversation_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:

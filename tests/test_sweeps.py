@@ -401,6 +401,7 @@ def opened(count: int, stage: Stage = Stage.QUALIFYING) -> list[CloseEngineConve
 def clock(postgres: peewee.Database, close_engine_clock: MovableClock) -> MovableClock:
     """The clock of `postgres`, which stands still until it is moved."""
     close_engine.bind(postgres, clock=close_engine_clock)
+    close_engine_clock.rule()
     return close_engine_clock
 
 

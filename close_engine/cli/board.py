@@ -68,6 +68,7 @@ def render_outbox(line: OutboxLine) -> Table:
     counts = table("messages", "count", title="Outbox", numbers=("count",))
     counts.add_row("pending", f"{line.pending:,}")
     counts.add_row("of which in flight", f"{line.in_flight:,}")
+    counts.add_row("of which hanging", f"{line.hanging:,}")
     counts.add_row("dead", f"{line.dead:,}")
     counts.add_section()
     counts.add_row("next one waiting for", duration(line.lag))

@@ -18,15 +18,16 @@ from datetime import datetime, timezone
 from typing import Any
 
 import peewee
+from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import clean_text, milliseconds
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
-from close_engine.errors import ConfigurationError, InvalidValue, sqlstate
+from close_engine.errors import ConfigurationError, GuardMissing, InvalidValue, sqlstate
 
-__all__ = ["Binding", "Tables", "bind", "current", "database_proxy", "is_transient", "now", "utc_now"]
+__all__ = ["Binding", "Tables", "bind", "current", "database_proxy", "is_transient", "moment", "now", "utc_now"]
 
 _SQLITE_NEEDED = (3, 35, 0)
 
@@ -94,6 +95,27 @@ class Binding:
         return int(query.select(self.dialect.function("count", peewee.SQL("*"))).scalar() or 0)
 
 
+#: Connections of the parent process. A child must neither use them nor close them: the parent still does.
+_inherited: list[Any] = []
+
+
+def _forget_connections() -> None:
+    """In a forked process, let the bound database open connections of its own."""
+    if _binding is None:
+        return
+    database = _binding.database
+    state = database._state  # type: ignore[attr-defined]
+    _inherited.append(state.conn)
+    state.reset()
+    if isinstance(database, PooledDatabase):
+        _inherited.append((database._connections, database._in_use))
+        database._connections, database._in_use = [], {}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_connections)
+
+
 class _NotBound(ConfigurationError, AttributeError):
     """Also an AttributeError, so that `hasattr()` works on the proxy."""
 
@@ -139,11 +161,47 @@ def now() -> datetime:
     return milliseconds(moment)
 
 
+def moment() -> datetime:
+    """Return the current moment by the database's clock: timezone-aware UTC with milliseconds.
+
+    Raises:
+        GuardMissing: the library's own tables or functions are gone.
+    """
+    try:
+        (found,) = current().execute("SELECT {moment}").fetchone()
+    except (peewee.ProgrammingError, peewee.OperationalError) as error:
+        # PostgreSQL has no such schema or function, SQLite no such table.
+        if sqlstate(error) in ("3F000", "42883") or "no such table" in str(error):
+            raise GuardMissing("close_engine_conversations") from error
+        raise
+    at = datetime.fromisoformat(found) if isinstance(found, str) else found
+    return at.replace(tzinfo=timezone.utc)
+
+
+#: The classes of SQLSTATEs that pass: no connection, a transaction to repeat, no resources, the server is going away.
+_PASSING = ("08", "40", "53", "57P")
+#: And these: the server is read-only, as after a failover, or a lock was not free in time.
+_ALSO_PASSING = ("25006", "55P03")
+
+#: What SQLite says if another process is writing, or there is no room: it has no SQLSTATEs.
+_SQLITE_PASSING = ("database is locked", "database table is locked", "database schema is locked", "is full")
+
+
 def is_transient(error: BaseException) -> bool:
-    """Return whether the database failed, not the statement: it is away or busy, so try again later."""
-    if sqlstate(error) == "55000":  # something must be done first, for example by migrating
+    """Return whether an error passes by waiting: the database is away, busy or full. It is told by the error's code.
+
+    An error about one statement (a missing table, a wrong value, its time limit) does not pass, whatever its class.
+    """
+    if isinstance(error, MaxConnectionsExceeded):
+        return True
+    if not isinstance(error, peewee.PeeweeException):
         return False
-    # If the server goes away without a word, psycopg2 raises the base class itself.
+    code = sqlstate(error)
+    if code is not None:
+        return code.startswith(_PASSING) or code in _ALSO_PASSING
+    if isinstance(current().database, peewee.SqliteDatabase):
+        return any(sentence in str(error) for sentence in _SQLITE_PASSING)
+    # Without a code, the server said nothing: there is no connection. psycopg2 then may raise the base class itself.
     return isinstance(error, (peewee.OperationalError, peewee.InterfaceError)) or type(error) is peewee.DatabaseError
 
 

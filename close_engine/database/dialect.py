@@ -34,6 +34,16 @@ class Dialect:
     #: The tables that the migrations guard, and how many triggers each of them has.
     guards: tuple[tuple[str, int], ...]
 
+    #: The current moment by the database's clock, in SQL: what is due, over or leased is judged by it alone.
+    moment: str
+
+    #: The moment that is some seconds later, a %s in the text.
+    later: str
+
+    def set_clock(self, database: peewee.Database, at: str | None) -> None:
+        """For tests: stop the database's clock at a moment, or let it go on."""
+        raise NotImplementedError
+
     def own_table(self, name: str) -> tuple[str | None, str]:
         """Return schema and name of one of the library's tables, which Prisma must not see."""
         raise NotImplementedError
@@ -47,7 +57,10 @@ class Dialect:
         raise NotImplementedError
 
     def sql(self, text: str) -> str:
-        """Translate a statement for this database: `%s` is a value, `{history}` a table of the library."""
+        """Translate a statement for this database.
+
+        `%s` is a value, `{history}` a table of the library, `{moment}` and `{later}` are those of this class.
+        """
         raise NotImplementedError
 
     def escaped(self, text: str) -> str:

@@ -152,9 +152,12 @@ class UtcDateTimeField(CleanField[V], Generic[V]):
                 self.label, value, "it has no timezone; write datetime.now(timezone.utc) or .replace(tzinfo=…)"
             )
         try:
-            return milliseconds(value)
+            moment = milliseconds(value)
         except OverflowError:
-            raise InvalidValue(self.label, value, "in UTC it is before the year 1 or after the year 9999") from None
+            moment = None
+        if moment is None or moment.year >= 9999:  # the guards' bound
+            raise InvalidValue(self.label, value, "in UTC it is before the year 1 or not before the year 9999")
+        return moment
 
     def db_value(self, value: Any) -> Any:
         return value if value is None else stored_time(self.clean(value))
@@ -251,23 +254,30 @@ def clean_text(label: str, value: Any) -> str:
     return value.value if isinstance(value, Enum) else value
 
 
-def clean_json(label: str, value: Any) -> Any:
-    """Return a copy of the value that is made of JSON's types, with tuples as lists.
+#: Every reader has this many levels left on its stack: Python's reader fails somewhere above 900, SQLite's at 1000.
+MOST_LEVELS = 100
 
-    Raises:
-        InvalidValue: JSON cannot hold it: other types, NaN or infinity, keys that are not text, or a cycle.
-    """
-    try:
-        return _clean_json(label, value)
-    except RecursionError:
-        raise InvalidValue(label, "…", "it is nested too deeply, or contains itself") from None
-
+#: The characters of JSON that one column takes: a reader of a list holds all of its rows at once.
+MOST_JSON = 1_000_000
 
 #: The bits of a whole number of 4000 digits: Python refuses to read more than 4300 digits.
 _MOST_BITS = 13287
 
 
-def _clean_json(label: str, value: Any) -> Any:
+def clean_json(label: str, value: Any) -> Any:
+    """Return a copy of the value that is made of JSON's types, with tuples as lists.
+
+    Raises:
+        InvalidValue: JSON cannot hold it: other types, NaN or infinity, keys that are not text, or a cycle. Or it is
+            nested deeper than 100 levels, or longer than a million characters.
+    """
+    copy = _clean_json(label, value, MOST_LEVELS)
+    if isinstance(copy, (str, dict, list)) and len(dump_json(copy)) > MOST_JSON:
+        raise InvalidValue(label, "…", f"JSON can have at most {MOST_JSON} characters")
+    return copy
+
+
+def _clean_json(label: str, value: Any, levels: int) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -281,15 +291,17 @@ def _clean_json(label: str, value: Any) -> Any:
             raise InvalidValue(label, value, "JSON has no NaN and no infinity")
         # A jsonb has no negative zero, and writes 1e16 out with all its zeros, which is read back as an int.
         return float(value) + 0.0 if abs(value) < 1e16 else int(Decimal(repr(float(value))))
+    if isinstance(value, (Mapping, list, tuple)) and not levels:
+        raise InvalidValue(label, "…", f"it is nested deeper than {MOST_LEVELS} levels, or contains itself")
     if isinstance(value, Mapping):
         copy = {}
         for key, item in value.items():
             if not isinstance(key, str):
                 raise InvalidValue(label, key, "a key in JSON must be text")
-            copy[clean_text(label, key)] = _clean_json(label, item)
+            copy[clean_text(label, key)] = _clean_json(label, item, levels - 1)
         return copy
     if isinstance(value, (list, tuple)):
-        return [_clean_json(label, item) for item in value]
+        return [_clean_json(label, item, levels - 1) for item in value]
     raise InvalidValue(label, value, f"JSON cannot hold a {type(value).__name__}")
 
 

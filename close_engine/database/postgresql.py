@@ -280,6 +280,19 @@ class PostgresCatalog(Catalog):
 _SET_CONTEXT = "pg_catalog.set_config('close_engine.context'::text, %s::text, true)"
 
 
+#: For tests, what makes the database's clock one that shows what a table says, and its own again.
+_CLOCK = """
+    CREATE OR REPLACE FUNCTION close_engine.moment() RETURNS timestamp without time zone
+    LANGUAGE sql VOLATILE PARALLEL SAFE AS $body${body}$body$
+"""
+_STOPPED = "SELECT at FROM close_engine.clock"
+_CLOCK_TABLE = """
+    CREATE TABLE close_engine.clock (at timestamp(3) without time zone, body text);
+    INSERT INTO close_engine.clock SELECT NULL, prosrc FROM pg_catalog.pg_proc
+        WHERE oid = 'close_engine.moment()'::pg_catalog.regprocedure;
+    GRANT SELECT ON close_engine.clock TO PUBLIC
+"""
+
 #: How many triggers of the library on a table fire in this session.
 _FIRING = """(
     SELECT pg_catalog.count(*) FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
@@ -325,7 +338,28 @@ class Postgres(Dialect):
         )
 
     def sql(self, text: str) -> str:
+        text = text.replace("{moment}", self.moment).replace("{later}", self.later)
         return text.replace("{", "close_engine.").replace("}", "")
+
+    # A subquery, so that an index serves where a column is compared with it.
+    moment = "(SELECT close_engine.moment())"
+
+    later = (
+        "(SELECT pg_catalog.date_trunc('milliseconds'::text, "
+        "close_engine.moment() + pg_catalog.make_interval(secs => %s::double precision)))"
+    )
+
+    def set_clock(self, database: peewee.Database, at: str | None) -> None:
+        (there,) = database.execute_sql("SELECT pg_catalog.to_regclass('close_engine.clock'::text)").fetchone()
+        if at is None and there is not None:
+            (body,) = database.execute_sql("SELECT body FROM close_engine.clock").fetchone()
+            database.execute_sql(_CLOCK.format(body=body))
+            database.execute_sql("DROP TABLE close_engine.clock")
+        elif at is not None and there is None:
+            database.execute_sql(_CLOCK_TABLE)
+            database.execute_sql(_CLOCK.format(body=_STOPPED))
+        if at is not None:
+            database.execute_sql("UPDATE close_engine.clock SET at = %s", (at,))
 
     def escaped(self, text: str) -> str:
         return text.replace("%", "%%")

@@ -17,10 +17,18 @@ from typing import Any, NamedTuple, TypedDict
 from close_engine.database.fields import clean_json, clean_text, dump_json
 from close_engine.errors import InvalidValue
 
-__all__ = ["LONGEST_KEY", "Provenance", "ProvenanceArguments", "Write"]
+__all__ = ["LONGEST_KEY", "OWN_KEYS", "Provenance", "ProvenanceArguments", "Write", "own_key"]
 
 #: The most characters of an idempotency key: so many fit into PostgreSQL's index in any alphabet.
 LONGEST_KEY = 255
+
+#: What the keys of this library's own begin with, and no other key.
+OWN_KEYS = "close_engine:"
+
+
+def own_key(*parts: object) -> str:
+    """Return a key that no caller of this library can give."""
+    return OWN_KEYS + ":".join(map(str, parts))
 
 
 class ProvenanceArguments(TypedDict, total=False):
@@ -83,6 +91,8 @@ class Provenance(_Fields):
             key = clean_text("key", key)
             if not key.strip():
                 raise InvalidValue("key", key, "an idempotency key must not be empty")
+            if key.startswith(OWN_KEYS):
+                raise InvalidValue("key", key, f"keys that begin with {OWN_KEYS} are this library's own")
             if len(key) > LONGEST_KEY:
                 raise InvalidValue("key", key, f"an idempotency key has at most {LONGEST_KEY} characters")
         if metadata is not None:
@@ -94,7 +104,7 @@ class Provenance(_Fields):
     def under(self, prefix: str) -> Provenance:
         """Return a copy under a key of the library's: the user's key with a prefix."""
         # The length of the key was checked without the prefix.
-        return self._replace(key=f"{prefix}:{self.key}")
+        return self._replace(key=own_key(prefix, self.key))
 
     def context(self, write: Write) -> str:
         """Return what the guard takes up: a JSON object."""

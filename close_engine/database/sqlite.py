@@ -31,6 +31,9 @@ _SQLITE_WAITS = 60
 #: The longest busy_timeout, in milliseconds.
 _LONGEST_WAIT = 2**31 - 1
 
+#: The database's clock. The table is empty outside tests.
+_NOW = "coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))"
+
 
 class SqliteCatalog(Catalog):
     """Reads SQLite's catalog. Only names and nullability must match."""
@@ -60,7 +63,7 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
-    guards = (("close_engine_conversations", 11), ("pending_actions", 9))
+    guards = (("close_engine_conversations", 13), ("pending_actions", 11))
 
     row_lock = ""  # SQLite has one writer at a time
 
@@ -74,7 +77,22 @@ class Sqlite(Dialect):
         ours = self.folded(name).startswith(self.own_table("")[1])
         return "names that begin with close_engine_ are this library's own" if ours else None
 
+    moment = f"(SELECT {_NOW})"
+
+    # Cut to milliseconds, because printf() and strftime() round. Without the offset, CAST would cut towards zero.
+    later = (
+        f"(SELECT strftime('%Y-%m-%d %H:%M:%f', {_NOW}, printf('%+.3f seconds', "
+        "(CAST(round(%s * 1000.0, 3) + 1e12 AS INTEGER) - 1000000000000) / 1000.0)))"
+    )
+
+    def set_clock(self, database: peewee.Database, at: str | None) -> None:
+        with database.atomic(*self.begin):
+            database.execute_sql("DELETE FROM close_engine_clock")
+            if at is not None:
+                database.execute_sql("INSERT INTO close_engine_clock VALUES (?)", (at,))
+
     def sql(self, text: str) -> str:
+        text = text.replace("{moment}", self.moment).replace("{later}", self.later)
         return text.replace("{", "close_engine_").replace("}", "").replace("%s", "?")
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:

@@ -134,7 +134,7 @@ def _work(url: str, name: str, clock: Any, provider: Connection) -> None:  # pra
         provider.send(message.send_key)
         return str(provider.recv())
 
-    worker = Worker(send, name=name, limit=1, lease=LEASE, idle=timedelta(seconds=0.02), sweep=None)
+    worker = Worker(send, name=name, concurrency=1, lease=LEASE, idle=timedelta(seconds=0.02), sweep=None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
     worker.run()

@@ -40,7 +40,8 @@ import peewee
 from close_engine import outbox
 from close_engine.approvals import PendingAction, submit
 from close_engine.conversations import CloseEngineConversation, open_conversation
-from close_engine.database.fields import create_id
+from close_engine.database.binding import current
+from close_engine.database.fields import create_id, stored_time
 from close_engine.database.url import connect
 from close_engine.demo.audit import Tally, audit
 from close_engine.demo.handover import hand_over
@@ -93,7 +94,7 @@ class Demo:
         self._url = url
         self._random = Random(seed)
         self._end = datetime.now(timezone.utc).replace(microsecond=0)
-        self._now = self._end - DURATION
+        self._simulated = self._end - DURATION
         self._roles = [self._role(number) for number in range(leads)]
         self._provider = Provider()
         self._role_of: dict[str, Role] = {}
@@ -103,7 +104,7 @@ class Demo:
         self.total = len(self._steps) + 1
 
     def __enter__(self) -> Demo:
-        self._database = connect(self._url, clock=lambda: self._now)
+        self._database = connect(self._url, clock=lambda: self._simulated)
         if isinstance(self._database, peewee.SqliteDatabase):  # the database is temporary, so a crash may lose it
             self._database.pragma("synchronous", "off", permanent=True)
         return self
@@ -118,6 +119,7 @@ class Demo:
             None, after each step.
         """
         migrate(standalone=True)
+        self._now = self._simulated
         self._reps = [User.create() for _ in range(3)]
         for moment, take_step in self._steps:
             self._deliver_until(moment)
@@ -132,7 +134,18 @@ class Demo:
 
     def report(self) -> Report:
         """Return the results, once `run` has ended."""
+        current().dialect.set_clock(self._database, None)
         return audit(self._tally, self._provider, self._handover)
+
+    @property
+    def _now(self) -> datetime:
+        """The simulated time, of Python and of the database."""
+        return self._simulated
+
+    @_now.setter
+    def _now(self, moment: datetime) -> None:
+        self._simulated = moment
+        current().dialect.set_clock(self._database, stored_time(moment))
 
     def _set_clock(self, moment: datetime) -> None:
         self._now = moment
@@ -287,7 +300,7 @@ class Demo:
                     self._deliver(message)
 
     def _deliver(self, message: OutboxMessage) -> None:
-        role = self._role_of[message.lead_id]
+        role = self._role_of[str(message.lead_id)]
         if not role.story.reachable:
             message.give_up(CannotBeSent("this number cannot receive texts"))
         elif not self._tally.unanswered or self._random.randrange(100) < UNANSWERED_PERCENT:

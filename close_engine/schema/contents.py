@@ -10,7 +10,7 @@ from close_engine import approvals, inbox  # noqa: F401 - defines more models to
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog
-from close_engine.database.fields import EnumField
+from close_engine.database.fields import EnumField, UtcDateTimeField
 from close_engine.machine import TRIGGERS, Stamp
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.schema.problems import (
@@ -42,7 +42,7 @@ def contents() -> list[Check]:
         made.append(Check("rights", list(_rights_problems(catalog))))
         made.append(Check("sequences", list(_sequence_problems(catalog, readable))))
     made += [
-        Check(f"enum values in {table_name(model)}", list(_unknown_words(model)))
+        Check(f"enum values in {table_name(model)}", [*_unknown_words(model), *_unreadable_times(model)])
         for model in models
         if model in readable
     ]
@@ -135,6 +135,23 @@ def _unknown_words(model: type[BaseModel]) -> Iterator[Problem]:
                     f"In {rows_of(model, count, repr(example))}, {field.column_name} has the unknown value {word!r}",
                     f"change it to one of {', '.join(words)}",
                 )
+
+
+def _unreadable_times(model: type[BaseModel]) -> Iterator[Problem]:
+    """Find the times from before the guards that Python cannot hold."""
+    builtin = current().dialect.builtin
+    for field in (field for field in model._meta.sorted_fields if isinstance(field, UtcDateTimeField)):
+        column = field.column_name
+        found = fetch(
+            f'SELECT {builtin}count(*), {builtin}min("{key_column(model)}") FROM <table> '
+            f"WHERE \"{column}\" >= '9999-01-01' OR \"{column}\" < '0001-01-01' HAVING {builtin}count(*) > 0",
+            model=model,
+        )
+        for count, example in found:
+            yield Problem(
+                f"In {rows_of(model, count, repr(example))}, {column} is not between the years 1 and 9998",
+                "set it to a time that Python can read",
+            )
 
 
 def _reference_problems() -> Iterator[Problem]:

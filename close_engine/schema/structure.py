@@ -52,7 +52,7 @@ _HELPERS = {
     "deadlines": Helper(("trigger", "subject_id", "at"), ("trigger", "at")),
     "transitions": Helper(("machine", "trigger", "source", "dest")),
 }
-_SQLITE_HELPERS = {"context": Helper(("id", "context"))}
+_SQLITE_HELPERS = {"clock": Helper(("at",)), "context": Helper(("id", "context"))}
 
 
 def structure() -> list[Check]:
