@@ -41,6 +41,7 @@ from close_engine.errors import (
     PaymentUnmatched,
     ProviderIdTaken,
     SchemaError,
+    Snooze,
     StageAssignmentRefused,
     StageConflict,
     TransactionFailed,
@@ -67,7 +68,7 @@ from close_engine.stages import (
 )
 from close_engine.sweeps import Swept, expire_actions, lose_stalled, release_leases, stall_silent, sweep
 from close_engine.version import __version__
-from close_engine.worker import Sender, Worker
+from close_engine.worker import FindingSender, Sender, Worker
 
 __all__ = [
     "__version__",
@@ -101,6 +102,7 @@ __all__ = [
     "EntryPoint",
     "expire_actions",
     "Facts",
+    "FindingSender",
     "Hook",
     "InboxEntry",
     "InvalidValue",
@@ -135,6 +137,7 @@ __all__ = [
     "release_leases",
     "schema",
     "SchemaError",
+    "Snooze",
     "Sender",
     "Stage",
     "StageAssignmentRefused",

@@ -23,7 +23,7 @@ import peewee
 from peewee import SQL
 
 from close_engine.conversations import CloseEngineConversation
-from close_engine.database.binding import current, now
+from close_engine.database.binding import current, moment, now
 from close_engine.database.fields import (
     CleaningAccessor,
     EnumField,
@@ -36,19 +36,20 @@ from close_engine.database.fields import (
     dump_json,
     stored_time,
 )
-from close_engine.database.provenance import Provenance, Write
+from close_engine.database.provenance import Provenance, Write, own_key
 from close_engine.database.transaction import accept_row, atomic
 from close_engine.errors import (
     ActionNotFound,
     ConversationClosed,
     ConversationNotFound,
     InvalidValue,
+    KeyReused,
     StageConflict,
 )
 from close_engine.firing import facts_of, write_fields
 from close_engine.machine import TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
-from close_engine.outbox import OutboxMessage, enqueue, moment_after
+from close_engine.outbox import OutboxMessage, enqueue, find_by_key, require_words
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
@@ -80,7 +81,10 @@ def needs_approval(level: AutonomyLevel, type: ActionType) -> bool:
 
 
 class _StatusAccessor(CleaningAccessor):
-    """An action past `expires_at` reads as EXPIRED even before a sweep has marked it."""
+    """An action past `expires_at` reads as EXPIRED even before a sweep has marked it.
+
+    This goes by Python's clock. Whether it can be decided is judged by the database's.
+    """
 
     def __get__(self, instance: Any, instance_type: type | None = None) -> Any:
         status = super().__get__(instance, instance_type)  # type: ignore[no-untyped-call]
@@ -138,10 +142,10 @@ class PendingAction(BaseModel):
         """
         values = {"approved_by": by}
         if message is not None:
-            values["draft_message"] = clean_text("message", message)
+            values["draft_message"] = require_words("message", message)
         self._decide("approve", ActionStatus.APPROVED, by, values)
         sent: OutboxMessage = OutboxMessage.get(
-            (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == f"action:{self.id}")
+            (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == own_key("action", self.id))
         )
         return sent
 
@@ -175,15 +179,15 @@ class PendingAction(BaseModel):
         """
         if not clean_text("by", by).strip():
             raise InvalidValue("by", by, "it must say who decides")
-        moment = now()
+        at = moment()
         undecided = (
-            (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _not_expired(moment)
+            (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _not_expired(at)
         )
         if dest is ActionStatus.APPROVED:
-            values["approved_at"] = moment
+            values["approved_at"] = at
             conversation = CloseEngineConversation.id == PendingAction.conversation_id
             undecided &= peewee.fn.EXISTS(CloseEngineConversation.not_in_stages(*CLOSED_STAGES).where(conversation))
-        write = Write(trigger, self.id, stored_time(moment))
+        write = Write(trigger, self.id, stored_time(at))
         try:
             with atomic(), current().attributed(Provenance(by, reason), write):
                 written = PendingAction.update(status=dest, **values).where(undecided).execute()
@@ -208,9 +212,12 @@ class PendingAction(BaseModel):
             # Wait for a concurrent decision: it may have started before the action expired and still commit.
             current().for_update(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
             self._reload()
-        if self.status is dest:
+        status = self.status
+        if status is ActionStatus.PENDING and self.expires_at is not None and self.expires_at <= moment():
+            status = ActionStatus.EXPIRED  # by the database's clock, which decided; `status` goes by Python's
+        if status is dest:
             return
-        decide_action(trigger, self.id, self.status)
+        decide_action(trigger, self.id, status)
         conversation = CloseEngineConversation.get_or_none(CloseEngineConversation.id == self.conversation_id)
         if conversation is None:
             raise ConversationNotFound(self.conversation_id)
@@ -220,9 +227,9 @@ class PendingAction(BaseModel):
         return f"<PendingAction {self.id}: {self.type} of {self.conversation_id}, {self.status}>"
 
 
-def _not_expired(moment: datetime) -> Any:
-    """Match the actions that have not expired."""
-    return PendingAction.expires_at.is_null() | (PendingAction.expires_at > moment)
+def _not_expired(at: Any) -> Any:
+    """Match the actions that have not expired at a moment."""
+    return PendingAction.expires_at.is_null() | (PendingAction.expires_at > at)
 
 
 def pending_actions(
@@ -237,7 +244,8 @@ def pending_actions(
     Returns:
         the query, to iterate over or to narrow down.
     """
-    waiting = (PendingAction.status == ActionStatus.PENDING) & _not_expired(now())
+    present = SQL(current().dialect.moment)
+    waiting = (PendingAction.status == ActionStatus.PENDING) & _not_expired(present)
     query = PendingAction.select().where(waiting).order_by(PendingAction.created_at, PendingAction.id)
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
@@ -279,15 +287,16 @@ def submit(
         ConversationClosed: it is COMPLETED or CLOSED_LOST.
         TransitionNotAllowed: a preview or a payment link cannot be sent from this stage.
         ConditionNotMet: the payment link has no URL.
+        KeyReused: the key was used for something of another type.
         StageConflict: somebody changed the conversation since it was loaded.
-        InvalidValue: an argument cannot be stored.
+        InvalidValue: the draft is empty, or an argument cannot be stored.
     """
     type = PendingAction.type.clean(type)
-    draft = clean_text("draft", draft)
+    require_words("draft", draft)
     provenance = Provenance(actor, key=key)
     details = clean_json("metadata", dict(metadata or {}))
     with atomic():
-        if first := _find_submitted(conversation, key):
+        if first := _find_submitted(conversation, key, type):
             return first
         waits = policy(conversation.autonomy_level, type)
         trigger = _trigger_behind(conversation, type, details)
@@ -302,7 +311,7 @@ def submit(
             else:
                 write_fields(conversation, {}, "submit()")
         except StageConflict:
-            if first := _find_submitted(conversation, key):
+            if first := _find_submitted(conversation, key, type):
                 return first
             raise
         if not waits:
@@ -322,7 +331,11 @@ def submit(
         if provenance.actor is not None:
             details["submittedBy"] = provenance.actor
         if send_after is not None:
-            details["sendAfter"] = stored_time(moment_after(send_after))
+            details["sendAfter"] = stored_time(
+                moment() + send_after
+                if isinstance(send_after, timedelta)
+                else OutboxMessage.available_at.clean(send_after)
+            )
         return PendingAction.create(
             id=action_id,
             conversation_id=conversation.id,
@@ -330,7 +343,7 @@ def submit(
             type=type,
             draft_message=draft,
             metadata=details,
-            expires_at=None if expires_after is None else now() + expires_after,
+            expires_at=None if expires_after is None else moment() + expires_after,
         )
 
 
@@ -349,14 +362,20 @@ def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, det
     return trigger
 
 
-def _find_submitted(conversation: CloseEngineConversation, key: str | None) -> OutboxMessage | PendingAction | None:
-    """Find what was already submitted under this key."""
+def _find_submitted(
+    conversation: CloseEngineConversation, key: str | None, type: ActionType
+) -> OutboxMessage | PendingAction | None:
+    """Find what was already submitted under this key.
+
+    Raises:
+        KeyReused: the key was used for something of another type.
+    """
     if key is None:
         return None
-    sent = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.key == key)
-    return OutboxMessage.get_or_none(sent) or PendingAction.get_or_none(
-        PendingAction.id == _action_id(conversation, key)
-    )
+    action: PendingAction | None = PendingAction.get_or_none(PendingAction.id == _action_id(conversation, key))
+    if action is not None and action.type is not type:
+        raise KeyReused(conversation.id, key, action.type, type)
+    return action or find_by_key(conversation.id, key, type)
 
 
 def _action_id(conversation: CloseEngineConversation, key: str | None) -> str:

@@ -24,6 +24,7 @@
         ConversationClosed
         ActionDecided
         CannotBeSent
+        Snooze
         LeaseLost
         MessageNotDead
         ProviderIdTaken
@@ -42,6 +43,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from close_engine.stages import ActionStatus, MessageStatus, Stage
@@ -70,6 +72,7 @@ __all__ = [
     "PaymentUnmatched",
     "ProviderIdTaken",
     "SchemaError",
+    "Snooze",
     "StageAssignmentRefused",
     "StageConflict",
     "TransactionFailed",
@@ -415,6 +418,18 @@ class ActionDecided(CloseEngineError):
 
 class CannotBeSent(CloseEngineError):
     """Raise it in your sender if a message can never be delivered: the worker will not try it again."""
+
+
+class Snooze(CloseEngineError):
+    """Raise it in your sender if the message should be sent later: the attempt does not count.
+
+    Attributes:
+        until: timedelta, how long to wait, or datetime with a timezone, until when.
+    """
+
+    def __init__(self, until: timedelta | datetime) -> None:
+        self.until = until
+        super().__init__(f"The message is to be sent later ({until}).")
 
 
 class LeaseLost(CloseEngineError):

@@ -4,19 +4,24 @@
         conversation.start_building(actor="worker-7")
         outbox.enqueue(conversation, "SEND_MESSAGE", "We are building your site now.")
 
-    for message in outbox.claim(limit=10, lease=timedelta(minutes=1), worker="worker-7"):
+    for message in outbox.claim(worker="worker-7"):
         message.sent(provider_id=send(message))         # or message.retry(error), or message.give_up(error)
 
-At most one message of a conversation is in flight, the oldest first. Claiming a message leases it. If the worker dies,
+The texts of a conversation are one lane, and each other topic of it is a lane of its own. At most one message of a lane
+is in flight, and the oldest that is due comes first. Claiming a message leases it, to be sent now. If the worker dies,
 another one can claim the message when the lease ends, so after a crash a message may reach the provider twice. Pass
-`message.send_key` to the provider as the idempotency key: it is the same every time.
+`message.send_key` to the provider as the idempotency key: it is the same every time, and no other message has it.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -24,12 +29,14 @@ import peewee
 
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, now
-from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, stored_time
+from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text
+from close_engine.database.provenance import Provenance, own_key
 from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
     ConversationClosed,
     ConversationNotFound,
     InvalidValue,
+    KeyReused,
     LeaseLost,
     MessageNotDead,
     MessageNotFound,
@@ -42,15 +49,34 @@ from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, StageChange
 from close_engine.stages import CLOSED_STAGES, ActionType, MessageStatus, Stage
 
-__all__ = ["OutboxMessage", "claim", "effect", "enqueue", "requeue"]
+__all__ = [
+    "DeadLine",
+    "OutboxMessage",
+    "claim",
+    "claimable",
+    "dead_lines",
+    "effect",
+    "enqueue",
+    "requeue",
+    "requeue_all",
+]
 
-#: Topics that are texts to the lead: they are not sent after the conversation has closed. Other effects still are.
+#: Topics that are texts to the lead: one lane, and not sent after the conversation has closed. Other effects still are.
 TEXTS = tuple(ActionType)
 
 #: The first retry comes after about this long, and each further one after twice as long, …
 BACKOFF = timedelta(seconds=15)
 #: … up to this.
 LONGEST_BACKOFF = timedelta(hours=1)
+
+#: How often a message may be claimed. With these pauses, that is more than a day even if each is as short as it can be.
+MAX_ATTEMPTS = 36
+
+#: How many leases in a row may end without a report: such a message probably kills its workers.
+MAX_UNREPORTED = 5
+
+#: A clock that no setting moves, and that goes on while the machine is suspended where the system has such a clock.
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class OutboxMessage(BaseModel):
@@ -65,11 +91,17 @@ class OutboxMessage(BaseModel):
         approved_by: str, who approved it; None if it needed no approval.
         submitted_by: str, who drafted it, as given to `submit`.
         status: MessageStatus.
+        send_key: str, the idempotency key to pass to the provider: the same at every attempt to send this message, and
+            no other message of any database has it.
+        after_change: int, id of the conversation's newest history row when the message was put in.
         available_at: datetime before which it cannot be claimed: the end of a delay, of a pause after an error, or of
-            its lease.
-        attempts: int, how often it was claimed.
-        max_attempts: int, how often it may be claimed.
+            its lease. Of a DEAD message, when it was given up.
+        attempts: int, how often sending it began, without those attempts that were taken back.
+        max_attempts: int, how often it may be tried.
+        claims: int, how often it was ever claimed. More than one: it may have been sent before.
+        unreported: int, how many leases in a row ended without a report.
         leased_by: str, the worker that holds it, or sent it.
+        leased_at: datetime, when that worker claimed it.
         sent_at: datetime, when it was marked sent.
         provider_id: str, the provider's id of it.
         last_error: str, what went wrong at the last attempt.
@@ -78,7 +110,6 @@ class OutboxMessage(BaseModel):
 
     id: Any = peewee.BigAutoField()
     conversation_id = TextField[str]()
-    lead_id = TextField[str]()
     topic = TextField[str]()
     body = TextField["str | None"](null=True)
     payload = JsonField(null=True)
@@ -86,14 +117,19 @@ class OutboxMessage(BaseModel):
     approved_by = TextField["str | None"](null=True)
     submitted_by = TextField["str | None"](null=True)
     key = TextField["str | None"](null=True)
+    send_key = TextField[str](constraints=[peewee.SQL("DEFAULT (gen_random_uuid())::text")])
+    after_change: Any = peewee.BigIntegerField(null=True)
     status = EnumField[MessageStatus](
         MessageStatus, default=MessageStatus.PENDING, constraints=[peewee.SQL("DEFAULT 'PENDING'")]
     )
     created_at = UtcDateTimeField[datetime](default=now)
     available_at = UtcDateTimeField[datetime](default=now)
     attempts = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
-    max_attempts = peewee.IntegerField(default=10, constraints=[peewee.SQL("DEFAULT 10")])
+    max_attempts = peewee.IntegerField(default=MAX_ATTEMPTS, constraints=[peewee.SQL(f"DEFAULT {MAX_ATTEMPTS}")])
+    claims = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
+    unreported = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
     leased_by = TextField["str | None"](null=True)
+    leased_at = UtcDateTimeField["datetime | None"](null=True)
     sent_at = UtcDateTimeField["datetime | None"](null=True)
     provider_id = TextField["str | None"](null=True)
     last_error = TextField["str | None"](null=True)
@@ -103,10 +139,26 @@ class OutboxMessage(BaseModel):
         table_name = "outbox"
         own_table = "outbox"
 
+    #: Until when this process holds the lease, by the steady clock.
+    _held_until: float | None = None
+    _lead_id: str | None = None
+
     @property
-    def send_key(self) -> str:
-        """The idempotency key to pass to the provider: the same at every attempt to send this message."""
-        return f"close-engine-{self.id}"
+    def lead_id(self) -> str | None:
+        """The lead of its conversation: as it was when the message was claimed, or else now; None if it was deleted."""
+        if self._lead_id is not None:
+            return self._lead_id
+        model = CloseEngineConversation
+        found: str | None = model.select(model.lead).where(model.id == self.conversation_id).scalar()
+        return found
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether the lease that this process was given still lasts, by a clock that no setting moves.
+
+        Ask it just before sending: a process that was suspended in between may have lost the message to another one.
+        """
+        return self._held_until is not None and _steady() < self._held_until
 
     def sent(self, provider_id: str | None = None) -> OutboxMessage:
         """Record that the message was sent, and fire its trigger, in one transaction.
@@ -133,8 +185,8 @@ class OutboxMessage(BaseModel):
                 refusal = None
                 if self.trigger and self._holds_lease():
                     refusal, failure = self._fire(self.trigger, provider_id)
-                done = {"status": MessageStatus.SENT, "sent_at": now(), "provider_id": provider_id, "refusal": refusal}
-                self._report(done)
+                done = {"status": MessageStatus.SENT, "provider_id": provider_id, "refusal": refusal}
+                self._report({**done, "sent_at": _moment(), "unreported": 0})
         except peewee.IntegrityError:
             # Another message got this provider's id at the same moment.
             self._refuse_unless_reported(provider_id)
@@ -159,7 +211,7 @@ class OutboxMessage(BaseModel):
         if self.attempts >= self.max_attempts:
             return self.give_up(error)
         pause = after if after is not None else _backoff(self.attempts)
-        return self._report({"leased_by": None, "available_at": now() + pause, "last_error": _error_text(error)})
+        return self._report({**_REPORTED, "available_at": _moment_after(pause), "last_error": _error_text(error)})
 
     def give_up(self, error: object) -> OutboxMessage:
         """Record that the message cannot be sent: it stays DEAD until somebody requeues it. Later ones are sent.
@@ -173,7 +225,8 @@ class OutboxMessage(BaseModel):
         Raises:
             LeaseLost: this worker no longer holds the lease.
         """
-        return self._report({"status": MessageStatus.DEAD, "leased_by": None, "last_error": _error_text(error)})
+        dead = {**_REPORTED, "status": MessageStatus.DEAD}
+        return self._report({**dead, "available_at": _moment(), "last_error": _error_text(error)})
 
     def extend(self, lease: timedelta) -> OutboxMessage:
         """Extend the lease.
@@ -187,10 +240,13 @@ class OutboxMessage(BaseModel):
         Raises:
             LeaseLost: this worker no longer holds the lease.
         """
-        return self._report({"available_at": now() + lease})
+        before = _steady()
+        self._report({"available_at": _moment_after(lease)})
+        self._held_until = before + lease.total_seconds()
+        return self
 
     def release(self) -> OutboxMessage:
-        """Put the message back untried. The attempt does not count: `max_attempts` grows by one.
+        """Put the message back, because sending it never began. The attempt does not count.
 
         Returns:
             the message itself.
@@ -198,7 +254,44 @@ class OutboxMessage(BaseModel):
         Raises:
             LeaseLost: this worker no longer holds the lease.
         """
-        return self._report({"leased_by": None, "available_at": now(), "max_attempts": self.max_attempts + 1})
+        return self._report({**_FREE, **_not_tried(), "available_at": _moment()})
+
+    def snooze(self, until: timedelta | datetime) -> OutboxMessage:
+        """Put the message back for later. The attempt does not count, and the message keeps its place in its lane.
+
+        Args:
+            until: timedelta, how long to wait, or datetime with a timezone, until when.
+
+        Returns:
+            the message itself.
+
+        Raises:
+            LeaseLost: this worker no longer holds the lease.
+            InvalidValue: the datetime has no timezone.
+        """
+        return self._report({**_REPORTED, **_not_tried(), "available_at": _moment_after(until)})
+
+    def withdraw(self, reason: str) -> OutboxMessage:
+        """Decide that the message is not sent at all. It can be in flight with this worker, or wait.
+
+        Args:
+            reason: str, why; stored in `last_error`.
+
+        Returns:
+            the message itself.
+
+        Raises:
+            LeaseLost: another worker holds it, or it was sent, is DEAD or was withdrawn before.
+            MessageNotFound: the message was deleted.
+            InvalidValue: the reason is empty.
+        """
+        if not clean_text("reason", reason).strip():
+            raise InvalidValue("reason", reason, "a reason must be given")
+        gone = {**_REPORTED, "status": MessageStatus.WITHDRAWN, "last_error": reason}
+        if self.leased_by is not None:
+            return self._report({**gone, **_not_tried()})
+        waiting = (OutboxMessage.id == self.id) & OutboxMessage.status.is_still(MessageStatus.PENDING)
+        return self._report(gone, waiting & OutboxMessage.leased_by.is_null())
 
     @classmethod
     def with_provider_id(cls, provider_id: str) -> OutboxMessage | None:
@@ -207,32 +300,54 @@ class OutboxMessage(BaseModel):
         return message
 
     def _has_same_lease(self) -> peewee.Expression:
-        # The number of attempts tells this lease from a later one of the same worker.
+        # The number of claims tells this lease from a later one of the same worker.
         same_lease: peewee.Expression = (
             (OutboxMessage.id == self.id)
             & OutboxMessage.status.is_still(MessageStatus.PENDING)
             & OutboxMessage.leased_by.is_null(False)
             & (OutboxMessage.leased_by == self.leased_by)
-            & (OutboxMessage.attempts == self.attempts)
+            & (OutboxMessage.claims == self.claims)
         )
         return same_lease
 
     def _holds_lease(self) -> bool:
         return OutboxMessage.select().where(self._has_same_lease()).exists()
 
-    def _report(self, values: dict[str, Any]) -> OutboxMessage:
-        """Write the outcome if this worker still holds the lease."""
-        condition = self._has_same_lease()
+    def _report(self, values: dict[str, Any], condition: Any = None) -> OutboxMessage:
+        """Write the outcome if this worker still holds the lease, or under another condition."""
+        condition = self._has_same_lease() if condition is None else condition
         provider_id = values.get("provider_id")
         if provider_id is not None:
             other = OutboxMessage.alias()
             condition &= ~peewee.fn.EXISTS(other.select(peewee.SQL("1")).where(other.provider_id == provider_id))
-        if OutboxMessage.update(values).where(condition).execute():
-            fields = self._meta.fields
-            accept(self, {name: fields[name].python_value(fields[name].db_value(values[name])) for name in values})
-        else:
+        names = list(values)
+        returning = [self._meta.fields[name] for name in names]
+        written = next(
+            iter(OutboxMessage.update(values).where(condition).returning(*returning).tuples().execute()), None
+        )
+        if written is None:
             self._refuse_unless_reported(provider_id)
+        else:
+            accept(self, dict(zip(names, written, strict=True)))
         return self
+
+    def drop(self) -> OutboxMessage:
+        """Take back the claim, because the lease was lost before sending began, whoever holds the message now.
+
+        Returns:
+            the message itself.
+        """
+        try:
+            return self.release()
+        except LeaseLost:
+            uncounted = {
+                "attempts": OutboxMessage.attempts - 1,
+                "unreported": peewee.Case(None, [(OutboxMessage.unreported > 0, OutboxMessage.unreported - 1)], 0),
+            }
+            claimed_since = (OutboxMessage.id == self.id) & (OutboxMessage.claims >= self.claims)
+            claimed_since &= OutboxMessage.status.is_still(MessageStatus.PENDING) & (OutboxMessage.attempts > 0)
+            OutboxMessage.update(uncounted).where(claimed_since).execute()
+            return self
 
     def _refuse_unless_reported(self, provider_id: str | None) -> None:
         """Raise the reason why the outcome could not be written. If it was written before, copy the row instead."""
@@ -284,20 +399,30 @@ class OutboxMessage(BaseModel):
         return f"<OutboxMessage {self.id}: {self.topic} of {self.conversation_id}, {self.status}>"
 
 
-def _index_pending(*fields: Any, leased: bool = False, unique: bool = False) -> None:
-    """Declare an index that covers only waiting messages, so that it stays small."""
-    pending = OutboxMessage.status == MessageStatus.PENDING
-    where = pending & OutboxMessage.leased_by.is_null(False) if leased else pending
+_IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
+_WAITING = OutboxMessage.status == MessageStatus.PENDING
+_IS_TEXT = OutboxMessage.topic.in_([topic.value for topic in TEXTS])
+
+for fields, unique, where in (
+    ((OutboxMessage.available_at, OutboxMessage.id), False, _WAITING),
+    ((OutboxMessage.conversation_id, OutboxMessage.id), False, _WAITING),
+    ((OutboxMessage.conversation_id,), True, _IN_FLIGHT & _IS_TEXT),
+    ((OutboxMessage.conversation_id, OutboxMessage.topic), True, _IN_FLIGHT & ~_IS_TEXT),
+    ((OutboxMessage.available_at,), False, _IN_FLIGHT),
+    ((OutboxMessage.id,), False, OutboxMessage.status == MessageStatus.DEAD),
+    ((OutboxMessage.conversation_id, OutboxMessage.key), True, OutboxMessage.key.is_null(False)),
+    ((OutboxMessage.provider_id,), True, OutboxMessage.provider_id.is_null(False)),
+):
     OutboxMessage.add_index(*fields, unique=unique, where=where)
 
+#: What a message is that no worker holds, …
+_FREE = {"leased_by": None, "leased_at": None}
+#: … and what it is once a worker has reported on it.
+_REPORTED = {**_FREE, "unreported": 0}
 
-_index_pending(OutboxMessage.available_at, OutboxMessage.id)
-_index_pending(OutboxMessage.conversation_id, OutboxMessage.id)
-_index_pending(OutboxMessage.conversation_id, leased=True, unique=True)
-_index_pending(OutboxMessage.available_at, leased=True)
-OutboxMessage.add_index(OutboxMessage.id, where=OutboxMessage.status == MessageStatus.DEAD)
-for fields in ((OutboxMessage.conversation_id, OutboxMessage.key), (OutboxMessage.provider_id,)):
-    OutboxMessage.add_index(*fields, unique=True, where=fields[-1].is_null(False))
+
+def _not_tried() -> dict[str, Any]:
+    return {"attempts": OutboxMessage.attempts - 1}
 
 
 def enqueue(
@@ -311,57 +436,93 @@ def enqueue(
     trigger: str | None = None,
     approved_by: str | None = None,
     submitted_by: str | None = None,
-    max_attempts: int = 10,
+    max_attempts: int = MAX_ATTEMPTS,
 ) -> OutboxMessage:
     """Put a message into the outbox, in the caller's transaction if one is open.
 
     Args:
-        conversation: CloseEngineConversation, or its id. Its messages are sent in the order of their ids.
+        conversation: CloseEngineConversation, or its id. The messages of a lane are sent in the order of their ids.
         topic: ActionType, or your own name for another effect.
         body: str, the text to send.
         payload: mapping that JSON can hold, what else the sender needs.
-        send_after: timedelta, how long to wait, or datetime with a timezone, until when. Later messages wait too.
+        send_after: timedelta, how long to wait, or datetime with a timezone, until when. Until then it holds up nobody.
         key: str, idempotency key, unique within the conversation. Using it again returns the first message.
         trigger: str, the trigger to fire when the message is marked sent.
         approved_by: str, who approved it.
         submitted_by: str, who drafted it.
-        max_attempts: int, how often it may be claimed.
+        max_attempts: int, how often it may be tried.
 
     Returns:
         OutboxMessage.
 
     Raises:
         ConversationNotFound: there is no such conversation.
+        ConversationClosed: it is a text, and the conversation is COMPLETED or CLOSED_LOST.
+        KeyReused: the key was used for a message of another topic.
         UnknownTrigger: there is no such trigger.
         InvalidValue: an argument makes no sense or cannot be stored.
     """
-    conversation_id = conversation if isinstance(conversation, str) else conversation.id
-    if trigger is not None and trigger not in TRIGGERS:
-        raise UnknownTrigger(trigger, list(TRIGGERS))
-    if key is not None and not clean_text("key", key).strip():
-        raise InvalidValue("key", key, "an idempotency key must not be empty")
-    if max_attempts < 1:
-        raise InvalidValue("max_attempts", max_attempts, "it must be at least 1")
-    message = OutboxMessage(
-        conversation_id=conversation_id,
+    return _enqueue(
+        conversation if isinstance(conversation, str) else conversation.id,
+        send_after,
         topic=str(topic),
         body=body,
         payload=payload,
         trigger=trigger,
         approved_by=approved_by,
         submitted_by=submitted_by,
-        key=key,
-        available_at=moment_after(send_after),
+        key=Provenance(key=key).key,
         max_attempts=max_attempts,
     )
+
+
+def _enqueue(conversation_id: str, send_after: timedelta | datetime | None, **values: Any) -> OutboxMessage:
+    topic, body, trigger, key = values["topic"], values["body"], values["trigger"], values["key"]
+    if trigger is not None and trigger not in TRIGGERS:
+        raise UnknownTrigger(trigger, list(TRIGGERS))
+    if values["max_attempts"] < 1:
+        raise InvalidValue("max_attempts", values["max_attempts"], "it must be at least 1")
+    if body is not None and topic in TEXTS:
+        require_words("body", body)
+    fresh = OutboxMessage(conversation_id=conversation_id, **values).__data__
+    del fresh["created_at"], fresh["available_at"]
+    due = _moment_after(send_after)
     # Lock the conversation, so that its messages commit in the order of their ids.
-    with locked(conversation_id) as held:
-        same = (OutboxMessage.conversation_id == conversation_id) & (OutboxMessage.key == key)
-        if key is not None and (first := OutboxMessage.get_or_none(same)) is not None:
+    with locked(conversation_id) as conversation:
+        if key is not None and (first := find_by_key(conversation_id, key, topic)) is not None:
             return first
-        message.lead_id = held.lead_id
-        message.save(force_insert=True)
-    return message
+        if topic in TEXTS and conversation.stage in CLOSED_STAGES:
+            raise ConversationClosed(conversation_id, conversation.stage)
+        newest = StageChange.select(current().dialect.function("max", StageChange.id))
+        newest = newest.where(StageChange.conversation_id == conversation_id)
+        insert = OutboxMessage.insert({**fresh, "after_change": newest, "created_at": _moment(), "available_at": due})
+        (message,) = insert.returning(OutboxMessage).execute()
+    made: OutboxMessage = message
+    return made
+
+
+def find_by_key(conversation_id: str, key: str, topic: str) -> OutboxMessage | None:
+    """Find the message that this key has already made.
+
+    Raises:
+        KeyReused: the key was used for a message of another topic.
+    """
+    same = (OutboxMessage.conversation_id == conversation_id) & (OutboxMessage.key == key)
+    first: OutboxMessage | None = OutboxMessage.get_or_none(same)
+    if first is not None and first.topic != topic:
+        raise KeyReused(conversation_id, key, first.topic, topic)
+    return first
+
+
+def require_words(label: str, text: str) -> str:
+    """Return a text that can be sent to a lead.
+
+    Raises:
+        InvalidValue: it is empty, or a column cannot store it.
+    """
+    if not clean_text(label, text).strip():
+        raise InvalidValue(label, text, "a text must have words")
+    return text
 
 
 def effect(
@@ -386,41 +547,109 @@ def effect(
     @on_enter(*stages)
     def enqueue_effect(conversation: CloseEngineConversation, change: StageChange) -> None:
         made = payload(conversation, change) if callable(payload) else payload
-        enqueue(conversation, topic, payload=made, send_after=send_after, key=f"{topic}:{change.id}")
+        _enqueue(
+            conversation.id,
+            send_after,
+            topic=topic,
+            body=None,
+            payload=made,
+            trigger=None,
+            approved_by=None,
+            submitted_by=None,
+            key=own_key("effect", topic, change.id),
+            max_attempts=MAX_ATTEMPTS,
+        )
 
     return enqueue_effect
 
 
-# On PostgreSQL, the statement ends like this:
-#
-#     ORDER BY o.available_at, o.id LIMIT %s FOR NO KEY UPDATE OF o SKIP LOCKED
-#     )
-#     UPDATE close_engine.outbox SET leased_by = %s, available_at = %s, attempts = attempts + 1
-#     WHERE id = ANY (ARRAY(SELECT id FROM next)) RETURNING *
-_CLAIM = """
-WITH next AS (
-    SELECT o.id FROM {outbox} o
-    WHERE o.status = 'PENDING' AND o.available_at <= %s AND (
-        o.leased_by IS NOT NULL AND o.attempts < o.max_attempts
-        OR o.leased_by IS NULL
-            AND NOT EXISTS (SELECT 1 FROM {outbox} older WHERE older.conversation_id = o.conversation_id
-                AND older.status = 'PENDING' AND older.id < o.id)
-            AND NOT EXISTS (SELECT 1 FROM {outbox} flying WHERE flying.conversation_id = o.conversation_id
-                AND flying.status = 'PENDING' AND flying.leased_by IS NOT NULL))
-    ORDER BY o.available_at, o.id LIMIT %s {skip_locked}
-)
-UPDATE {outbox} SET leased_by = %s, available_at = %s, attempts = attempts + 1
-WHERE id {next} RETURNING *
-"""
+def may_leave(message: str = "o") -> str:
+    """Return the SQL that says why a message may not leave any more, or NULL if it may.
 
-
-def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str = "worker") -> list[OutboxMessage]:
-    """Lease the next messages to a worker: at most one per conversation, its oldest.
+    Every claim asks it. It looks at the conversation as it is now, and at what its history has had since the message
+    was put in.
 
     Args:
-        limit: int, the most messages to claim.
+        message: alias of the outbox in the statement.
+    """
+    # Subqueries of one value: PostgreSQL may turn EXISTS into a hash of the whole table.
+    return f"""CASE WHEN {message}.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK') THEN NULLIF(COALESCE((
+            SELECT CASE
+                WHEN c.stage IN ('COMPLETED', 'CLOSED_LOST') THEN 'the conversation is closed'
+                WHEN (SELECT h.id FROM {{history}} h
+                    WHERE h.conversation_id = {message}.conversation_id AND h.id > {message}.after_change
+                        AND h.dest IN ('COMPLETED', 'CLOSED_LOST') LIMIT 1) IS NOT NULL
+                    THEN 'the conversation closed, and was opened again, after this was put in'
+                ELSE '' END
+            FROM close_engine_conversations c WHERE c.id = {message}.conversation_id
+        ), 'the conversation is deleted'), '') END"""
+
+
+_ONE_LANE = """({this}.topic = {other}.topic
+            OR {this}.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+                AND {other}.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK'))"""
+
+
+def one_lane(this: str, other: str) -> str:
+    """Return the SQL that says whether two messages of one conversation are in one lane."""
+    return _ONE_LANE.replace("{this}", this).replace("{other}", other)
+
+
+#: The messages that can be claimed now, each the next of its lane: one whose lease is over, or the oldest that is due.
+#: One that was never begun and is not due yet holds up nobody; one that was begun keeps its place.
+CLAIMABLE = f"""o.status = 'PENDING' AND o.available_at <= {{moment}} AND (o.leased_by IS NOT NULL OR NOT EXISTS (
+        SELECT 1 FROM {{outbox}} ahead
+        WHERE ahead.conversation_id = o.conversation_id AND ahead.status = 'PENDING' AND ahead.id <> o.id
+            AND {one_lane("ahead", "o")}
+            AND (ahead.leased_by IS NOT NULL
+                OR ahead.id < o.id AND (ahead.claims > 0 OR ahead.available_at <= {{moment}}))))"""
+
+# A lease that is over is counted here: after too many of them, or too many attempts, the message is dead.
+_CLAIM = f"""
+WITH next AS (
+    SELECT o.id AS message_id, {may_leave()} AS reason,
+        CASE WHEN o.leased_by IS NOT NULL
+            AND (o.unreported >= {MAX_UNREPORTED - 1} OR o.attempts >= o.max_attempts) THEN 1 ELSE 0 END AS over
+    FROM {{outbox}} o
+    WHERE {CLAIMABLE} {{only}}
+    ORDER BY o.available_at, o.id LIMIT %s {{skip_locked}}
+)
+UPDATE {{outbox}} SET
+    status = CASE WHEN reason IS NOT NULL THEN 'WITHDRAWN' WHEN over = 1 THEN 'DEAD' ELSE status END,
+    last_error = CASE WHEN reason IS NOT NULL THEN reason
+        WHEN leased_by IS NOT NULL THEN 'the lease of ' || leased_by || ' ran out' ELSE last_error END,
+    unreported = CASE WHEN leased_by IS NOT NULL THEN unreported + 1 ELSE unreported END,
+    leased_by = CASE WHEN reason IS NULL AND over = 0 THEN %s END,
+    leased_at = CASE WHEN reason IS NULL AND over = 0 THEN {{moment}} END,
+    available_at = CASE WHEN reason IS NULL AND over = 0 THEN {{later}} ELSE {{moment}} END,
+    attempts = CASE WHEN reason IS NULL AND over = 0 THEN attempts + 1 ELSE attempts END,
+    claims = CASE WHEN reason IS NULL AND over = 0 THEN claims + 1 ELSE claims END
+FROM next WHERE id = message_id
+RETURNING {{columns}}, (SELECT c.lead_id FROM close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT))
+"""
+#: A message whose lease ended without a report may have killed its worker.
+_SUSPECT = "(o.unreported > 0 OR o.leased_by IS NOT NULL)"
+
+
+def claim(
+    limit: int = 1,
+    lease: timedelta = timedelta(minutes=1),
+    worker: str = "worker",
+    *,
+    topics: Sequence[str] | None = None,
+    suspects: bool = True,
+) -> list[OutboxMessage]:
+    """Lease the next messages to a worker, to be sent now: at most one of each lane.
+
+    Messages that may not leave any more are withdrawn instead.
+
+    Args:
+        limit: int, the most messages to claim: as many as can be sent at once.
         lease: timedelta, how long no other worker can claim them.
         worker: str, the worker's name.
+        topics: sequence of str, claim only messages with these topics.
+        suspects: bool, whether to claim messages, too, whose last lease ended without a report: they may have killed
+            their worker. Such a message is claimed alone, and its worker should send nothing else meanwhile.
 
     Returns:
         list of OutboxMessage, oldest first.
@@ -434,43 +663,129 @@ def claim(limit: int = 10, lease: timedelta = timedelta(minutes=1), worker: str 
         raise InvalidValue("limit", limit, "it must be at least 1")
     if lease <= timedelta(0):
         raise InvalidValue("lease", lease, "it must be greater than zero")
-    binding, moment = current(), now()
-    text = _CLAIM.replace("{skip_locked}", binding.dialect.skip_locked("o"))
-    text = binding.dialect.sql(text.replace("{next}", binding.dialect.in_subquery("SELECT id FROM next")))
-    values = (stored_time(moment), limit, worker, stored_time(moment + lease))
+    only, names = "" if suspects else f" AND NOT {_SUSPECT}", [] if topics is None else [str(name) for name in topics]
+    if topics is not None:
+        only += f" AND o.topic IN ({', '.join(['%s'] * len(names))})"
+    seconds = lease.total_seconds()
+    while True:
+        before = _steady()
+        rows = _claim(only, (*names, limit, worker, seconds))
+        claimed = [message for row in rows if (message := _loaded(row, before + seconds)) is not None]
+        if claimed or not rows:
+            return _suspect_alone(sorted(claimed, key=lambda message: int(message.id)))
+
+
+def _claim(only: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    binding = current()
+    statement = _CLAIM.replace("{columns}", _COLUMNS).replace("{only}", only)
+    statement = binding.dialect.sql(statement.replace("{skip_locked}", binding.dialect.skip_locked("o")))
+    while True:
+        try:
+            with atomic() if binding.database.in_transaction() else nullcontext():
+                return list(binding.database.execute_sql(statement, values).fetchall())
+        except peewee.IntegrityError:
+            # Another worker claimed a requeued message of the same lane at the same moment: try again.
+            continue
+
+
+_READ = [field for field in OutboxMessage._meta.sorted_fields]
+#: The payload as text, so that one that Python cannot read fails by itself, and not with all the others.
+_COLUMNS = ", ".join(
+    "CAST(payload AS TEXT)" if field.name == "payload" else f'"{field.column_name}"' for field in _READ
+)
+
+
+def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:
+    """Make the object of a row that was claimed; None if the row was withdrawn, is dead, or cannot be read."""
+    values = dict(zip([field.name for field in _READ], row, strict=False))
+    if values["status"] != MessageStatus.PENDING.value:
+        return None
     try:
-        with atomic() if binding.database.in_transaction() else nullcontext():
-            claimed = list(OutboxMessage.raw(text, *values))
-    except peewee.IntegrityError:
-        # Another worker claimed a requeued message of the same conversation at the same moment: try again.
-        return claim(limit, lease, worker)
-    wanted = _withdraw_late(claimed)
-    if claimed and not wanted:
-        return claim(limit, lease, worker)
-    return sorted(wanted, key=lambda message: int(message.id))
+        values["payload"] = values["payload"] and json.loads(values["payload"])
+        read = {
+            field.name: values[field.name] if field.name == "payload" else field.python_value(values[field.name])
+            for field in _READ
+        }
+    except (ValueError, RecursionError) as error:
+        known = {name: values[name] for name in ("id", "claims", "leased_by")}
+        OutboxMessage(__no_default__=True, **known).give_up(f"the message cannot be read: {_error_text(error)}")
+        return None
+    message = OutboxMessage(__no_default__=True, **read)
+    message._held_until, message._lead_id = held_until, row[-1]
+    return message
 
 
-def _withdraw_late(claimed: list[OutboxMessage]) -> list[OutboxMessage]:
-    """Withdraw texts that were in flight when their conversation closed, and return the other messages."""
-    again = [message.id for message in claimed if message.attempts > 1 and message.topic in TEXTS]
-    if not again:
+def claimable() -> list[OutboxMessage]:
+    """List the messages that can be claimed now, oldest first, without claiming them."""
+    query = f"SELECT o.* FROM {{outbox}} o WHERE {CLAIMABLE} ORDER BY o.available_at, o.id"
+    return list(OutboxMessage.raw(current().dialect.sql(query)))
+
+
+@dataclass(frozen=True)
+class DeadLine:
+    """The DEAD messages that ended with one kind of error.
+
+    Attributes:
+        error: str, the kind: what `last_error` says before its first colon.
+        count: int, how many there are.
+        last: datetime, when the last of them died.
+        example: int, the id of one of them.
+        sentence: str, its `last_error`.
+    """
+
+    error: str
+    count: int
+    last: datetime
+    example: int
+    sentence: str
+
+
+def dead_lines() -> list[DeadLine]:
+    """Read the DEAD messages by kind of error, the most frequent first."""
+    kinds: dict[str, list[OutboxMessage]] = {}
+    read = OutboxMessage.select(OutboxMessage.id, OutboxMessage.last_error, OutboxMessage.available_at)
+    dead = read.where(OutboxMessage.status == MessageStatus.DEAD).order_by(OutboxMessage.id)
+    for message in dead.iterator():
+        kinds.setdefault((message.last_error or "").partition(":")[0], []).append(message)
+    lines = [
+        DeadLine(kind, len(those), max(one.available_at for one in those), those[-1].id, those[-1].last_error or "")
+        for kind, those in kinds.items()
+    ]
+    return sorted(lines, key=lambda line: (-line.count, line.error))
+
+
+def _suspect_alone(claimed: list[OutboxMessage]) -> list[OutboxMessage]:
+    """If a suspect is among them, release all the others."""
+    suspect = next((message for message in claimed if message.unreported), None)
+    if suspect is None:
         return claimed
-    conversation, put_in = CloseEngineConversation, OutboxMessage.created_at
-    closed = (conversation.stage == Stage.COMPLETED) & (put_in <= conversation.completed_at)
-    closed |= (conversation.stage == Stage.CLOSED_LOST) & (put_in <= conversation.closed_lost_at)
-    late = conversation.select(peewee.SQL("1")).where((conversation.id == OutboxMessage.conversation_id) & closed)
-    why = "its conversation closed while it was in flight"
-    withdraw = OutboxMessage.update(status=MessageStatus.WITHDRAWN, leased_by=None, last_error=why)
-    withdraw = withdraw.where(OutboxMessage.id.in_(again) & peewee.fn.EXISTS(late)).returning(OutboxMessage.id)
-    withdrawn = {message.id for message in withdraw.execute()}
-    return [message for message in claimed if message.id not in withdrawn]
+    for message in claimed:
+        if message is not suspect:
+            message.release()
+    return [suspect]
 
 
-def requeue(message: OutboxMessage | int) -> OutboxMessage:
+def extend(messages: Sequence[OutboxMessage], lease: timedelta) -> None:
+    """Extend the leases of messages, as far as their workers still hold them.
+
+    Args:
+        messages: sequence of OutboxMessage, claimed by this process.
+        lease: timedelta, how long to keep them, counted from now.
+    """
+    before, by_id = _steady(), {message.id: message for message in messages}
+    held = _WAITING & OutboxMessage.id.in_(list(by_id)) & OutboxMessage.leased_by.in_({m.leased_by for m in messages})
+    update = OutboxMessage.update(available_at=_moment_after(lease)).where(held)
+    for message_id, claims in update.returning(OutboxMessage.id, OutboxMessage.claims).tuples().execute():
+        if by_id[message_id].claims == claims:
+            by_id[message_id]._held_until = before + lease.total_seconds()
+
+
+def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMessage:
     """Put a DEAD message back into the outbox, with all its attempts.
 
     Args:
         message: OutboxMessage, or its id.
+        body: str, another text to send instead. It gets a new `send_key`, since the provider may know the old one.
 
     Returns:
         OutboxMessage, as it is now.
@@ -479,6 +794,7 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
         MessageNotFound: there is no such message.
         MessageNotDead: the message is not DEAD.
         ConversationClosed, ConversationNotFound: it is a text, and its conversation has closed or was deleted.
+        InvalidValue: the body is empty.
     """
     message_id = message if isinstance(message, int) else message.id
     found: OutboxMessage | None = OutboxMessage.get_or_none(OutboxMessage.id == message_id)
@@ -486,7 +802,9 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
         raise MessageNotFound(message_id)
     if found.status is not MessageStatus.DEAD:
         raise MessageNotDead(message_id, found.status)
-    fresh = {"status": MessageStatus.PENDING, "attempts": 0, "available_at": now()}
+    fresh: dict[str, Any] = {"status": MessageStatus.PENDING, "attempts": 0, "unreported": 0, "available_at": _moment()}
+    if body is not None and require_words("body", body) != found.body:
+        fresh.update(body=body, send_key=str(uuid.uuid4()))
     dead = (OutboxMessage.id == message_id) & OutboxMessage.status.is_still(MessageStatus.DEAD)
     with locked(found.conversation_id) if found.topic in TEXTS else nullcontext() as conversation:
         if conversation is not None and conversation.stage in CLOSED_STAGES:
@@ -498,12 +816,45 @@ def requeue(message: OutboxMessage | int) -> OutboxMessage:
     return again
 
 
-def moment_after(wait: timedelta | datetime | None) -> datetime:
-    """Convert a duration from now, a moment or None (for now) to a moment."""
+def requeue_all(*, error: str | None = None, since: datetime | None = None) -> list[int]:
+    """Put many DEAD messages back into the outbox, in their old order.
+
+    Texts of conversations that have closed or were deleted stay dead.
+
+    Args:
+        error: str, only those whose error is of this kind: what `last_error` says before its first colon.
+        since: datetime with a timezone, only those that died at that time or later.
+
+    Returns:
+        list of int, their ids.
+    """
+    dead = OutboxMessage.status == MessageStatus.DEAD
+    if error is not None:
+        kind = clean_text("error", error)
+        dead &= (OutboxMessage.last_error == kind) | OutboxMessage.last_error.startswith(f"{kind}:")
+    if since is not None:
+        dead &= OutboxMessage.available_at >= since
+    ids = [message.id for message in OutboxMessage.select(OutboxMessage.id).where(dead).order_by(OutboxMessage.id)]
+    requeued = []
+    for message_id in ids:
+        with suppress(MessageNotDead, MessageNotFound, ConversationClosed, ConversationNotFound):
+            requeued.append(int(requeue(message_id).id))
+    return requeued
+
+
+def _steady() -> float:
+    return time.clock_gettime(_STEADY)
+
+
+def _moment() -> peewee.SQL:
+    return peewee.SQL(current().dialect.sql("{moment}"))
+
+
+def _moment_after(wait: timedelta | datetime | None) -> Any:
+    """Return the moment after a duration by the database's clock, a moment that is given, or the moment now."""
     if isinstance(wait, timedelta):
-        return now() + wait
-    moment: datetime = OutboxMessage.available_at.clean(wait) if wait is not None else now()
-    return moment
+        return peewee.SQL(current().dialect.sql("{later}"), [wait.total_seconds()])
+    return _moment() if wait is None else OutboxMessage.available_at.clean(wait)
 
 
 def _backoff(attempts: int) -> timedelta:

@@ -6,7 +6,6 @@
 CREATE TABLE IF NOT EXISTS close_engine_outbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     conversation_id TEXT NOT NULL,
-    lead_id TEXT NOT NULL,
     topic TEXT NOT NULL,
     body TEXT,
     payload TEXT,
@@ -14,12 +13,17 @@ CREATE TABLE IF NOT EXISTS close_engine_outbox (
     approved_by TEXT,
     submitted_by TEXT,
     "key" TEXT,
+    send_key TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
+    after_change INTEGER,
     status TEXT NOT NULL DEFAULT 'PENDING',
     created_at TEXT NOT NULL,
     available_at TEXT NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
-    max_attempts INTEGER NOT NULL DEFAULT 10,
+    max_attempts INTEGER NOT NULL DEFAULT 36,
+    claims INTEGER NOT NULL DEFAULT 0,
+    unreported INTEGER NOT NULL DEFAULT 0,
     leased_by TEXT,
+    leased_at TEXT,
     sent_at TEXT,
     provider_id TEXT,
     last_error TEXT,
@@ -29,9 +33,14 @@ CREATE INDEX IF NOT EXISTS close_engine_outbox_available_at_idx
     ON close_engine_outbox (available_at, id) WHERE status = 'PENDING';
 CREATE INDEX IF NOT EXISTS close_engine_outbox_conversation_id_idx
     ON close_engine_outbox (conversation_id, id) WHERE status = 'PENDING';
--- At most one message of a conversation is in flight, no matter what the workers do.
-CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_in_flight_key
-    ON close_engine_outbox (conversation_id) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
+-- At most one message of a lane is in flight, no matter what the workers do. The texts of a conversation are one lane,
+-- each other topic is one of its own.
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_text_in_flight_key
+    ON close_engine_outbox (conversation_id) WHERE status = 'PENDING' AND leased_by IS NOT NULL
+        AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_effect_in_flight_key
+    ON close_engine_outbox (conversation_id, topic) WHERE status = 'PENDING' AND leased_by IS NOT NULL
+        AND topic NOT IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
 CREATE INDEX IF NOT EXISTS close_engine_outbox_leased_idx
     ON close_engine_outbox (available_at) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
 CREATE INDEX IF NOT EXISTS close_engine_outbox_dead_idx ON close_engine_outbox (id) WHERE status = 'DEAD';

@@ -26,6 +26,16 @@ BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
     END IF;
+    -- In an INSERT, OLD is NULL.
+    PERFORM close_engine.require_time(changed.name || ' of action ' || NEW.id, changed.at, NULL)
+    FROM (VALUES
+        ('created_at', NEW.created_at, OLD.created_at),
+        ('expires_at', NEW.expires_at, OLD.expires_at),
+        ('approved_at', NEW.approved_at, OLD.approved_at)
+    ) AS changed (name, at, was) WHERE changed.at IS DISTINCT FROM changed.was;
+    IF NEW.metadata IS DISTINCT FROM OLD.metadata THEN
+        PERFORM close_engine.require_readable('metadata of action ' || NEW.id, NEW.metadata);
+    END IF;
     IF TG_OP = 'UPDATE' AND NEW.status IS NOT DISTINCT FROM OLD.status THEN
         RETURN NEW;
     END IF;
@@ -82,13 +92,15 @@ BEGIN
     END IF;
     IF NEW.status = 'APPROVED' THEN
         INSERT INTO close_engine.outbox
-            (conversation_id, lead_id, topic, body, payload, trigger, approved_by, submitted_by, key, created_at,
+            (conversation_id, topic, body, payload, trigger, approved_by, submitted_by, key, after_change, created_at,
              available_at)
-        SELECT NEW.conversation_id, NEW.lead_id, NEW.type, NEW.draft_message, NEW.metadata,
+        SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
             CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
                 WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
                 WHEN c.stage = 'INITIATED' THEN 'start_qualifying' END,
-            NEW.approved_by, NEW.metadata ->> 'submittedBy', 'action:' || NEW.id, NEW.approved_at,
+            NEW.approved_by, NEW.metadata ->> 'submittedBy', 'close_engine:action:' || NEW.id,
+            (SELECT pg_catalog.max(h.id) FROM close_engine.history h WHERE h.conversation_id = NEW.conversation_id),
+            NEW.approved_at,
             -- Ignore a sendAfter that is not a timestamp: another writer may have put it there.
             greatest(NEW.approved_at, CASE WHEN NEW.metadata ->> 'sendAfter'
                 ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]+)?$'

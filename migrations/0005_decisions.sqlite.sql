@@ -32,11 +32,81 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this status change is not in close_engine_transitions; a decision is final');
 END;
 
+-- What Python cannot read back is not let in: one such row would stop whoever reads a list of them. What was there
+-- before and is not changed hinders nobody. Python also refuses 30 February, which SQLite takes for 2 March.
+DROP TRIGGER IF EXISTS close_engine_action_insert_readable;
+CREATE TRIGGER close_engine_action_insert_readable
+BEFORE INSERT ON pending_actions
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
+    FROM (SELECT NEW.created_at AS value, NULL AS was
+        UNION ALL SELECT NEW.expires_at, NULL
+        UNION ALL SELECT NEW.approved_at, NULL)
+    WHERE value IS NOT was AND value IS NOT NULL AND NOT (typeof(value) = 'text'
+        AND date(substr(value, 1, 10)) IS substr(value, 1, 10) AND substr(value, 1, 4) BETWEEN '0001' AND '9998'
+        AND strftime('%s', value) IS NOT NULL);
+
+    -- A number of more than 309 digits is infinite for SQLite. The digits of one that is too long stand in a row.
+    SELECT RAISE(ABORT, 'close_engine: not every reader could read this JSON: it is not valid, nested deeper than 100 levels, longer than 2000000 characters, or has a number of more than 4000 digits')
+    FROM (SELECT NEW.metadata AS document, NULL AS was)
+    WHERE document IS NOT was AND document IS NOT NULL AND CASE
+        WHEN NOT json_valid(document) OR length(document) > 2000000 THEN 1
+        WHEN length(document) <= 200 THEN 0
+        WHEN EXISTS (
+            SELECT 1 FROM (
+                WITH RECURSIVE deep(inner, level) AS (
+                    SELECT document, 1
+                    UNION ALL
+                    SELECT j.value, level + 1 FROM deep JOIN json_each(deep.inner) j
+                    WHERE j.type IN ('array', 'object') AND level <= 100)
+                SELECT level FROM deep) WHERE level > 100) THEN 1
+        WHEN length(document) <= 4000 THEN 0
+        ELSE instr(replace(replace(replace(replace(replace(replace(replace(replace(replace(document,
+                '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0'),
+                printf('%04001d', 0)) > 0
+            AND EXISTS (SELECT 1 FROM json_tree(document) WHERE type = 'integer' AND atom IN (9e999, -9e999))
+        END;
+END;
+
+DROP TRIGGER IF EXISTS close_engine_action_update_readable;
+CREATE TRIGGER close_engine_action_update_readable
+BEFORE UPDATE ON pending_actions
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
+    FROM (SELECT NEW.created_at AS value, OLD.created_at AS was
+        UNION ALL SELECT NEW.expires_at, OLD.expires_at
+        UNION ALL SELECT NEW.approved_at, OLD.approved_at)
+    WHERE value IS NOT was AND value IS NOT NULL AND NOT (typeof(value) = 'text'
+        AND date(substr(value, 1, 10)) IS substr(value, 1, 10) AND substr(value, 1, 4) BETWEEN '0001' AND '9998'
+        AND strftime('%s', value) IS NOT NULL);
+
+    -- A number of more than 309 digits is infinite for SQLite. The digits of one that is too long stand in a row.
+    SELECT RAISE(ABORT, 'close_engine: not every reader could read this JSON: it is not valid, nested deeper than 100 levels, longer than 2000000 characters, or has a number of more than 4000 digits')
+    FROM (SELECT NEW.metadata AS document, OLD.metadata AS was)
+    WHERE document IS NOT was AND document IS NOT NULL AND CASE
+        WHEN NOT json_valid(document) OR length(document) > 2000000 THEN 1
+        WHEN length(document) <= 200 THEN 0
+        WHEN EXISTS (
+            SELECT 1 FROM (
+                WITH RECURSIVE deep(inner, level) AS (
+                    SELECT document, 1
+                    UNION ALL
+                    SELECT j.value, level + 1 FROM deep JOIN json_each(deep.inner) j
+                    WHERE j.type IN ('array', 'object') AND level <= 100)
+                SELECT level FROM deep) WHERE level > 100) THEN 1
+        WHEN length(document) <= 4000 THEN 0
+        ELSE instr(replace(replace(replace(replace(replace(replace(replace(replace(replace(document,
+                '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0'),
+                printf('%04001d', 0)) > 0
+            AND EXISTS (SELECT 1 FROM json_tree(document) WHERE type = 'integer' AND atom IN (9e999, -9e999))
+        END;
+END;
+
 DROP TRIGGER IF EXISTS close_engine_action_expired;
 CREATE TRIGGER close_engine_action_expired
 BEFORE UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
-    AND OLD.expires_at <= coalesce(NEW.approved_at, strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    AND OLD.expires_at <= coalesce(NEW.approved_at, coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: this action has expired');
 END;
@@ -56,20 +126,21 @@ CREATE TRIGGER close_engine_action_approved
 AFTER UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
 BEGIN
-    UPDATE pending_actions SET approved_at = strftime('%Y-%m-%d %H:%M:%f', 'now')
+    UPDATE pending_actions SET approved_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE id = NEW.id AND approved_at IS NULL;
 
     -- Ignore a sendAfter that is not a timestamp, for which strftime() returns NULL: another writer may have put it
     -- there. strftime() rounds text with more than three decimals, but moments are cut, never rounded. So remove the
     -- extra digits first.
     INSERT INTO close_engine_outbox
-        (conversation_id, lead_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", created_at,
+        (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", after_change, created_at,
          available_at)
-    SELECT NEW.conversation_id, NEW.lead_id, NEW.type, NEW.draft_message, NEW.metadata,
+    SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
         CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
             WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
             WHEN stage = 'INITIATED' THEN 'start_qualifying' END,
-        NEW.approved_by, json_extract(NEW.metadata, '$.submittedBy'), 'action:' || NEW.id, approved_at,
+        NEW.approved_by, json_extract(NEW.metadata, '$.submittedBy'), 'close_engine:action:' || NEW.id,
+        (SELECT max(h.id) FROM close_engine_history h WHERE h.conversation_id = NEW.conversation_id), approved_at,
         max(approved_at, coalesce(
             strftime('%Y-%m-%d %H:%M:%f', CASE WHEN send_after GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
                 THEN substr(send_after, 1, instr(send_after, '.') + 3)
@@ -77,7 +148,7 @@ BEGIN
                 ELSE send_after END),
             approved_at))
     FROM (SELECT c.stage, json_extract(NEW.metadata, '$.sendAfter') AS send_after,
-              coalesce(NEW.approved_at, strftime('%Y-%m-%d %H:%M:%f', 'now')) AS approved_at
+              coalesce(NEW.approved_at, coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))) AS approved_at
           FROM close_engine_conversations c WHERE c.id = NEW.conversation_id);
 END;
 
@@ -94,7 +165,7 @@ BEGIN
     INSERT OR REPLACE INTO close_engine_context
     SELECT 2, json_object(
         'trigger', 'withdraw_approval', 'id', NEW.conversation_id,
-        'at', max(coalesce(json_extract(context, '$.at'), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        'at', max(coalesce(json_extract(context, '$.at'), coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))),
             (SELECT strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds') FROM close_engine_conversations
              WHERE id = NEW.conversation_id)),
         'actor', CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,

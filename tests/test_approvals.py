@@ -634,10 +634,10 @@ def test_rejecting_a_text_leaves_a_payment_link_waiting(waiting: Waiting) -> Non
 
 def test_an_approved_message_keeps_its_place_behind_those_before_it(waiting: Waiting) -> None:
     action = waiting("SEND_MESSAGE")
-    earlier = outbox.enqueue(action.conversation_id, "SEND_MESSAGE", "earlier", send_after=timedelta(hours=1))
+    earlier = outbox.enqueue(action.conversation_id, "SEND_MESSAGE", "earlier")
     later = action.approve(by="dana")
     assert later.id > earlier.id
-    assert outbox.claim() == []
+    assert [message.id for message in outbox.claim(10)] == [earlier.id]
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
@@ -834,6 +834,7 @@ HOUR = timedelta(hours=1)
 def expiring(postgres: peewee.Database, close_engine_clock: MovableClock) -> PendingAction:
     """An action that can be approved for an hour, by a clock that stands still until it is moved."""
     close_engine.bind(postgres, clock=close_engine_clock)
+    close_engine_clock.rule()
     return waiting_link(expires_after=HOUR)
 
 

@@ -19,6 +19,7 @@ from close_engine import (
     ConversationNotFound,
     EntryPoint,
     InvalidValue,
+    KeyReused,
     LeaseLost,
     MessageNotDead,
     MessageNotFound,
@@ -101,6 +102,20 @@ def test_the_same_key_again_returns_the_first_message_of_the_conversation(
     (other,) = enqueue(conversation_in(Stage.QUALIFYING), "third", key="k")
     assert bodies(messages()) == ["first", "third"]
     assert other != first
+
+
+def test_a_key_belongs_to_one_topic(conversation: CloseEngineConversation) -> None:
+    outbox.enqueue(conversation, "draft_reply", "hi", key="k")
+    with pytest.raises(KeyReused) as reused:
+        outbox.enqueue(conversation, "build_site", key="k")
+    assert (reused.value.key, reused.value.first, reused.value.trigger) == ("k", "draft_reply", "build_site")
+
+
+def test_a_text_is_not_put_into_a_conversation_that_has_closed(conversation_in: ConversationIn) -> None:
+    conversation = conversation_in(Stage.COMPLETED)
+    with pytest.raises(ConversationClosed):
+        enqueue(conversation, "Thank you!")
+    assert outbox.enqueue(conversation, "tell_the_boss").status is MessageStatus.PENDING
 
 
 def test_an_unknown_conversation_has_no_messages(database: peewee.Database) -> None:
@@ -186,8 +201,9 @@ def test_a_claim_leases_the_message_to_this_worker(
     assert values(message) == values(copy_of(message))
     assert (message.leased_by, message.attempts, message.status) == ("w1", 1, MessageStatus.PENDING)
     assert message.available_at == milliseconds(close_engine_clock.now) + MINUTE
-    assert message.send_key == f"close-engine-{message.id}"
-    assert outbox.claim(worker="w2") == []
+    assert (message.claims, message.leased_at) == (1, milliseconds(close_engine_clock.now))
+    assert message.is_leased
+    assert outbox.claim(10, worker="w2") == []
 
 
 def test_one_message_of_a_conversation_is_in_flight_and_the_oldest_goes_first(
@@ -195,9 +211,9 @@ def test_one_message_of_a_conversation_is_in_flight_and_the_oldest_goes_first(
 ) -> None:
     enqueue(conversation, "one", "two", "three")
     sent = []
-    while claimed := outbox.claim():
+    while claimed := outbox.claim(limit=10):
         (message,) = claimed
-        assert outbox.claim() == []
+        assert outbox.claim(limit=10) == []
         sent.append(message.sent(f"p{message.id}").body)
     assert sent == ["one", "two", "three"]
 
@@ -212,20 +228,44 @@ def test_the_oldest_messages_are_claimed_first_up_to_the_limit(
     assert bodies(outbox.claim(limit=10)) == ["2", "3", "4"]
 
 
-def test_a_delayed_message_is_not_claimed_before_its_time_and_holds_back_those_behind_it(
-    conversation: CloseEngineConversation, conversation_in: ConversationIn, close_engine_clock: MovableClock
+def test_a_delayed_message_is_not_claimed_before_its_time_and_holds_back_nobody(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
 ) -> None:
     enqueue(conversation, "later", send_after=MINUTE)
     enqueue(conversation, "behind it")
-    enqueue(conversation_in(Stage.QUALIFYING), "of another")
-    assert bodies(outbox.claim(lease=timedelta(days=1))) == ["of another"]
+    assert claimed().sent().body == "behind it"
     close_engine_clock.move(MINUTE - timedelta(milliseconds=1))
-    assert outbox.claim() == []
+    assert outbox.claim(limit=10) == []
     close_engine_clock.move(timedelta(milliseconds=1))
+    enqueue(conversation, "put in when it was due")
+    assert claimed().sent().body == "later"
+    assert claimed().body == "put in when it was due"
+
+
+@pytest.mark.parametrize("report", ["retry", "snooze"])
+def test_a_message_that_was_begun_keeps_its_place(conversation: CloseEngineConversation, report: str) -> None:
+    enqueue(conversation, "first", "second")
     message = claimed()
-    assert message.body == "later"
-    message.sent()
-    assert claimed().body == "behind it"
+    if report == "retry":
+        message.retry("busy", after=MINUTE)
+    else:
+        message.snooze(MINUTE)
+    assert outbox.claim(limit=10) == []
+
+
+def test_the_lanes_of_a_conversation_do_not_wait_for_each_other(conversation: CloseEngineConversation) -> None:
+    enqueue(conversation, "text")
+    outbox.enqueue(conversation, "SEND_PREVIEW", "also a text")
+    for topic in ("build_site", "draft_reply", "build_site"):
+        outbox.enqueue(conversation, topic)
+    assert [message.topic for message in outbox.claim(10)] == ["SEND_MESSAGE", "build_site", "draft_reply"]
+    assert outbox.claim(10) == []
+
+
+def test_a_claim_can_be_of_some_topics_only(conversation: CloseEngineConversation) -> None:
+    enqueue(conversation, "text")
+    outbox.enqueue(conversation, "build_site")
+    assert [message.topic for message in outbox.claim(10, topics=["build_site", "nothing"])] == ["build_site"]
 
 
 def test_a_moment_can_be_given_as_the_delay(
@@ -241,25 +281,70 @@ def test_a_lease_that_runs_out_makes_the_message_claimable_again_before_those_be
     enqueue(conversation, "one", "two")
     claimed("w1")
     close_engine_clock.move(MINUTE - timedelta(milliseconds=1))
-    assert outbox.claim(worker="w2") == []
+    assert outbox.claim(10, worker="w2") == []
     close_engine_clock.move(timedelta(milliseconds=1))
     again = claimed("w2")
     assert (again.body, again.leased_by, again.attempts) == ("one", "w2", 2)
     assert again.send_key == messages()[0].send_key
 
 
-def test_a_message_that_kills_every_worker_is_not_claimed_more_often_than_it_may_be(
-    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+@pytest.mark.parametrize("sweeps", [True, False])
+@pytest.mark.parametrize(("allowed", "claims"), [(3, 3), (36, 5)])
+def test_a_message_that_kills_every_worker_is_dead_in_the_end(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock, sweeps: bool, allowed: int, claims: int
 ) -> None:
-    enqueue(conversation, "poison", max_attempts=3)
+    enqueue(conversation, "poison", max_attempts=allowed)
     enqueue(conversation, "behind it")
-    for _ in range(3):
+    for _ in range(claims):
         assert claimed().body == "poison"
         close_engine_clock.move(MINUTE)
-    assert outbox.claim() == []
-    assert close_engine.release_leases() == [messages()[0].id]
-    assert messages()[0].status is MessageStatus.DEAD
+        if sweeps:
+            assert close_engine.release_leases() == [messages()[0].id]
     assert claimed().body == "behind it"
+    dead = messages()[0]
+    assert (dead.status, dead.last_error) == (MessageStatus.DEAD, "the lease of w ran out")
+    assert (dead.attempts, dead.unreported, dead.leased_by) == (claims, claims, None)
+
+
+def test_a_message_that_may_have_killed_its_worker_is_claimed_alone(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    for body in ("one", "two"):
+        enqueue(conversation_in(Stage.QUALIFYING), body)
+    outbox.claim(10)
+    close_engine_clock.move(MINUTE)
+    enqueue(conversation_in(Stage.QUALIFYING), "three")
+
+    assert bodies(outbox.claim(10)) == ["one"]
+    assert [message.attempts for message in messages()] == [2, 1, 0]
+    assert bodies(outbox.claim(10, suspects=False)) == ["three"]
+
+
+def test_an_attempt_that_was_never_begun_is_taken_back_whoever_holds_the_message(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    enqueue(conversation, "hello")
+    suspended = claimed("w1")
+    close_engine_clock.move(MINUTE)
+    assert claimed("w2").attempts == 2
+    suspended.drop()
+    message = copy_of(suspended)
+    assert (message.attempts, message.unreported, message.leased_by) == (1, 0, "w2")
+
+
+def test_what_no_python_can_read_is_dead_and_alone_in_that(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    bad, good = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+    unreadable = outbox.enqueue(bad, "build_site")
+    outbox.enqueue(good, "build_site")
+    sql("UPDATE {outbox} SET payload = %s WHERE id = %s", f"[{'9' * 5000}]", unreadable.id)
+
+    assert [message.conversation_id for message in outbox.claim(10)] == [good.id]
+
+    (status, error), *_ = sql("SELECT status, last_error FROM {outbox} ORDER BY id")
+    assert status == "DEAD"
+    assert error.startswith("the message cannot be read: ValueError: ")
 
 
 def test_a_claim_of_nothing_is_refused(database: peewee.Database) -> None:
@@ -373,7 +458,7 @@ def test_extending_counts_from_now(conversation: CloseEngineConversation, close_
     close_engine_clock.move(timedelta(seconds=50))
     message.extend(MINUTE)
     close_engine_clock.move(timedelta(seconds=59))
-    assert outbox.claim() == []
+    assert outbox.claim(limit=10) == []
     close_engine_clock.move(timedelta(seconds=1))
     assert claimed().id == message.id
 
@@ -398,14 +483,14 @@ def test_a_retry_waits_twice_as_long_each_time_give_or_take_a_half(
         expected = min(15 * 2 ** (attempt - 1), 3600)
         assert expected * 0.5 - 0.001 <= wait <= min(expected * 1.5, 3600)
         close_engine_clock.move(timedelta(seconds=wait) - timedelta(milliseconds=1))
-        assert outbox.claim() == []
+        assert outbox.claim(limit=10) == []
         close_engine_clock.move(timedelta(milliseconds=1))
 
 
 def test_retries_of_many_messages_do_not_come_at_once(conversation_in: ConversationIn) -> None:
     for _ in range(10):
         enqueue(conversation_in(Stage.QUALIFYING), "hello")
-    assert len({message.retry("busy").available_at for message in outbox.claim()}) > 5
+    assert len({message.retry("busy").available_at for message in outbox.claim(limit=10)}) > 5
 
 
 def test_a_retry_after_a_time_of_the_callers_own(
@@ -446,7 +531,7 @@ def test_what_is_sent_is_recorded_with_the_providers_id(
     assert message.sent_at == milliseconds(close_engine_clock.now)
     assert OutboxMessage.with_provider_id("p1") == message
     assert OutboxMessage.with_provider_id("p2") is None
-    assert outbox.claim() == []
+    assert outbox.claim(limit=10) == []
 
 
 def test_the_trigger_behind_a_message_is_fired_when_it_is_sent(conversation: CloseEngineConversation) -> None:
@@ -542,9 +627,9 @@ def test_a_hook_that_fails_leaves_the_message_sent_and_is_raised_once_that_is_re
 
 
 def test_a_database_that_fails_in_between_leaves_it_to_be_recorded_again(conversation: CloseEngineConversation) -> None:
-    """A deadlock or a timeout is temporary, so it must not be recorded as a refusal."""
+    """What passes by waiting must not be recorded as a refusal."""
     enqueue(conversation, "hello", trigger="start_building")
-    message, hook = claimed(), failing_with(peewee.OperationalError("deadlock detected"), Stage.BUILDING)
+    message, hook = claimed(), failing_with(peewee.OperationalError("database is locked"), Stage.BUILDING)
     try:
         with pytest.raises(peewee.OperationalError):
             message.sent("p1")
@@ -584,7 +669,7 @@ def test_an_id_of_the_provider_belongs_to_one_message(conversation_in: Conversat
     conversations = [conversation_in(Stage.QUALIFYING) for _ in range(2)]
     for conversation in conversations:
         enqueue(conversation, "hello", trigger="start_building")
-    first, second = outbox.claim()
+    first, second = outbox.claim(limit=10)
     first.sent("p1")
     before = values(second)
     with pytest.raises(ProviderIdTaken) as taken:
@@ -618,7 +703,7 @@ def test_texts_that_wait_are_withdrawn_when_the_conversation_closes_and_effects_
     for text in texts:
         assert (text.status, text.last_error) == (MessageStatus.WITHDRAWN, f"the conversation is {stage}")
     assert effect.status is MessageStatus.PENDING
-    assert sorted(message.topic for message in outbox.claim()) == ["SEND_MESSAGE", "tell_the_boss"]
+    assert sorted(message.topic for message in outbox.claim(limit=10)) == ["SEND_MESSAGE", "tell_the_boss"]
 
 
 def test_texts_of_a_deleted_lead_are_withdrawn_and_effects_are_not(conversation: CloseEngineConversation) -> None:
@@ -657,20 +742,51 @@ def test_a_text_in_flight_when_the_conversation_closes_is_not_sent_again(
     if then in REPORTS:
         REPORTS[then](message)
     close_engine_clock.move(timedelta(hours=2))
-    assert [message.topic for message in outbox.claim()] == ["tell_the_boss"]
+    assert [message.topic for message in outbox.claim(limit=10)] == ["tell_the_boss"]
     withdrawn = copy_of(message)
     assert (withdrawn.status, withdrawn.leased_by) == (MessageStatus.WITHDRAWN, None)
-    assert withdrawn.last_error == "its conversation closed while it was in flight"
+    assert withdrawn.last_error == "the conversation is closed"
 
 
-def test_a_text_that_was_put_in_after_the_conversation_closed_is_sent_and_tried_again(
-    conversation_in: ConversationIn, close_engine_clock: MovableClock
+@pytest.mark.parametrize("held", [True, False])
+def test_a_message_can_be_withdrawn_with_a_reason(conversation: CloseEngineConversation, held: bool) -> None:
+    enqueue(conversation, "hello")
+    message = claimed() if held else messages()[0]
+    message.withdraw("the owner wrote herself")
+    assert (message.status, message.last_error) == (MessageStatus.WITHDRAWN, "the owner wrote herself")
+    assert (message.attempts, message.leased_by) == (0, None)
+    assert values(message) == values(copy_of(message))
+
+
+def test_what_another_worker_holds_cannot_be_withdrawn(conversation: CloseEngineConversation) -> None:
+    (message,) = enqueue(conversation, "hello")
+    claimed()
+    with pytest.raises(LeaseLost):
+        message.withdraw("the owner wrote herself")
+    with pytest.raises(InvalidValue, match="a reason must be given"):
+        message.withdraw(" ")
+
+
+def test_a_snoozed_message_comes_back_and_no_attempt_is_counted(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
 ) -> None:
-    conversation = conversation_in(Stage.COMPLETED)
-    close_engine_clock.move(MINUTE)
-    enqueue(conversation, "Thank you!")
-    claimed().retry("busy", after=timedelta(0))
-    assert claimed().body == "Thank you!"
+    enqueue(conversation, "hello", max_attempts=1)
+    for _ in range(3):
+        message = claimed().snooze(MINUTE)
+        assert message.available_at == milliseconds(close_engine_clock.now) + MINUTE
+        close_engine_clock.move(MINUTE)
+    message = claimed().snooze(close_engine_clock.now + MINUTE)
+    assert (message.attempts, message.claims) == (0, 4)
+
+
+def test_retries_go_on_for_a_day_by_default(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    enqueue(conversation, "hello")
+    began = close_engine_clock.now
+    while (message := claimed().retry("503")).status is MessageStatus.PENDING:
+        close_engine_clock.now = message.available_at
+    assert close_engine_clock.now - began >= timedelta(days=1)
 
 
 # -- requeue -----------------------------------------------------------------------------------------------------------
@@ -689,6 +805,36 @@ def test_a_requeued_message_is_tried_as_often_again(
     assert again.available_at == milliseconds(close_engine_clock.now)
     claimed().retry("busy", after=timedelta(0))
     assert claimed().retry("busy").status is MessageStatus.DEAD
+
+
+def test_another_text_gets_another_send_key(conversation: CloseEngineConversation) -> None:
+    enqueue(conversation, "Helo!")
+    message = claimed().give_up("misspelt")
+    assert outbox.requeue(message, body="Helo!").send_key == message.send_key
+    claimed().give_up("misspelt")
+    again = outbox.requeue(message, body="Hello!")
+    assert again.body == "Hello!"
+    assert again.send_key != message.send_key
+
+
+def test_many_are_requeued_by_kind_of_error_and_by_time(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    closed = conversation_in(Stage.QUALIFYING)
+    for error in ("HTTPError: 503", "HTTPError: 504", "HTTPErrors: 1", "HTTPError"):
+        enqueue(conversation_in(Stage.QUALIFYING), error)
+        claimed().give_up(error)
+        close_engine_clock.move(MINUTE)
+    enqueue(closed, "HTTPError: too late")
+    claimed().give_up("HTTPError: too late")
+    closed.close_lost("not interested")
+    ids = [message.id for message in messages()]
+
+    since = close_engine_clock.now - 2 * MINUTE
+    assert outbox.requeue_all(error="HTTPError", since=since) == [ids[3]]
+    assert outbox.requeue_all(error="HTTPError") == ids[:2]
+    assert outbox.requeue_all() == [ids[2]]
+    assert messages()[4].status is MessageStatus.DEAD
 
 
 def test_only_a_dead_message_can_be_requeued(conversation: CloseEngineConversation) -> None:
@@ -728,7 +874,7 @@ def test_a_requeued_message_waits_for_the_newer_one_in_flight(conversation: Clos
     older = claimed().give_up("no")
     newer = claimed()
     outbox.requeue(older)
-    assert outbox.claim() == []
+    assert outbox.claim(limit=10) == []
     newer.sent()
     assert claimed().body == "older"
 
@@ -830,7 +976,7 @@ def test_requeuing_while_others_claim_keeps_one_message_in_flight(postgres: peew
 def test_one_id_of_the_provider_given_to_many_messages_at_once_is_had_by_one(postgres: peewee.Database) -> None:
     for _ in range(8):
         enqueue(opened(), "hello", trigger="start_building")
-    claims = outbox.claim()
+    claims = outbox.claim(limit=10)
     (taken,) = enqueue(opened(), "has it until it is taken back")
     results = race(
         [lambda m=message: m.sent("p1") for message in claims],

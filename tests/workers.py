@@ -93,6 +93,6 @@ def assert_consistent() -> None:
         .tuples()
     )
     assert all(count == 1 for (count,) in in_flight)
-    keys = [key for message in messages() if (key := message.key or "").startswith("action:")]
+    keys = [key for message in messages() if (key := message.key or "").startswith("close_engine:action:")]
     approved = PendingAction.select(PendingAction.id).where(PendingAction.status == "APPROVED")
-    assert sorted(keys) == sorted(f"action:{action.id}" for action in approved)
+    assert sorted(keys) == sorted(f"close_engine:action:{action.id}" for action in approved)
