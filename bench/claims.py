@@ -25,8 +25,8 @@ EACH = 5
 
 REFILL = """
     TRUNCATE close_engine.outbox;
-    INSERT INTO close_engine.outbox (conversation_id, lead_id, topic, body, created_at, available_at)
-    SELECT id, lead_id, 'SEND_MESSAGE', 'Hello!', localtimestamp - interval '1 hour', localtimestamp - interval '1 hour'
+    INSERT INTO close_engine.outbox (conversation_id, topic, body, created_at, available_at)
+    SELECT id, 'SEND_MESSAGE', 'Hello!', localtimestamp - interval '1 hour', localtimestamp - interval '1 hour'
     FROM generate_series(1, {each}) step, (SELECT * FROM close_engine_conversations LIMIT {conversations}) c;
     ANALYZE close_engine.outbox
 """
@@ -57,7 +57,7 @@ def beside_procrastinate(
     ours_url, jobs_url = server.url(ours_database), server.url(jobs)
     contenders: dict[str, Callable[[], object]] = {
         "Close Engine, claim and sent": partial(claim_and_send, ours_url, 10),
-        "Close Engine, Worker": partial(run_worker, ours_url, 10),
+        "Close Engine, Worker, concurrency=4": partial(run_worker, ours_url, 4),
         "procrastinate, a lock per conversation": partial(run_procrastinate, jobs_url, 1),
         "procrastinate, a lock per conversation, concurrency=10": partial(run_procrastinate, jobs_url, 10),
         "procrastinate, no locks": partial(run_procrastinate, jobs_url, 1),
@@ -129,8 +129,8 @@ def claim_and_send(url: str, limit: int) -> None:
 
 def run_worker(url: str, limit: int) -> None:
     database = close_engine.connect(url)
-    worker = close_engine.Worker(lambda message: None, limit=limit, sweep=None)
-    while worker.run_once() or waiting(database):
+    worker = close_engine.Worker(lambda message: None, concurrency=limit, sweep=None)
+    while worker.run_until_empty() or waiting(database):
         pass
     database.close()
 

@@ -1,11 +1,13 @@
 """A worker that needs no queue server: it claims messages, sends them, records the results, and sweeps on a timer.
 
-    worker = Worker(send)                               # send(message) returns the provider's id for the message
-    worker.run()                                        # until worker.stop(); the message being sent is finished
+    worker = Worker(send, concurrency=4)                # send(message) returns the provider's id for the message
+    worker.run()                                        # until worker.stop(); the messages being sent are finished
 
-`send` raises `CannotBeSent` if a message can never be delivered. After any other error, the message is tried again
-later. `send` is called once per lease, and again if a worker dies in the middle of a send: pass `message.send_key` to
-the provider as its idempotency key.
+Up to `concurrency` messages are sent at once, each in a thread with a connection of its own. A message is claimed when
+there is a thread to send it. `send` raises `CannotBeSent` if a message can never be delivered, and `Snooze` if it is to
+be tried later. After any other error, the message is tried again. `send` is called once per lease, and again if a
+worker dies in the middle of a send: pass `message.send_key` to the provider as its idempotency key, or give the worker
+an object that has `find` as well as `send`.
 
 If the database restarts, the worker waits for it. What it has sent meanwhile is recorded as soon as the database is
 back. One line is logged per event, under the name `close_engine.worker`.
@@ -13,13 +15,14 @@ back. One line is logged per event, under the name `close_engine.worker`.
 >>> from close_engine import connect, migrate
 >>> database = connect("sqlite:///:memory:")
 >>> applied = migrate(standalone=True)
->>> Worker(print_sender).run_until_empty()
+>>> Worker(lambda message: f"SM-{message.id}").run_until_empty()
 0
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import queue
@@ -27,10 +30,13 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
+from types import ModuleType
+from typing import Any, Protocol
 
 import peewee
 
@@ -43,13 +49,14 @@ from close_engine.errors import (
     LeaseLost,
     MessageNotFound,
     SchemaError,
+    Snooze,
     first_line,
 )
 from close_engine.outbox import OutboxMessage
 from close_engine.schema.scripts import pending
 from close_engine.stages import MessageStatus
 
-__all__ = ["Sender", "Worker", "load_sender", "print_sender"]
+__all__ = ["FindingSender", "Sender", "Worker", "load_module", "load_sender"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,94 +64,132 @@ Sender = Callable[[OutboxMessage], "str | None"]
 """A function that sends a message and returns the provider's id for it, or None if it has none."""
 
 
-def print_sender(message: OutboxMessage) -> None:
-    """Print what would be sent. This is the built-in sender.
+#: The longest that a thread can wait on every platform, and then some.
+LONGEST = timedelta(days=30)
+
+
+class FindingSender(Protocol):
+    """A sender that can tell whether a message has left, for a provider without idempotency keys."""
+
+    def send(self, message: OutboxMessage) -> str | None:
+        """Send a message, and return the provider's id for it, or None if it has none."""
+
+    def find(self, message: OutboxMessage) -> str | None:
+        """Return the provider's id of the message if it left in an earlier attempt, or None if it did not.
+
+        It is asked before a message is sent again. An error is no answer: the message is tried again later.
+        """
+
+
+def load_module(name: str) -> ModuleType:
+    """Import a module by name. The current directory is searched too.
 
     Args:
-        message: OutboxMessage.
-    """
-    print(f"{message.topic} to lead {message.lead_id}: {message.body or message.payload}", flush=True)
-
-
-def load_sender(name: str) -> Sender:
-    """Import a sender by name. The current directory is searched too.
-
-    Args:
-        name: str, as `module:function`.
+        name: str, the module's name.
 
     Returns:
-        the function.
+        the module.
 
     Raises:
-        ConfigurationError: there is no such module or function, or it cannot be called.
+        ConfigurationError: it cannot be imported.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute:
-        raise ConfigurationError(f"The sender {name!r} must have the form module:function.")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        sender = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise ConfigurationError(f"The sender {name!r} cannot be imported: {error}.") from error
-    if not callable(sender):
-        raise ConfigurationError(f"The sender {name!r} cannot be called: {module} has no function {attribute}.")
-    found: Sender = sender
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        # Whatever a module does when it is imported may fail.
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigurationError(f"The module {name!r} cannot be imported: {what.rstrip('.')}.") from error
+
+
+def load_sender(name: str) -> Sender | FindingSender:
+    """Import a sender by name. The current directory is searched too.
+
+    Args:
+        name: str, as `module:name`.
+
+    Returns:
+        the function, or the object with the methods `send` and `find`.
+
+    Raises:
+        ConfigurationError: there is no such module or name, or it cannot be called.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise ConfigurationError(f"The sender {name!r} must have the form module:name.")
+    sender = getattr(load_module(module), attribute, None)
+    if sender is None:
+        raise ConfigurationError(f"There is no sender {name!r}: {module} has no {attribute}.")
+    _methods(sender)
+    found: Sender | FindingSender = sender
     return found
 
 
 class Worker:
-    """Send the messages in the outbox, one after the other.
+    """Send the messages in the outbox, several at once.
+
+    It opens connections of its own: one for each sender, one to extend the leases, one to sweep. Where its threads
+    would not see the messages, it sends one at a time in the caller's thread: with `sqlite:///:memory:`, and inside the
+    transaction of a test that is rolled back in the end.
 
     Args:
-        send: the sender, a function of one OutboxMessage.
+        send: the sender: a function of one OutboxMessage, or an object with the methods `send` and `find`.
         name: str, the owner of its leases and the actor in the history. No two workers may share one; the default is
             unique.
-        limit: int, how many messages to claim at once, at least 1.
+        concurrency: int, how many messages to send at once, at least 1.
+        topics: sequence of str, the topics to send; the default is all.
         lease: timedelta, how long its messages stay leased if it dies. While it lives, it extends its leases.
         idle: timedelta, how long to wait when there is nothing to send or the database is down.
         sweep: the function that sweeps, or None to turn sweeps off.
         sweep_every: timedelta, how often to sweep. The first sweep runs when the worker starts.
 
     Raises:
-        InvalidValue: `limit` is less than 1, or a timedelta is not greater than zero.
+        ConfigurationError: the sender cannot be called, or is a coroutine function.
+        InvalidValue: `concurrency` is less than 1, `topics` is no list or empty, or a timedelta is not greater than
+            zero or too long to wait for.
     """
 
     def __init__(
         self,
-        send: Sender,
+        send: Sender | FindingSender,
         *,
         name: str | None = None,
-        limit: int = 10,
+        concurrency: int = 4,
+        topics: Sequence[str] | None = None,
         lease: timedelta = timedelta(minutes=1),
         idle: timedelta = timedelta(seconds=1),
         sweep: Callable[[], sweeps.Swept] | None = sweeps.sweep,
         sweep_every: timedelta = timedelta(minutes=1),
     ) -> None:
-        if limit < 1:
-            raise InvalidValue("limit", limit, "it must be at least 1")
+        if concurrency < 1:
+            raise InvalidValue("concurrency", concurrency, "it must be at least 1")
+        if topics is not None and (isinstance(topics, str) or not topics):
+            raise InvalidValue("topics", topics, "it must be a list of at least one topic")
         for option, duration in {"lease": lease, "idle": idle, "sweep_every": sweep_every}.items():
             if duration <= timedelta(0):
                 raise InvalidValue(option, str(duration), "it must be greater than zero")
-        self.send = send
+            if duration > LONGEST:
+                raise InvalidValue(option, str(duration), f"it can be at most {LONGEST.days} days")
+        self.send, self.find = _methods(send)
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
-        self.limit = limit
+        self.concurrency = concurrency
+        self.topics = None if topics is None else tuple(map(str, topics))
         self.lease = lease
         self.idle = idle
         self.sweep = sweep
         self.sweep_every = sweep_every
-        self._checked = False
-        self._next_sweep: datetime | None = None
-        self._stopping = False
+        self.stopping = False
+        self._swept_at: datetime | None = None
         # A signal handler may put to a SimpleQueue while the same thread waits for it. It must not set an Event.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def stop(self) -> None:
-        """Ask the worker to stop: it finishes the message it is sending, releases the others and returns.
+        """Ask the worker to stop: it finishes the messages that it is sending and returns.
 
         It can be called from any thread or signal handler.
         """
-        self._stopping = True
+        self.stopping = True
         self._wake.put(None)
 
     def run(self) -> None:
@@ -155,16 +200,8 @@ class Worker:
             peewee.PeeweeException: `stop` was called while the database was down, and the result of a message could
                 not be recorded within the length of a lease; or the database raised another kind of error.
         """
-        logger.info("started worker=%s", self.name)
-        while not self._stopping:
-            try:
-                messages = self._claim()
-            except peewee.PeeweeException as error:
-                self._reconnect(error)
-                continue
-            self._deliver(messages)
-            if not messages:
-                self._pause()
+        logger.info("started worker=%s concurrency=%s", self.name, self.concurrency)
+        self._work(_Shift(self, patient=True))
         logger.info("stopped worker=%s", self.name)
 
     def run_until_empty(self) -> int:
@@ -177,13 +214,10 @@ class Worker:
             SchemaError: the database is not migrated.
             peewee.PeeweeException: the database cannot be reached.
         """
-        claimed = 0
-        while not self._stopping and (count := self.run_once()):
-            claimed += count
-        return claimed
+        return self._work(_Shift(self))
 
     def run_once(self) -> int:
-        """Sweep if it is time, then claim up to `limit` messages and send them.
+        """Sweep if it is time, then send up to `concurrency` messages at once.
 
         Returns:
             int, how many messages were claimed.
@@ -192,53 +226,287 @@ class Worker:
             SchemaError: the database is not migrated.
             peewee.PeeweeException: the database cannot be reached.
         """
-        messages = self._claim()
-        self._deliver(messages)
-        return len(messages)
+        return self._work(_Shift(self, each=1))
 
-    def _claim(self) -> list[OutboxMessage]:
-        if not self._checked:
-            if missing := pending():
-                raise SchemaError(
-                    f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate."
-                )
-            self._checked = True
-        if self.sweep is not None and (self._next_sweep is None or now() >= self._next_sweep):
-            self._next_sweep = now() + self.sweep_every
-            self._run_sweep(self.sweep)
-        return outbox.claim(self.limit, self.lease, self.name)
+    def pause(self) -> None:
+        """Wait as long as `idle` says, or until `stop` is called or there is news."""
+        with suppress(queue.Empty):
+            self._wake.get(timeout=self.idle.total_seconds())
 
-    def _run_sweep(self, sweep: Callable[[], sweeps.Swept]) -> None:
+    def wake(self) -> None:
+        """End `pause` early."""
+        self._wake.put(None)
+
+    def sweep_if_due(self) -> None:
+        """Sweep if it is time. If a hook of the user's fails, the next sweep tries again."""
+        moment, last = now(), self._swept_at
+        if self.sweep is None or (last is not None and last <= moment < last + self.sweep_every):
+            return
+        self._swept_at = moment
         try:
-            swept = sweep()
+            swept = self.sweep()
         except Exception as error:
             if is_transient(error):
+                self._swept_at = last
                 raise
-            # A user's hook failed. The next sweep tries again; meanwhile, messages go on being sent.
             logger.exception("sweep failed worker=%s", self.name)
             return
         if any(vars(swept).values()):
             counts = " ".join(f"{kind}={len(ids)}" for kind, ids in vars(swept).items())
             logger.info("swept worker=%s %s", self.name, counts)
 
-    def _deliver(self, messages: Sequence[OutboxMessage]) -> None:
-        with self._kept_leased(messages):
-            for message in messages:
-                if self._stopping:
-                    self._report("released", message, message.release)
-                else:
-                    self._deliver_one(message)
+    def _work(self, shift: _Shift) -> int:
+        database = current().database
+        in_memory = isinstance(database, peewee.SqliteDatabase) and database.database in ("", ":memory:")
+        if in_memory or database.in_transaction():
+            shift.in_this_thread()
+        else:
+            shift.in_threads()
+        return shift.claimed
 
-    def _deliver_one(self, message: OutboxMessage) -> None:
+
+class _Shift:
+    """One run of a worker: its senders, its heartbeat, its sweeps.
+
+    Args:
+        worker: Worker.
+        patient: bool, whether to wait for work and for the database until the worker is stopped.
+        each: int, the most messages for each sender; None for any number.
+    """
+
+    def __init__(self, worker: Worker, *, patient: bool = False, each: int | None = None) -> None:
+        self.worker = worker
+        self.patient = patient
+        self.each = each
+        self.claimed = 0
+        self._failure: BaseException | None = None
+        self._over = threading.Event()
+        #: Guards everything below. `_turn` is notified when a sender may claim again, `_work` when one should look.
+        self._lock = threading.Lock()
+        self._turn, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._checked = False
+        self._busy = 0  # senders that claim or send
+        self._alone = False  # whether one of them sends what may kill this process, or looks for such a message
+        self._in_flight: dict[int, OutboxMessage] = {}
+        self._waits = False  # whether senders wait for work
+        self._news = 0  # how often something may have become free to claim
+
+    # -- the threads
+
+    def in_this_thread(self) -> None:
+        """Work in the caller's thread, one message at a time."""
+        while not self.worker.stopping:
+            self._require_migrated()
+            self.worker.sweep_if_due()
+            before = self.claimed
+            self._send()
+            if not self.patient:
+                return
+            if self.claimed == before:
+                self.worker.pause()
+
+    def in_threads(self) -> None:
+        """Work in threads, each with connections of its own, and wait for them."""
+        name = self.worker.name
+        sweeper = self._thread(f"{name} sweep", self._sweep)
+        heartbeat = self._thread(f"{name} heartbeat", self._beat)
+        senders = [self._thread(f"{name} sender {n}", self._send) for n in range(1, self.worker.concurrency + 1)]
+        self._waits = self.patient
+        if self.worker.sweep is not None:
+            sweeper.start()
+            if not self.patient:
+                sweeper.join()
+        for thread in (heartbeat, *senders):
+            thread.start()
         try:
-            provider_id = self.send(message)
+            while self.patient and not self._ending:
+                self.worker.pause()
+                self._announce()
+            with self._lock:
+                self._wake_all()
+            for thread in senders:
+                thread.join()
+        finally:
+            self._over.set()
+        heartbeat.join()
+        if self.worker.sweep is not None:
+            sweeper.join()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def _ending(self) -> bool:
+        return self.worker.stopping or self._failure is not None
+
+    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        """Make a thread whose failure ends the worker."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                with self._lock:
+                    self._failure = self._failure or error
+                    self._wake_all()
+                self.worker.wake()
+            finally:
+                _disconnect()
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
+    def _beat(self) -> None:
+        """Extend the leases of what is in flight, until the end. No error stops it."""
+        worker = self.worker
+        while not self._over.wait(worker.lease.total_seconds() / 3):
+            with self._lock:
+                held = list(self._in_flight.values())
+            try:
+                if held:
+                    _connect()
+                    outbox.extend(held, worker.lease)
+            except Exception as error:
+                # The next beat tries again. If the lease is lost by then, recording the result reports it.
+                logger.warning("heartbeat failed worker=%s: %s", worker.name, first_line(error))
+                _disconnect()
+
+    def _sweep(self) -> None:
+        """Sweep once, or on the timer until the end."""
+        while True:
+            try:
+                self._require_migrated()
+                self.worker.sweep_if_due()
+            except Exception as error:
+                self._recover(error)
+            if not self.patient or self._over.wait(min(self.worker.sweep_every, self.worker.idle).total_seconds()):
+                return
+
+    # -- one sender
+
+    def _send(self) -> None:
+        """Claim and send, until there is nothing left or the worker is stopped."""
+        sent = 0
+        while not self._ending and sent != self.each:
+            seen = self._news
+            message = self._take()
+            if message is None:
+                if not self._wait_for_news(seen):
+                    return
+                continue
+            sent += 1
+            try:
+                self._deliver(message)
+            finally:
+                self._put_down(message)
+
+    def _take(self) -> OutboxMessage | None:
+        """Claim a message to send now. What may kill this process is claimed only if nothing else is in flight."""
+        with self._lock:
+            while self._alone and not self._ending:
+                self._turn.wait()
+            self._alone = suspects = self._busy == 0
+            self._busy += 1
+        message = None
+        try:
+            message = self._claim(suspects)
+        finally:
+            with self._lock:
+                if suspects and (message is None or not message.unreported):
+                    self._let_others_claim()
+                if message is None:
+                    self._rest()
+                else:
+                    self.claimed += 1
+                    self._in_flight[message.id] = message
+                    self._news += 1
+                    self._work.notify()  # another sender may find more
+        return message
+
+    def _put_down(self, message: OutboxMessage) -> None:
+        with self._lock:
+            del self._in_flight[message.id]
+            if not self._in_flight:
+                self._let_others_claim()
+            self._rest()
+
+    def _let_others_claim(self) -> None:
+        self._alone = False
+        self._turn.notify_all()
+
+    def _rest(self) -> None:
+        """Note that this sender does nothing now; those that wait only for the others can end with the last of them."""
+        self._busy -= 1
+        if not self._busy and not self._waits:
+            self._work.notify_all()
+
+    def _wake_all(self) -> None:
+        self._turn.notify_all()
+        self._work.notify_all()
+
+    def _claim(self, suspects: bool) -> OutboxMessage | None:
+        worker = self.worker
+        while not self._ending:
+            try:
+                self._require_migrated()
+                claimed = outbox.claim(1, worker.lease, worker.name, topics=worker.topics, suspects=suspects)
+            except Exception as error:
+                self._recover(error)
+            else:
+                return claimed[0] if claimed else None
+        return None
+
+    def _wait_for_news(self, seen: int) -> bool:
+        """Wait until there may be something to claim; return False if there will not be."""
+        with self._lock:
+            while self._news == seen and not self._ending and (self._waits or self._busy):
+                self._work.wait()
+            return self._news != seen
+
+    def _announce(self) -> None:
+        """Have one sender look for a message; it tells the next one if it finds any."""
+        with self._lock:
+            self._news += 1
+            self._work.notify()
+
+    def _require_migrated(self) -> None:
+        _connect()
+        if not self._checked:
+            if missing := pending():
+                raise SchemaError(
+                    f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate."
+                )
+            self._checked = True
+
+    # -- one message
+
+    def _deliver(self, message: OutboxMessage) -> None:
+        try:
+            provider_id = self._found(message)
+            if provider_id is None:
+                if not message.is_leased:
+                    self._report("dropped", message, message.drop)
+                    return
+                provider_id = self.worker.send(message)
         except CannotBeSent as error:
             self._report("failed", message, partial(message.give_up, error))
+        except Snooze as error:
+            self._report("snoozed", message, partial(message.snooze, error.until))
         except Exception as error:
-            logger.debug("sender failed worker=%s message=%s", self.name, message.id, exc_info=True)
+            logger.debug("sender failed worker=%s message=%s", self.worker.name, message.id, exc_info=True)
             self._report("failed", message, partial(message.retry, error))
         else:
             self._record(message, provider_id)
+
+    def _found(self, message: OutboxMessage) -> str | None:
+        """Ask the sender for the provider's id if the message may have left before."""
+        if self.worker.find is None or message.claims == 1:
+            return None
+        provider_id = self.worker.find(message)
+        if provider_id is None:
+            return None
+        _connect()
+        first = OutboxMessage.with_provider_id(provider_id)
+        # The same words may have been said twice: what is recorded for another message is not this one.
+        return provider_id if first is None or first.id == message.id else None
 
     def _record(self, message: OutboxMessage, provider_id: str | None) -> None:
         try:
@@ -246,82 +514,89 @@ class Worker:
         except Exception as error:
             if is_transient(error):
                 raise
-            logger.exception("recording failed worker=%s %s", self.name, _described(message))
+            logger.exception("recording failed worker=%s %s", self.worker.name, _described(message))
             if message.status is not MessageStatus.SENT:
                 # The message was sent, so it must not be sent again, even if the sender returned an unusable id.
                 self._report("sent", message, partial(message.give_up, error))
 
     def _report(self, event: str, message: OutboxMessage, report: Callable[[], OutboxMessage]) -> None:
         """Record the result of a message. If the database is down, wait until it is back."""
-        give_up_at = now() + self.lease
+        name = self.worker.name
+        give_up_at = time.monotonic() + self.worker.lease.total_seconds()
         while True:
             try:
+                _connect()
                 report()
-            except peewee.PeeweeException as error:
-                if self._stopping and now() >= give_up_at:
-                    logger.error("unrecorded worker=%s %s: it was %s", self.name, _described(message), event)
-                    raise
-                self._reconnect(error)
             except (LeaseLost, MessageNotFound) as error:
-                if not self._is_already_recorded(error):
-                    logger.error("lost worker=%s %s: %s", self.name, _described(message), error)
+                if not _is_already_recorded(error, name):
+                    logger.error("lost worker=%s %s: %s", name, _described(message), error)
                     return
                 break
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                if self._ending and time.monotonic() >= give_up_at:
+                    logger.error("unrecorded worker=%s %s: it was %s", name, _described(message), event)
+                    raise
+                self._wait_for_database(error)
             else:
                 break
         level, why = logging.INFO, message.refusal
-        if event == "failed" or message.status is MessageStatus.DEAD:
+        if event in ("failed", "dropped") or message.status is MessageStatus.DEAD:
             level, why = logging.WARNING, message.last_error
         if message.status is MessageStatus.DEAD:
             event, level = "dead", logging.ERROR
-        logger.log(level, "%s worker=%s %s%s", event, self.name, _described(message), f" why={why!r}" if why else "")
+        logger.log(level, "%s worker=%s %s%s", event, name, _described(message), f" why={why!r}" if why else "")
 
-    def _is_already_recorded(self, error: LeaseLost | MessageNotFound) -> bool:
-        """Whether this report was committed before, and only the connection broke afterwards."""
-        return isinstance(error, LeaseLost) and error.status is MessageStatus.SENT and error.leased_by == self.name
+    # -- the database is away
 
-    @contextmanager
-    def _kept_leased(self, messages: Sequence[OutboxMessage]) -> Iterator[None]:
-        """Extend the leases of these messages from a thread that has its own connection."""
-        if not messages:
-            yield
-            return
-        done = threading.Event()
-        held = (
-            OutboxMessage.id.in_([message.id for message in messages])
-            & OutboxMessage.status.is_still(MessageStatus.PENDING)
-            & (OutboxMessage.leased_by == self.name)
-        )
-
-        def extend() -> None:
-            database = current().database
-            while not done.wait(self.lease.total_seconds() / 3):
-                try:
-                    OutboxMessage.update(available_at=now() + self.lease).where(held).execute()
-                except peewee.PeeweeException as error:
-                    # The next beat tries again. If the lease is lost by then, recording the result reports it.
-                    logger.warning("heartbeat failed worker=%s: %s", self.name, first_line(error))
-                database.close()
-
-        heartbeat = threading.Thread(target=extend, name=f"{self.name} heartbeat", daemon=True)
-        heartbeat.start()
-        try:
-            yield
-        finally:
-            done.set()
-            heartbeat.join()
-
-    def _reconnect(self, error: peewee.PeeweeException) -> None:
-        """Close a broken connection and wait before the next attempt. Raise any other error again."""
-        if not is_transient(error):
+    def _recover(self, error: Exception) -> None:
+        """Wait for the database if that helps; raise the error if it does not, or if nobody is to wait."""
+        if not self.patient or not is_transient(error):
             raise error
-        logger.warning("database unreachable worker=%s: %s", self.name, first_line(error))
-        current().database.close()
-        self._pause()
+        self._wait_for_database(error)
 
-    def _pause(self) -> None:
-        with suppress(queue.Empty):
-            self._wake.get(timeout=self.idle.total_seconds())
+    def _wait_for_database(self, error: Exception) -> None:
+        logger.warning("database unreachable worker=%s: %s", self.worker.name, first_line(error))
+        _disconnect()
+        if threading.current_thread().name.startswith(self.worker.name):
+            self._over.wait(self.worker.idle.total_seconds())
+        else:
+            self.worker.pause()
+
+
+def _methods(sender: Any) -> tuple[Sender, Sender | None]:
+    """Return a sender's function to send, and its function to find or None.
+
+    Raises:
+        ConfigurationError: it cannot be called, or is a coroutine function.
+    """
+    send, find = getattr(sender, "send", sender), getattr(sender, "find", None)
+    for function in (send, find) if find is not None else (send,):
+        if not callable(function):
+            raise ConfigurationError(f"The sender {sender!r} cannot be called: pass a function of one OutboxMessage.")
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+            raise ConfigurationError(
+                f"The sender {sender!r} is a coroutine function, and a worker awaits nothing: pass a function that "
+                "runs it, such as lambda message: asyncio.run(send(message))."
+            )
+    return send, find
+
+
+def _connect() -> None:
+    """Open this thread's connection if it has none: the user's database may not do it by itself."""
+    current().database.connect(reuse_if_open=True)
+
+
+def _disconnect() -> None:
+    """Close this thread's connection, which may be broken."""
+    with suppress(Exception):
+        current().database.close()
+
+
+def _is_already_recorded(error: LeaseLost | MessageNotFound, name: str) -> bool:
+    """Whether this report was committed before, and only the connection broke afterwards."""
+    return isinstance(error, LeaseLost) and error.status is MessageStatus.SENT and error.leased_by == name
 
 
 def _described(message: OutboxMessage) -> str:

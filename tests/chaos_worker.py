@@ -29,7 +29,7 @@ def main(url: str, path: str) -> None:
     outbox.effect(Stage.QUALIFYING, topic="look_up_business")
     worker = Worker(
         send,
-        limit=20,
+        concurrency=4,
         lease=timedelta(seconds=2),
         idle=timedelta(seconds=0.1),
         sweep_every=timedelta(seconds=0.5),
