@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import peewee
 import psycopg2
 import pytest
 
@@ -19,6 +20,7 @@ from close_engine import CloseEngineConversation, Lead, Stage, StageChange
 from close_engine.database.url import without_password
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.schema import directory
+from close_engine.testing import MovableClock
 from tests.command_line import Result, as_user, postgres_role, process, refused, run
 from tests.crm import BEFORE, query, restore
 from tests.servers import execute, new_name, postgres_database
@@ -29,6 +31,13 @@ MIGRATIONS = sorted(path.stem for path in directory().glob("0*.py"))
 
 COMMANDS: tuple[str, ...] = ("migrate", "downgrade", "status", "verify", "graph", "show", "fire", "demo")
 COMMANDS += ("actions", "approve", "reject", "outbox", "sweep", "worker", "board")
+
+
+@pytest.fixture
+def database(database: peewee.Database, close_engine_clock: MovableClock) -> peewee.Database:
+    """The same, with its own clock: what stands still is no healthy database."""
+    close_engine_clock.let_go()
+    return database
 
 
 @pytest.fixture(params=["sqlite-file", "postgresql"])

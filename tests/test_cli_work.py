@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -27,6 +28,7 @@ from close_engine import (
     submit,
 )
 from tests.command_line import COMMAND, Result, background, process, refused, run
+from tests.servers import execute
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,8 +142,35 @@ def test_outbox_shows_counts_the_lag_and_what_is_dead(messages: list[OutboxMessa
     assert ["dead", "1"] in result.lines
     assert any(line[:4] == ["next", "one", "waiting", "for"] and line[5] == "s" for line in result.lines)
     (dead,) = (line for line in result.out.splitlines() if "no such" in line)
-    assert dead.split()[:4] == [str(messages[0].id), "SEND_MESSAGE", messages[0].lead_id, "1"]
+    assert f" {messages[0].id}: no such" in dead
     assert "\x1b" not in dead
+
+
+def test_dead_messages_are_shown_by_kind_and_put_back_by_kind(
+    messages: list[OutboxMessage], database: Any, close_engine_clock: Any
+) -> None:
+    for number, kind in enumerate(("HTTPError", "HTTPError", "CannotBeSent")):
+        message = outbox.enqueue(messages[0].conversation_id, f"effect {number}")
+        outbox.claim(topics=[message.topic])[0].give_up(f"{kind}: {number}")
+    close_engine_clock.let_go()
+
+    lines = [line for line in run("outbox").lines if line and line[0] in ("HTTPError", "CannotBeSent")]
+    assert [line[:2] for line in lines] == [["HTTPError", "2"], ["CannotBeSent", "1"]]
+
+    assert run("outbox", "requeue", "--error", "HTTPError").out == "Messages that will be sent again: 2.\n"
+    assert run("outbox", "requeue", "--since", "2099-01-01T00:00Z").out == "Messages that will be sent again: 0.\n"
+    assert run("outbox", "requeue", "--all").out == "Messages that will be sent again: 1.\n"
+    for wrong in ((), ("7", "--all"), ("--all", "--body", "Hello"), ("--since", "2099-01-01")):
+        assert run("outbox", "requeue", *wrong).code == 2
+
+
+def test_a_dead_text_can_be_put_back_with_other_words(messages: list[OutboxMessage], database: Any) -> None:
+    dead = outbox.claim()[0].give_up("misspelt")
+
+    assert run("outbox", "requeue", str(dead.id), "--body", "Hello!").code == 0
+
+    close_engine.bind(database)
+    assert OutboxMessage.get_by_id(dead.id).body == "Hello!"
 
 
 def test_requeue_puts_a_dead_message_back(messages: list[OutboxMessage], database: Any) -> None:
@@ -175,6 +204,7 @@ def test_the_shared_options_may_stand_anywhere_around_a_command_below_another(
 def test_sweep_says_what_it_moved(action: PendingAction, conversation_in: Any, close_engine_clock: Any) -> None:
     close_engine_clock.move(-timedelta(days=4))
     conversation_in(Stage.BUILDING)
+    close_engine_clock.move(timedelta(days=4))
     PendingAction.update(expires_at=close_engine_clock()).where(PendingAction.id == action.id).execute()
 
     swept, again = run("sweep"), run("sweep")
@@ -196,10 +226,28 @@ def test_a_worker_sends_until_nothing_is_left(messages: list[OutboxMessage], dat
     ]
 
 
-def test_a_worker_without_a_sender_prints_what_it_would_send(messages: list[OutboxMessage]) -> None:
-    result = run("worker", "--until-empty")
+def test_a_worker_prints_what_it_would_send_and_marks_nothing(messages: list[OutboxMessage], database: Any) -> None:
+    result = run("worker", "--print")
 
     assert result.out == "".join(f"SEND_MESSAGE to lead {one.lead_id}: {one.body}\n" for one in messages)
+    close_engine.bind(database)
+    assert {(one.status, one.claims) for one in OutboxMessage.select()} == {(MessageStatus.PENDING, 0)}
+
+
+def test_a_worker_imports_what_registers_hooks(
+    messages: list[OutboxMessage], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "hooks_on_" + kind.replace("-", "_")
+    (tmp_path / f"{module}.py").write_text("print('registered')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ("--until-empty", "--topic", "nothing", "--sender", "tests.senders:send")
+
+    assert run("worker", "--import", module, *options).out == "registered\n"
+    missing = run("worker", "--import", "no_such_module", *options)
+    assert (missing.code, missing.err) == (
+        1,
+        "The module 'no_such_module' cannot be imported: No module named 'no_such_module'.\n",
+    )
 
 
 @pytest.mark.parametrize(("option", "stage"), [((), Stage.STALLED), (("--no-sweep",), Stage.BUILDING)])
@@ -213,8 +261,9 @@ def test_a_worker_sweeps_unless_it_is_told_not_to(
 ) -> None:
     close_engine_clock.move(-timedelta(days=4))
     silent = conversation_in(Stage.BUILDING)
+    close_engine_clock.move(timedelta(days=4))
 
-    assert run("worker", "--until-empty", *option).code == 0
+    assert run("worker", "--until-empty", "--sender", "tests.senders:send", *option).code == 0
 
     close_engine.bind(database)
     silent.reload()
@@ -226,23 +275,30 @@ def test_a_worker_that_is_told_to_stop_ends_what_it_sends_and_gives_the_rest_bac
 ) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
-    result = run("worker", "--sender", "tests.senders:stop_the_worker")
+    result = run("worker", "--sender", "tests.senders:stop_the_worker", "--concurrency", "1")
 
     assert result == Result(0, "", "")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     close_engine.bind(database)
     first, second = OutboxMessage.select().order_by(OutboxMessage.id)
     assert (first.status, second.status) == (MessageStatus.SENT, MessageStatus.PENDING)
-    assert (second.leased_by, second.max_attempts - second.attempts) == (None, 10)
+    assert (second.leased_by, second.attempts) == (None, 0)
+
+
+SENDER = ("--sender", "tests.senders:send")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--sender", "send"), "The sender 'send' must have the form module:function."),
-        (("--sender", "no_such_module:send"), "The sender 'no_such_module:send' cannot be imported"),
-        (("--limit", "0"), "limit cannot be 0: it must be at least 1"),
-        (("--lease", "0"), "lease cannot be '0:00:00': it must be greater than zero"),
+        (("--sender", "send"), "The sender 'send' must have the form module:name."),
+        (("--sender", "no_such_module:send"), "The module 'no_such_module' cannot be imported"),
+        (("--sender", ".:x"), "The module '.' cannot be imported"),
+        ((*SENDER, "--concurrency", "0"), "concurrency cannot be 0: it must be at least 1"),
+        ((*SENDER, "--lease", "0"), "lease cannot be '0:00:00': it must be greater than zero"),
+        ((*SENDER, "--lease", "1e12"), "lease cannot be '11574074 days, 1:46:40': it can be at most 30 days"),
+        ((*SENDER, "--idle", "1e10"), "idle cannot be '115740 days, 17:46:40': it can be at most 30 days"),
+        ((*SENDER, "--sweep-every", "1e12"), "sweep_every cannot be"),
     ],
 )
 def test_a_worker_that_could_not_work_is_refused(messages: list[OutboxMessage], arguments: Any, sentence: str) -> None:
@@ -258,6 +314,22 @@ def test_what_is_no_number_of_seconds_cannot_be_understood(seconds: str) -> None
 
     assert (result.code, result.out) == (2, "")
     assert "is not a number of seconds." in result.err
+
+
+def test_a_worker_waits_for_the_database_to_start_with(postgres_url: str) -> None:
+    """G8: it is away when the command starts."""
+    name = urlsplit(postgres_url).path.removeprefix("/")
+    server = postgres_url.replace(f"/{name}", "/postgres", 1)
+    execute(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    with worker(postgres_url, "--sender", "tests.senders:send") as working:
+        assert working.stderr is not None
+        assert "started" in working.stderr.readline()
+        assert "database unreachable" in working.stderr.readline()
+        execute(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        working.terminate()
+        working.communicate()
+
+    assert working.returncode == 0
 
 
 def worker(database_url: str, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
@@ -292,7 +364,7 @@ def test_a_worker_process_logs_one_line_for_each_event_and_stops_when_told_to(
 
 
 def test_a_second_signal_does_not_wait(messages: list[OutboxMessage], database_url: str) -> None:
-    with worker(database_url, "--sender", "tests.senders:never_end") as working:
+    with worker(database_url, "--sender", "tests.senders:never_end", "--concurrency", "1") as working:
         assert working.stdout is not None
         assert working.stdout.readline() == "sending\n"
         working.send_signal(signal.SIGTERM)
@@ -406,7 +478,8 @@ def test_the_board_of_a_terminal_ends_with_ctrl_c(action: PendingAction, monkeyp
 
 
 @pytest.mark.parametrize(
-    "command", [("actions",), ("approve", "a1", "--by", "ana"), ("outbox",), ("sweep",), ("worker",), ("board",)]
+    "command",
+    [("actions",), ("approve", "a1", "--by", "ana"), ("outbox",), ("sweep",), ("worker", *SENDER), ("board",)],
 )
 def test_a_database_that_is_not_migrated_is_told_to_be(empty_url: str, command: Any) -> None:
     if empty_url.startswith("sqlite"):

@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from close_engine.database import url as urls
-from close_engine.database.binding import current
+from close_engine.database.binding import current, is_transient
 from close_engine.database.url import DEFAULT_URL, without_password
 from close_engine.errors import CloseEngineError, ConfigurationError, SchemaError, first_line, one_line
 from close_engine.schema.scripts import pending
@@ -142,13 +142,16 @@ def option(context: typer.Context, name: str) -> str | None:
     return value
 
 
-def open_database(context: typer.Context, missing: Literal["refuse", "make", "pretend"] = "refuse") -> None:
+def open_database(
+    context: typer.Context, missing: Literal["refuse", "make", "pretend"] = "refuse", *, wait: bool = False
+) -> None:
     """Bind and open the database that the options name.
 
     Args:
         context: the context of the command.
         missing: what to do if the SQLite file does not exist: `refuse` raises an error, `make` creates the file, and
             `pretend` opens an empty database in memory instead.
+        wait: bool, whether the command itself waits for a database that is away.
 
     Raises:
         ConfigurationError: the database cannot be opened, or its file or directory does not exist.
@@ -176,6 +179,8 @@ def open_database(context: typer.Context, missing: Literal["refuse", "make", "pr
     try:
         database.connect()
     except (peewee.DatabaseError, sqlite3.DatabaseError, TypeError) as error:
+        if wait and is_transient(error):
+            return
         hint = (
             "It must be a SQLite file, and you need write permission on the file and its directory"
             if file
@@ -192,17 +197,20 @@ def _sqlite_file(database: peewee.Database) -> Path | None:
     return None
 
 
-def open_migrated(context: typer.Context) -> None:
+def open_migrated(context: typer.Context, *, wait: bool = False) -> None:
     """Bind and open a database, and require that it is migrated.
 
     Args:
         context: the context of the command.
+        wait: bool, whether the command itself waits for a database that is away.
 
     Raises:
         ConfigurationError: the database cannot be opened.
         SchemaError: migrations are pending.
     """
-    open_database(context)
+    open_database(context, wait=wait)
+    if wait and current().database.is_closed():
+        return
     if missing := pending():
         raise SchemaError(f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate.")
 

@@ -7,19 +7,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
 
 from close_engine import outbox, sweeps
 from close_engine.board import outbox_line
-from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated
+from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option
 from close_engine.cli.board import render_outbox
 from close_engine.cli.terminal import cell, console, table
-from close_engine.outbox import OutboxMessage
-from close_engine.stages import MessageStatus
-from close_engine.worker import Worker, load_sender
+from close_engine.database.binding import current
+from close_engine.errors import ConfigurationError
+from close_engine.worker import Worker, load_module, load_sender
 
 outbox_commands = typer.Typer(invoke_without_command=True)
 
@@ -29,14 +29,14 @@ app.add_typer(outbox_commands, name="outbox", cls=Group)
 
 @outbox_commands.callback()
 def outbox_(context: typer.Context) -> None:
-    """Show the outbox: how many messages are pending, and which ones are dead and why."""
+    """Show the outbox: how many messages are pending, and which errors the dead ones ended with."""
     if context.invoked_subcommand:
         return
     open_migrated(context)
     console().print(render_outbox(outbox_line()))
-    dead = table("id", "topic", "lead", "attempts", "last error", title="Dead")
-    for message in OutboxMessage.select().where(OutboxMessage.status == MessageStatus.DEAD).order_by(OutboxMessage.id):
-        dead.add_row(*map(cell, (message.id, message.topic, message.lead_id, message.attempts, message.last_error)))
+    dead = table("error", "messages", "last one died", "for example", title="Dead", numbers=("messages",))
+    for line in outbox.dead_lines():
+        dead.add_row(cell(line.error), f"{line.count:,}", cell(line.last), cell(f"{line.example}: {line.sentence}"))
     if dead.row_count:
         console().print("", dead)
 
@@ -45,12 +45,38 @@ def outbox_(context: typer.Context) -> None:
 def requeue(
     context: typer.Context,
     message: Annotated[
-        int, typer.Argument(metavar="MESSAGE", help="The message's id, as listed by close-engine outbox.")
-    ],
+        int | None, typer.Argument(metavar="MESSAGE", help="The message's id; close-engine outbox shows examples.")
+    ] = None,
+    error: Annotated[
+        str | None,
+        typer.Option(metavar="ERROR", help="All that ended with this error, as close-engine outbox lists it."),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="All that died at this time or later: ISO 8601 with a timezone.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All dead messages.")] = False,
+    body: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this text instead: for one message.")] = None,
 ) -> None:
-    """Put a dead message back into the outbox with a fresh set of attempts."""
+    """Put dead messages back into the outbox with a fresh set of attempts."""
+    many = everything or error is not None or since is not None
+    if (message is None) is not many or (body is not None and many):
+        raise typer.BadParameter("Name one message by its id, or several by --error, --since or --all.")
+    moment = None if since is None else _moment(since)
     open_migrated(context)
-    print(f"Message {outbox.requeue(message).id} will be sent again.")
+    if message is not None:
+        print(f"Message {outbox.requeue(message, body).id} will be sent again.")
+    else:
+        print(f"Messages that will be sent again: {len(outbox.requeue_all(error=error, since=moment))}.")
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        moment = None
+    if moment is None or moment.utcoffset() is None:
+        raise typer.BadParameter(f"{text!r} is not a time with a timezone, such as 2026-01-31T08:00Z.")
+    return moment
 
 
 @command()
@@ -72,11 +98,18 @@ def sweep(context: typer.Context) -> None:
 def worker(
     context: typer.Context,
     sender: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="MODULE:FUNCTION", help="The function that sends a message. The default prints what it would send."
+            metavar="MODULE:NAME", help="The sender: a function of one message, or an object with send and find."
         ),
-    ] = "close_engine.worker:print_sender",
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print what could be sent now, send nothing, mark nothing, and exit.")
+    ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import this first: it registers hooks. Can be given often."),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +117,11 @@ def worker(
             help="The worker's name, for leases and the history. No two workers may share one; the default is unique.",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(metavar="NUMBER", help="How many messages to claim at once.")] = 10,
+    concurrency: Annotated[int, typer.Option(metavar="NUMBER", help="How many messages to send at once.")] = 4,
+    topic: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOPIC", help="Send only messages with this topic. It can be given several times."),
+    ] = None,
     lease: Annotated[timedelta, in_seconds("How long this worker's messages stay leased if it dies.", 60)] = timedelta(
         seconds=60
     ),
@@ -99,15 +136,40 @@ def worker(
 ) -> None:
     """Send the messages in the outbox, and sweep, until SIGTERM or Ctrl-C.
 
-    On the first signal, the worker finishes the message it is sending and
-    gives the others back. On a second signal, it stops at once. It logs one
-    line per event to standard error, unless the sender's module sets up
-    `logging` itself.
+    On the first signal, the worker finishes the messages it is sending. On a
+    second signal, it stops at once. If the database is away, it waits. It
+    logs one line per event to standard error, unless the sender's module sets
+    up `logging` itself.
     """
-    open_migrated(context)
+    if (sender is None) is not show:
+        raise typer.BadParameter("Name your sender with --sender MODULE:NAME, or show what there is with --print.")
+    open_migrated(context, wait=not (show or until_empty))
+    if show:
+        for message in outbox.claimable():
+            print(cell(f"{message.topic} to lead {message.lead_id}: {message.body or message.payload}"))
+        return
+    bound = current().database
+    for module in modules or ():
+        load_module(module)
+    send = load_sender(str(sender))
+    if current().database is not bound:
+        if option(context, "database") is not None:
+            raise ConfigurationError(
+                "--database names one database, and the sender's module connects to another when it is imported: "
+                "leave out one of the two."
+            )
+        context.call_on_close(current().database.close)
     swept = None if no_sweep else sweeps.sweep
-    send = load_sender(sender)
-    sending_worker = Worker(send, name=name, limit=limit, lease=lease, idle=idle, sweep=swept, sweep_every=sweep_every)
+    sending_worker = Worker(
+        send,
+        name=name,
+        concurrency=concurrency,
+        topics=topic,
+        lease=lease,
+        idle=idle,
+        sweep=swept,
+        sweep_every=sweep_every,
+    )
     _log_to_standard_error()
     with _stopped_by_signals(sending_worker):
         if until_empty:
