@@ -179,7 +179,7 @@ def test_the_rights_that_the_page_grants_are_enough_and_no_more(url: str, roles:
     link = {"paymentUrl": "https://pay.example.com/1"}
     action = submit(conversation, ActionType.SEND_PAYMENT_LINK, "Here it is.", metadata=link, policy=lambda *_: True)
     action.approve(by="dana")
-    outbox.claim()[0].sent("SM2")
+    outbox.claim(10)[0].sent("SM2")
     assert close_engine.receive(lead, key="SM3", text="Thank you!").answer
     assert close_engine.record_payment(lead, key="evt_1").dest is Stage.COMPLETED
     close_engine.sweep()

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ import playhouse
 import psycopg2
 import pytest
 from celery import Celery
+from hypothesis import HealthCheck, reject, settings
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 from playhouse import db_url
 from playhouse.cysqlite_ext import CySqliteDatabase, PooledCySqliteDatabase
 from playhouse.migrate import PostgresqlMigrator, SqliteMigrator, migrate
@@ -65,6 +68,7 @@ from close_engine.testing import MovableClock, bring_to, new_lead
 from close_engine.worker import Worker
 from tests.calls import unqualified
 from tests.crm import AFTER, everything, query, restore
+from tests.foreign import REFUSED as TURNED_DOWN
 from tests.foreign import Change, ForeignWriter, moment
 from tests.prose import ROOT, block
 from tests.servers import execute, new_name, postgres_database
@@ -99,6 +103,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.ConversationClosed("c1", Stage.CLOSED_LOST),
     errors.ActionDecided("a1", "approve", ActionStatus.EXPIRED),
     errors.CannotBeSent("The number does not exist.", 21211),
+    errors.Snooze(timedelta(hours=1)),
     errors.LeaseLost(7, "worker-7", MessageStatus.SENT, None),
     errors.MessageNotDead(7, MessageStatus.PENDING),
     errors.ProviderIdTaken("SM1", 7, 3),
@@ -1388,6 +1393,8 @@ def test_e7_a_worker_does_not_take_it_for_an_outage(
         sent.append(message.body or "")
 
     take_away(GUARD_LOST, lost, kind)
+    if lost == "replica":  # for the worker's own connections, too
+        sql(f'ALTER DATABASE "{current().database.database}" SET session_replication_role = replica')
     assert Worker(send).run_until_empty() == 1
     assert sent == ["Hello"]
     (message,) = OutboxMessage.select()
@@ -1874,7 +1881,7 @@ def test_e1_a_push_that_dropped_our_tables_is_made_good(database: peewee.Databas
     assert len(close_engine.migrate()) == 5
 
     assert close_engine.verify() == []
-    assert outbox.claim() == []
+    assert outbox.claim(10) == []
     conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY)
     assert bring_to(conversation, Stage.COMPLETED).stage is Stage.COMPLETED
 
@@ -2131,3 +2138,165 @@ def test_g5_row_level_security_that_hides_rows_from_our_functions_is_told(server
 def url_name(url: str) -> str:
     """The name of the database in a URL."""
     return urlsplit(url).path.removeprefix("/")
+
+
+# -- G1: one unreadable row stops nobody ------------------------------------------------------------------------------
+
+#: A document that some reader cannot read, and one at the bound.
+UNREADABLE = {
+    "deep lists": ("[" * 101 + "1" + "]" * 101, "[" * 100 + "1" + "]" * 100),
+    "deep objects": ('{"[": ' * 101 + "1" + "}" * 101, '{"[": ' * 100 + "1" + "}" * 100),
+    "a long number": ('{"n": 1' + "0" * 4000 + "}", '{"n": 1' + "0" * 3999 + "}"),
+    "long": (f'["{"x" * 2_000_000}"]', f'["{"x" * 990_000}"]'),
+}
+
+#: What looks like a bad document, and is none: brackets and digits in strings, quotes that are escaped.
+READABLE = [
+    '["' + "[" * 500 + '"]',
+    '["' + "1" * 5000 + '"]',
+    '["\\"' + "[" * 500 + '\\\\", 1]',
+    "[" + "[1]," * 500 + "2]",
+]
+
+
+@pytest.mark.parametrize(("bad", "good"), UNREADABLE.values(), ids=UNREADABLE)
+def test_g1_json_that_a_reader_could_not_read_is_not_let_in(
+    bad: str, good: str, foreign: ForeignWriter, conversation_in: ConversationIn
+) -> None:
+    """An action approved with metadata nested 990 deep stopped every start of the worker."""
+    conversation = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(conversation, ActionType.SEND_MESSAGE, "Hi")
+    assert isinstance(action, PendingAction)
+    writes = {
+        f"UPDATE close_engine_conversations SET {column} = %s WHERE id = %s": conversation.id
+        for column in ("questions_asked", "collected_data")
+    }
+    for statement, row in {"UPDATE pending_actions SET metadata = %s WHERE id = %s": action.id, **writes}.items():
+        with pytest.raises(TURNED_DOWN, match=r"close_engine: .*(reader|JSON)"):
+            foreign.run(statement, bad, row)
+        for document in (good, *READABLE, None):
+            foreign.run(statement, document, row)
+    with pytest.raises(TURNED_DOWN, match="close_engine: "):
+        foreign.insert("QUALIFYING", collected_data=bad)
+    assert PendingAction.get_by_id(action.id).approve(by="dana").body == "Hi"
+
+
+@pytest.mark.parametrize("at", ["9999-01-01 00:00:00.000", "infinity", "10000-01-01 00:00:00", "0001-01-01 BC"])
+@pytest.mark.parametrize("column", ["created_at", "updated_at", "stalled_at", "completed_at", "closed_lost_at"])
+def test_g1_a_time_that_python_cannot_hold_is_not_let_in(
+    column: str, at: str, kind: str, foreign: ForeignWriter
+) -> None:
+    """`updated_at = 'infinity'` broke every list of that stage, and could only grow."""
+    conversation = foreign.insert("QUALIFYING")
+    if kind != "postgresql" and column == "updated_at" and not at.startswith("9999"):
+        foreign.update(conversation, updated_at=at)  # SQLite's guard puts now into what is no time
+        (row,) = CloseEngineConversation.select()
+        assert row.updated_at < datetime.now(timezone.utc) + timedelta(days=1)
+        return
+    with pytest.raises(TURNED_DOWN, match="close_engine: "):
+        foreign.update(conversation, **{column: at})
+    with pytest.raises(TURNED_DOWN, match="close_engine: "):
+        foreign.insert("QUALIFYING", **{column: at})
+    assert [each.id for each in CloseEngineConversation.select()] == [conversation]
+
+
+@pytest.mark.parametrize("column", ["created_at", "expires_at", "approved_at"])
+def test_g1_nor_in_an_action(column: str, foreign: ForeignWriter, conversation_in: ConversationIn) -> None:
+    """The same for the other table."""
+    conversation = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(conversation, ActionType.SEND_MESSAGE, "Hi")
+    assert isinstance(action, PendingAction)
+    for at in ("infinity", "9999-01-01 00:00:00.000"):
+        with pytest.raises(TURNED_DOWN, match="close_engine: "):
+            foreign.run(f"UPDATE pending_actions SET {column} = %s WHERE id = %s", at, action.id)
+    foreign.run(f"UPDATE pending_actions SET {column} = %s WHERE id = %s", "9998-12-31 23:59:59.999", action.id)
+
+
+@pytest.mark.parametrize("column", ["updated_at", "stalled_at", "payment_link_sent_at"])
+def test_g1_a_stamp_is_at_most_a_day_ahead(
+    column: str, foreign: ForeignWriter, close_engine_clock: MovableClock
+) -> None:
+    """A clock that is wrong by years would keep a conversation from ever stalling."""
+    conversation = foreign.insert("STALLED")
+    now = close_engine_clock()
+    with pytest.raises(TURNED_DOWN, match="more than a day after now; check the clock of the writer"):
+        foreign.update(conversation, **{column: f"{now + timedelta(hours=25):%Y-%m-%d %H:%M:%S}"})
+    foreign.update(conversation, **{column: f"{now + timedelta(hours=23):%Y-%m-%d %H:%M:%S}"})
+
+
+def test_g1_what_stands_there_already_hinders_no_other_change(kind: str, foreign: ForeignWriter) -> None:
+    """A row from before the guard moves on, as long as nobody writes its bad column."""
+    guard = ["zz_close_engine_guard"] if kind == "postgresql" else ["close_engine_guard_update_readable"]
+    conversation = foreign.insert("QUALIFYING")
+    with before_the_guard(foreign, guard):
+        foreign.update(conversation, collected_data="[" * 200 + "]" * 200, created_at="9999-06-01 00:00:00.000")
+    foreign.update(conversation, stage="STALLED")
+    assert foreign.stage(conversation) == "STALLED"
+    with pytest.raises(TURNED_DOWN, match="close_engine: "):
+        foreign.update(conversation, collected_data="[" * 201 + "]" * 201)
+
+
+@contextmanager
+def before_the_guard(writer: ForeignWriter, names: list[str]) -> Iterator[None]:
+    """Take triggers of the conversations away for a while, as a row from before the guard needs."""
+    made = []
+    for name in names:
+        if writer.is_postgres:
+            writer.run(f"ALTER TABLE close_engine_conversations DISABLE TRIGGER {name}")
+        else:
+            made += writer.run("SELECT sql FROM sqlite_master WHERE name = %s", name)
+            writer.run(f"DROP TRIGGER {name}")
+    yield
+    for name in names if writer.is_postgres else ():
+        writer.run(f"ALTER TABLE close_engine_conversations ENABLE TRIGGER {name}")
+    for (statement,) in made:
+        writer.connection.execute(statement)
+
+
+def test_g1_an_updated_at_out_of_reach_can_be_set_back(foreign_postgres: ForeignWriter) -> None:
+    """It could only grow, so no writer could mend the row."""
+    conversation = foreign_postgres.insert("QUALIFYING")
+    with before_the_guard(foreign_postgres, ["zz_close_engine_guard"]):
+        foreign_postgres.update(conversation, updated_at="infinity")
+    foreign_postgres.update(conversation, updated_at="2026-01-02 00:00:00.000")
+    assert CloseEngineConversation.get_by_id(conversation).stage == Stage.QUALIFYING
+
+
+def test_g1_verify_names_a_row_whose_time_no_reader_can_read(kind: str, foreign: ForeignWriter) -> None:
+    """It stood there before the guard."""
+    guard = "zz_close_engine_guard" if kind == "postgresql" else "close_engine_guard_update_readable"
+    conversation = foreign.insert("QUALIFYING", "c1")
+    with before_the_guard(foreign, [guard]):
+        foreign.update(conversation, created_at="infinity")
+    assert (
+        "In 1 row of close_engine_conversations ('c1'), created_at is not between the years 1 and 9998: set it to a "
+        "time that Python can read."
+    ) in [found.replace("public.", "") for found in close_engine.verify()]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), inner)
+    ),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+@given_any(value=JSON.filter(lambda value: value is not None), levels=st.integers(0, 90))
+def test_g1_what_is_accepted_is_let_in_and_comes_back(value: Any, levels: int, conversation_in: ConversationIn) -> None:
+    """The guards take whatever the library takes, on every database."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    for _ in range(levels):
+        value = [value]
+    try:
+        conversation.collected_data = value
+    except InvalidValue:
+        reject()
+    conversation.save()
+    assert CloseEngineConversation.get_by_id(conversation.id).collected_data == conversation.collected_data

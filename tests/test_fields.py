@@ -95,7 +95,7 @@ REFUSED = [
     (
         "qualification_data",
         Circle(),
-        "Lead.qualification_data cannot be '…': it is nested too deeply, or contains itself.",
+        "Lead.qualification_data cannot be '…': it is nested deeper than 100 levels, or contains itself.",
     ),
 ]
 
@@ -171,11 +171,11 @@ def test_a_value_that_a_column_cannot_hold_is_refused_in_any_expression(statemen
         (MOMENT.timestamp(), "it must be a datetime with a timezone"),
         (
             datetime.min.replace(tzinfo=timezone(timedelta(hours=1))),
-            "in UTC it is before the year 1 or after the year 9999",
+            "in UTC it is before the year 1 or not before the year 9999",
         ),
         (
             datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))),
-            "in UTC it is before the year 1 or after the year 9999",
+            "in UTC it is before the year 1 or not before the year 9999",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_moment_in_memory_is_what_a_reload_gives_wherever_one_is(
         datetime(2026, 3, 29, 2, 30, 0, 999999, tzinfo=timezone(timedelta(hours=-5))),
         datetime(1901, 1, 1, 0, 0, 0, 1, tzinfo=timezone.utc),
         datetime(2026, 7, 1, 12, tzinfo=timezone(timedelta(hours=5, minutes=45))),
-        datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=timezone.utc),
+        datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=timezone.utc),
         datetime(1, 1, 1, tzinfo=timezone.utc),
     ]
 
@@ -341,12 +341,24 @@ def test_json_can_be_asked_by_path_and_written_in_bulk(database: peewee.Database
     ]
 
 
-def test_nested_json_is_kept_as_deep_as_python_goes(database: peewee.Database) -> None:
-    nested: list[Any] = []
-    for _ in range(200):
-        nested = [nested]
+def nested(levels: int) -> Any:
+    """Make lists and objects in turn, this many levels deep."""
+    value: Any = "the innermost"
+    for level in range(levels):
+        value = {"in": value} if level % 2 else [value]
+    return value
 
-    assert Lead.get_by_id(Lead.create(qualification_data=nested).id).qualification_data == nested
+
+def test_json_is_kept_down_to_a_hundred_levels_and_up_to_a_million_characters(database: peewee.Database) -> None:
+    for value in (nested(100), "é" * 999_998, ["x"] * 240_000):
+        assert Lead.get_by_id(Lead.create(qualification_data=value).id).qualification_data == value
+
+
+def test_deeper_or_larger_json_is_refused_by_a_sentence() -> None:
+    with pytest.raises(InvalidValue, match="it is nested deeper than 100 levels, or contains itself"):
+        Lead(qualification_data=nested(101))
+    with pytest.raises(InvalidValue, match="JSON can have at most 1000000 characters"):
+        Lead(qualification_data=["x" * 999_999])
 
 
 def test_an_error_shows_no_more_of_a_long_value_than_its_beginning() -> None:

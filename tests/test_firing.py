@@ -28,7 +28,7 @@ from close_engine import (
     TransitionNotAllowed,
     UnknownTrigger,
 )
-from close_engine.database.fields import milliseconds
+from close_engine.database.fields import milliseconds, stored_time
 from close_engine.testing import MovableClock, new_lead
 from tests.rows import copy_of, in_memory, replayed, stored, triggers
 from tests.waiting import Running
@@ -84,6 +84,10 @@ def save_another_field(conversation: CloseEngineConversation) -> None:
     conversation.save()
 
 
+def in_an_hour() -> str:
+    return stored_time(datetime.now(timezone.utc) + timedelta(hours=1))
+
+
 CHANGED_BY: dict[str, Callable[[peewee.Database, CloseEngineConversation], object]] = {
     "a stage change of this library": lambda database, other: other.collect_info(),
     "a stage change there and back": lambda database, other: (other.stall(), other.resume()),
@@ -96,7 +100,7 @@ CHANGED_BY: dict[str, Callable[[peewee.Database, CloseEngineConversation], objec
         database, "UPDATE close_engine_conversations SET edit_rounds = 3"
     ),
     "SQL that sets updated_at": lambda database, other: run(
-        database, "UPDATE close_engine_conversations SET edit_rounds = 3, updated_at = '2100-01-01 00:00:00'"
+        database, f"UPDATE close_engine_conversations SET edit_rounds = 3, updated_at = '{in_an_hour()}'"
     ),
     "SQL that sets updated_at back": lambda database, other: run(
         database, "UPDATE close_engine_conversations SET edit_rounds = 3, updated_at = '2000-01-01 00:00:00'"

@@ -16,6 +16,7 @@ import pytest
 
 import close_engine
 from close_engine import CloseEngineConversation, Stage, StageChange
+from close_engine.database.fields import stored_time
 from close_engine.machine import pairs
 from tests.design import ACTIVE, STAGES, TABLE, TRIGGER_BETWEEN
 from tests.foreign import REFUSED, Change, ForeignWriter, moment
@@ -332,7 +333,8 @@ def test_copied_rows_are_guarded_stamped_and_recorded(foreign_postgres: ForeignW
     assert list(foreign_postgres.silent_since()) == ["BUILDING"]
 
 
-FUTURE = "2099-01-01 00:00:00.000"
+#: Later than now, and not so late that the guard refuses it.
+FUTURE = stored_time(datetime.now(timezone.utc) + timedelta(hours=12))
 
 
 @pytest.mark.parametrize("change", [{"stage": "STALLED"}, {"stage": "QUALIFYING"}, {"edit_rounds": 1}], ids=str)

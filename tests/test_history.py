@@ -57,7 +57,7 @@ def test_what_is_not_given_is_not_recorded(conversation_in: Factory, foreign: Fo
 
 def test_much_metadata_reaches_the_row(conversation_in: Factory) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    metadata = {"page": "x" * 1_000_000, "list": list(range(1000))}
+    metadata = {"page": "x" * 900_000, "list": list(range(1000))}
     conversation.collect_info(metadata=metadata)
     assert conversation.history()[-1].metadata == metadata
 

@@ -452,7 +452,7 @@ def work(url: str) -> None:
     ours.approve(by="dana")
     refused.reject(by="dana")
     query(url, "UPDATE pending_actions SET status = 'APPROVED', approved_by = 'eve' WHERE id = %s", (theirs.id,))
-    for message in outbox.claim():
+    for message in outbox.claim(10):
         message.sent(f"SM{message.id}")
     query(url, "UPDATE close_engine_conversations SET stage = 'STALLED' WHERE stage = 'QUALIFYING'")
     close_engine.sweep()

@@ -178,7 +178,7 @@ def work() -> None:
 
     reopened.record(questions=["budget"], data={"budget": 900})
     close_engine.submit(reopened, ActionType.SEND_MESSAGE, "Hello", policy=lambda level, type: True).approve(by="Ann")
-    (message,) = close_engine.outbox.claim()
+    (message,) = close_engine.outbox.claim(10)
     message.sent("provider-1")
     reopened.reload()
     assert reopened.stage is Stage.QUALIFYING

@@ -22,7 +22,7 @@ from close_engine import (
 from close_engine.approvals import PendingAction
 from close_engine.database.binding import current
 from close_engine.schema import Check, Problem, checks, directory, repair, scripts, status
-from close_engine.testing import bring_to
+from close_engine.testing import MovableClock, bring_to
 from tests.crm import everything
 from tests.servers import execute, new_name, postgres_database
 
@@ -485,6 +485,13 @@ ON_POSTGRESQL = {
         ["The database is not migrated: run close-engine migrate, or close_engine.migrate()."],
     ),
 }
+
+
+@pytest.fixture
+def database(database: peewee.Database, close_engine_clock: MovableClock) -> peewee.Database:
+    """The same, with its own clock: what stands still is no healthy database."""
+    close_engine_clock.let_go()
+    return database
 
 
 def rebuilt(table: str, old: str, new: str) -> Callable[[peewee.Database], None]:
