@@ -1,6 +1,8 @@
 DROP TRIGGER IF EXISTS close_engine_guard_insert;
 DROP TRIGGER IF EXISTS close_engine_guard_id;
 DROP TRIGGER IF EXISTS close_engine_guard_update;
+DROP TRIGGER IF EXISTS close_engine_guard_insert_readable;
+DROP TRIGGER IF EXISTS close_engine_guard_update_readable;
 DROP TRIGGER IF EXISTS close_engine_opening;
 DROP TRIGGER IF EXISTS close_engine_record;
 DROP TRIGGER IF EXISTS close_engine_version;

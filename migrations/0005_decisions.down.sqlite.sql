@@ -1,5 +1,7 @@
 DROP TRIGGER IF EXISTS close_engine_action_insert;
 DROP TRIGGER IF EXISTS close_engine_action_update;
+DROP TRIGGER IF EXISTS close_engine_action_insert_readable;
+DROP TRIGGER IF EXISTS close_engine_action_update_readable;
 DROP TRIGGER IF EXISTS close_engine_action_expired;
 DROP TRIGGER IF EXISTS close_engine_action_closed;
 DROP TRIGGER IF EXISTS close_engine_action_approved;
