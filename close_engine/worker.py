@@ -489,12 +489,18 @@ class _Shift:
         except CannotBeSent as error:
             self._report("failed", message, partial(message.give_up, error))
         except Snooze as error:
-            self._report("snoozed", message, partial(message.snooze, error.until))
+            self._snooze(message, error)
         except Exception as error:
             logger.debug("sender failed worker=%s message=%s", self.worker.name, message.id, exc_info=True)
             self._report("failed", message, partial(message.retry, error))
         else:
             self._record(message, provider_id)
+
+    def _snooze(self, message: OutboxMessage, asked: Snooze) -> None:
+        try:
+            self._report("snoozed", message, partial(message.snooze, asked.until))
+        except InvalidValue as error:  # its time has no timezone
+            self._report("failed", message, partial(message.retry, error))
 
     def _found(self, message: OutboxMessage) -> str | None:
         """Ask the sender for the provider's id if the message may have left before."""

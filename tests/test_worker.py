@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,11 +27,13 @@ from close_engine import (
     CloseEngineConversation,
     ConfigurationError,
     EntryPoint,
+    FindingSender,
     InvalidValue,
     MessageStatus,
     OutboxMessage,
     PendingAction,
     SchemaError,
+    Snooze,
     Stage,
     Swept,
     Worker,
@@ -52,7 +54,7 @@ ConversationIn = Callable[..., CloseEngineConversation]
 NOTHING = Swept([], [], [], [])
 
 
-def worker_with(send: Callable[[OutboxMessage], Any], **options: Any) -> Worker:
+def worker_with(send: Callable[[OutboxMessage], Any] | FindingSender, **options: Any) -> Worker:
     """A worker that neither sweeps nor waits for long, unless told otherwise."""
     return Worker(
         send, **{"name": "worker-7", "concurrency": 1, "sweep": None, "idle": timedelta(milliseconds=10), **options}
@@ -221,6 +223,95 @@ def test_what_cannot_be_sent_is_dead_at_once(conversation_in: ConversationIn, to
     assert (message.status, message.attempts) == (MessageStatus.DEAD, 1)
     assert message.last_error == "CannotBeSent: the number does not exist"
     assert told() == [("ERROR", "dead")]
+
+
+def test_what_is_snoozed_is_sent_later_and_no_attempt_counts(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, told: Callable[[], Any]
+) -> None:
+    message = outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", "Hello!")
+    sender = FakeSender()
+    sender.failures += [Snooze(timedelta(hours=8)), Snooze(close_engine_clock.now + timedelta(hours=9))]
+
+    for hour in (8, 1, 0):
+        worker_with(sender).run_until_empty()
+        assert (reloaded(message).attempts, len(sender.sent)) == (0, 0) if hour else (1, 1)
+        close_engine_clock.move(timedelta(hours=hour))
+
+    assert told() == [("INFO", "snoozed"), ("INFO", "snoozed"), ("INFO", "sent")]
+
+
+def test_a_wrong_time_to_snooze_is_that_messages_own_trouble(
+    conversation_in: ConversationIn, told: Callable[[], Any]
+) -> None:
+    message = outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", "Hello!")
+    outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", "Hello!")
+    sender = FakeSender()
+    sender.failures.append(Snooze(datetime(2026, 1, 2)))
+
+    worker_with(sender).run_until_empty()
+
+    assert reloaded(message).attempts == 1
+    assert "it has no timezone" in str(reloaded(message).last_error)
+    assert told() == [("WARNING", "failed"), ("INFO", "sent")]
+
+
+class Provider:
+    """A provider without idempotency keys, which can be asked what it has sent."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+        self.sent: list[int] = []
+        self.asked: list[int] = []
+
+    def send(self, message: OutboxMessage) -> str:
+        self.sent.append(message.id)
+        return f"SM{message.id}"
+
+    def find(self, message: OutboxMessage) -> Any:
+        self.asked.append(message.id)
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "sent", "status", "provider_id"),
+    [
+        ("SM7", False, MessageStatus.SENT, "SM7"),
+        (None, True, MessageStatus.SENT, "SM1"),
+        ("of another", True, MessageStatus.SENT, "SM1"),
+        (ConnectionError("503"), False, MessageStatus.PENDING, None),
+    ],
+)
+def test_a_sender_is_asked_whether_a_message_has_left_before_it_is_sent_again(
+    found: Any,
+    sent: bool,
+    status: MessageStatus,
+    provider_id: str | None,
+    conversation_in: ConversationIn,
+    close_engine_clock: MovableClock,
+) -> None:
+    message = outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", "Hello!")
+    outbox.claim(worker="dies")
+    outbox.enqueue(conversation_in(Stage.QUALIFYING), "effect")
+    outbox.claim()[0].sent("of another")
+    close_engine_clock.move(timedelta(minutes=1))
+    provider = Provider(found)
+
+    worker_with(provider).run_until_empty()
+
+    assert provider.asked == [message.id]
+    assert provider.sent == ([message.id] if sent else [])
+    assert (reloaded(message).status, reloaded(message).provider_id) == (status, provider_id)
+
+
+def test_it_is_not_asked_before_the_first_time(conversation_in: ConversationIn) -> None:
+    outbox.enqueue(conversation_in(Stage.QUALIFYING), "SEND_MESSAGE", "Hello!")
+    provider = Provider("SM7")
+
+    worker_with(provider).run_until_empty()
+
+    assert (provider.asked, len(provider.sent)) == ([], 1)
 
 
 @pytest.mark.parametrize(
