@@ -29,6 +29,11 @@ from close_engine.outbox import MAX_UNREPORTED
 
 __all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
 
+#: How long a lead is silent before its conversation stalls, …
+STALL_AFTER = timedelta(hours=72)
+#: … and how long it is stalled before it is lost.
+LOSE_AFTER = timedelta(days=7)
+
 #: The actor of these changes in the history.
 ACTOR = "sweep"
 
@@ -90,16 +95,20 @@ _RUN_OUT = """
 """
 
 
-def sweep() -> Swept:
-    """Run all sweeps with their defaults.
+def sweep(*, stall_after: timedelta = STALL_AFTER, lose_after: timedelta = LOSE_AFTER) -> Swept:
+    """Run all sweeps.
+
+    Args:
+        stall_after: timedelta, as for `stall_silent`.
+        lose_after: timedelta, as for `lose_stalled`.
 
     Returns:
         Swept.
     """
-    return Swept(stall_silent(), lose_stalled(), expire_actions(), release_leases())
+    return Swept(stall_silent(stall_after), lose_stalled(lose_after), expire_actions(), release_leases())
 
 
-def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -> list[str]:
+def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[str]:
     """Stall active conversations whose leads are silent.
 
     Args:
@@ -120,7 +129,7 @@ def stall_silent(after: timedelta = timedelta(hours=72), *, batch: int = 1000) -
 
 
 def lose_stalled(
-    after: timedelta = timedelta(days=7), reason: str = "silent since it stalled", *, batch: int = 1000
+    after: timedelta = LOSE_AFTER, reason: str = "silent since it stalled", *, batch: int = 1000
 ) -> list[str]:
     """Close long-stalled conversations as lost.
 

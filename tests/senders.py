@@ -20,7 +20,10 @@ def refuse(message: OutboxMessage) -> str:
 
 def stop_the_worker(message: OutboxMessage) -> str:
     """Sends the message, and tells its worker to stop meanwhile."""
+    handler = signal.getsignal(signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
+    while signal.getsignal(signal.SIGTERM) is handler:  # the main thread handles it
+        threading.Event().wait(0.01)
     return f"SM-{message.id}"
 
 

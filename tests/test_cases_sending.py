@@ -438,6 +438,24 @@ def test_a12_a_coroutine_function_is_no_sender(sender: Any) -> None:
         Worker(sender)
 
 
+def test_a13_the_same_database_may_be_named_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender's module connects to the very database that the command line names."""
+    url = f"sqlite:///{tmp_path}/prod.db"
+    close_engine.connect(url)
+    close_engine.migrate(standalone=True)
+    submit(opened(), ActionType.SEND_MESSAGE, "Hello!")
+    (tmp_path / "connecting_too.py").write_text(
+        f"import close_engine\nclose_engine.connect({url!r})\ndef send(message):\n    return 'SM1'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    result = run("--database", url, "worker", "--sender", "connecting_too:send", "--until-empty", "--no-sweep")
+
+    assert (result.code, result.err) == (0, "")
+    close_engine.connect(url)
+    assert statuses() == [MessageStatus.SENT]
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a13_what_the_command_line_says_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
     """The sender's module connects to another database when it is imported."""
@@ -555,7 +573,7 @@ def test_g6_a_forked_process_has_connections_of_its_own(
             if not child:
                 try:
                     outbox.enqueue(conversation.id, "effect", key=str(number))
-                    os._exit(len(messages()) - len(messages()))
+                    os._exit(0 if str(number) in {message.key for message in messages()} else 2)
                 except BaseException:
                     os._exit(1)
             children.append(child)

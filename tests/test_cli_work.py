@@ -182,6 +182,7 @@ def test_requeue_puts_a_dead_message_back(messages: list[OutboxMessage], databas
     close_engine.bind(database)
     assert OutboxMessage.get_by_id(dead.id).status is MessageStatus.PENDING
     assert "only a DEAD one can be put back" in refused("outbox", "requeue", str(dead.id))
+    assert run("outbox", "requeue", str(2**63)).code == 2
     assert refused("outbox", "requeue", "99") == "There is no message 99 in the outbox.\n"
 
 
@@ -213,6 +214,21 @@ def test_sweep_says_what_it_moved(action: PendingAction, conversation_in: Any, c
         "Conversations stalled: 1, lost: 0. Actions expired: 1. Messages released from dead workers: 0.\n"
     )
     assert "stalled: 0, lost: 0. Actions expired: 0." in again.out
+
+
+def test_the_limits_of_the_sweeps_can_be_given(
+    messages: list[OutboxMessage], conversation_in: Any, close_engine_clock: Any
+) -> None:
+    conversation_in(Stage.BUILDING)
+    close_engine_clock.move(timedelta(hours=5))
+
+    assert "stalled: 0, lost: 0" in run("sweep").out
+    assert "stalled: 3, lost: 0" in run("sweep", "--stall-after", "4", "--lose-after", "2").out
+    close_engine_clock.let_go()
+    assert "stalled: 0, lost: 0" in run("sweep", "--stall-after", "4").out
+    wrong = run("sweep", "--lose-after", "soon")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "'soon' is not a number of days." in wrong.err
 
 
 def test_a_worker_sends_until_nothing_is_left(messages: list[OutboxMessage], database: Any) -> None:

@@ -215,24 +215,25 @@ def open_migrated(context: typer.Context, *, wait: bool = False) -> None:
         raise SchemaError(f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate.")
 
 
-def in_seconds(text: str, default: float) -> Any:
-    """Declare an option whose value is a number of seconds.
+def in_seconds(text: str, default: float, unit: Literal["seconds", "hours", "days"] = "seconds") -> Any:
+    """Declare an option whose value is a number of seconds, or of another unit.
 
     Args:
         text: str, the help text: one sentence.
-        default: the default in seconds, for the help only.
+        default: the default in that unit, for the help only.
+        unit: the unit.
 
     Returns:
         the annotation of a timedelta parameter.
     """
-    return typer.Option(metavar="SECONDS", parser=_seconds, help=f"{text} Default {default:g}.", show_default=False)
 
+    def parse(given: str | timedelta) -> timedelta:
+        try:
+            return given if isinstance(given, timedelta) else timedelta(**{unit: float(given)})
+        except (ValueError, OverflowError):
+            raise typer.BadParameter(f"{given!r} is not a number of {unit}.") from None
 
-def _seconds(given: str | timedelta) -> timedelta:
-    try:
-        return given if isinstance(given, timedelta) else timedelta(seconds=float(given))
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{given!r} is not a number of seconds.") from None
+    return typer.Option(metavar=unit.upper(), parser=parse, help=f"{text} Default {default:g}.", show_default=False)
 
 
 def _without_secrets(sentence: str) -> str:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
+import peewee
 import typer
 
 from close_engine import outbox, sweeps
@@ -45,7 +47,10 @@ def outbox_(context: typer.Context) -> None:
 def requeue(
     context: typer.Context,
     message: Annotated[
-        int | None, typer.Argument(metavar="MESSAGE", help="The message's id; close-engine outbox shows examples.")
+        int | None,
+        typer.Argument(
+            metavar="MESSAGE", help="The message's id; close-engine outbox shows examples.", min=1, max=2**63 - 1
+        ),
     ] = None,
     error: Annotated[
         str | None,
@@ -79,15 +84,23 @@ def _moment(text: str) -> datetime:
     return moment
 
 
+StallAfter = Annotated[timedelta, in_seconds("How long a lead is silent before its conversation stalls.", 72, "hours")]
+LoseAfter = Annotated[timedelta, in_seconds("How long a conversation is stalled before it is lost.", 7, "days")]
+
+
 @command()
-def sweep(context: typer.Context) -> None:
+def sweep(
+    context: typer.Context,
+    stall_after: StallAfter = sweeps.STALL_AFTER,
+    lose_after: LoseAfter = sweeps.LOSE_AFTER,
+) -> None:
     """Stall silent conversations, close stalled ones as lost, expire drafts, release messages of dead workers.
 
     A worker does this on its timer. This command does it once, for example
     from a cron job.
     """
     open_migrated(context)
-    swept = sweeps.sweep()
+    swept = sweeps.sweep(stall_after=stall_after, lose_after=lose_after)
     print(
         f"Conversations stalled: {len(swept.stalled)}, lost: {len(swept.lost)}. "
         f"Actions expired: {len(swept.expired)}. Messages released from dead workers: {len(swept.released)}."
@@ -131,6 +144,8 @@ def worker(
     sweep_every: Annotated[timedelta, in_seconds("How often to sweep, starting right away.", 60)] = timedelta(
         seconds=60
     ),
+    stall_after: StallAfter = sweeps.STALL_AFTER,
+    lose_after: LoseAfter = sweeps.LOSE_AFTER,
     no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Do not sweep; other workers do.")] = False,
     until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when nothing can be sent now.")] = False,
 ) -> None:
@@ -153,13 +168,13 @@ def worker(
         load_module(module)
     send = load_sender(str(sender))
     if current().database is not bound:
-        if option(context, "database") is not None:
+        if option(context, "database") is not None and _place(current().database) != _place(bound):
             raise ConfigurationError(
                 "--database names one database, and the sender's module connects to another when it is imported: "
                 "leave out one of the two."
             )
         context.call_on_close(current().database.close)
-    swept = None if no_sweep else sweeps.sweep
+    swept = None if no_sweep else partial(sweeps.sweep, stall_after=stall_after, lose_after=lose_after)
     sending_worker = Worker(
         send,
         name=name,
@@ -176,6 +191,10 @@ def worker(
             sending_worker.run_until_empty()
         else:
             sending_worker.run()
+
+
+def _place(database: peewee.Database) -> tuple[Any, ...]:
+    return database.database, database.connect_params
 
 
 class _OneLine(logging.Formatter):
@@ -206,8 +225,8 @@ def _stopped_by_signals(worker: Worker) -> Iterator[None]:
             signal.signal(number, handler)
 
     def stop(number: int, frame: object) -> None:
-        restore()
         worker.stop()
+        restore()
 
     for number in before:
         signal.signal(number, stop)
