@@ -63,8 +63,8 @@ DEADLINES = """
     END $$
 """
 MESSAGES = f"""
-    INSERT INTO close_engine.outbox (conversation_id, lead_id, topic, body, status, created_at, available_at)
-    SELECT {ID}, {LEAD_ID}, 'SEND_MESSAGE', 'Hello!', '{{status}}', moment, moment
+    INSERT INTO close_engine.outbox (conversation_id, topic, body, status, created_at, available_at)
+    SELECT {ID}, 'SEND_MESSAGE', 'Hello!', '{{status}}', moment, moment
     FROM (SELECT n, date_trunc('milliseconds', localtimestamp - interval '1 hour' + step * interval '1 ms') AS moment
         FROM generate_series(1, {{each}}) step, generate_series(1, {{count}}) n) AS numbered
 """

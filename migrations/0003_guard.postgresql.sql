@@ -86,7 +86,6 @@ CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     moment timestamp := close_engine.moment();
-    tomorrow timestamp := moment + interval '1 day';
     later boolean;
     context jsonb;
     fired text;
@@ -103,24 +102,26 @@ BEGIN
     END IF;
     -- In an INSERT, OLD is NULL. Two comparisons clear all times of nearly every write.
     IF greatest(NEW.updated_at, NEW.created_at, NEW.payment_link_sent_at, NEW.stalled_at, NEW.completed_at,
-            NEW.closed_lost_at) > tomorrow
+            NEW.closed_lost_at) > moment + interval '1 day'
         OR least(NEW.updated_at, NEW.created_at, NEW.payment_link_sent_at, NEW.stalled_at, NEW.completed_at,
             NEW.closed_lost_at) < timestamp '0001-01-01' THEN
         PERFORM close_engine.require_time(changed.name || ' of conversation ' || NEW.id, changed.at, changed.latest)
         FROM (VALUES
-            ('updated_at', NEW.updated_at, OLD.updated_at, tomorrow),
+            ('updated_at', NEW.updated_at, OLD.updated_at, moment + interval '1 day'),
             ('created_at', NEW.created_at, OLD.created_at, NULL),
-            ('payment_link_sent_at', NEW.payment_link_sent_at, OLD.payment_link_sent_at, tomorrow),
-            ('stalled_at', NEW.stalled_at, OLD.stalled_at, tomorrow),
-            ('completed_at', NEW.completed_at, OLD.completed_at, tomorrow),
-            ('closed_lost_at', NEW.closed_lost_at, OLD.closed_lost_at, tomorrow)
+            ('payment_link_sent_at', NEW.payment_link_sent_at, OLD.payment_link_sent_at, moment + interval '1 day'),
+            ('stalled_at', NEW.stalled_at, OLD.stalled_at, moment + interval '1 day'),
+            ('completed_at', NEW.completed_at, OLD.completed_at, moment + interval '1 day'),
+            ('closed_lost_at', NEW.closed_lost_at, OLD.closed_lost_at, moment + interval '1 day')
         ) AS changed (name, at, was, latest) WHERE changed.at IS DISTINCT FROM changed.was;
     END IF;
-    IF NEW.questions_asked IS DISTINCT FROM OLD.questions_asked THEN
-        PERFORM close_engine.require_readable('questions_asked of conversation ' || NEW.id, NEW.questions_asked);
-    END IF;
-    IF NEW.collected_data IS DISTINCT FROM OLD.collected_data THEN
-        PERFORM close_engine.require_readable('collected_data of conversation ' || NEW.id, NEW.collected_data);
+    IF (NEW.questions_asked, NEW.collected_data) IS DISTINCT FROM (OLD.questions_asked, OLD.collected_data) THEN
+        IF NEW.questions_asked IS DISTINCT FROM OLD.questions_asked THEN
+            PERFORM close_engine.require_readable('questions_asked of conversation ' || NEW.id, NEW.questions_asked);
+        END IF;
+        IF NEW.collected_data IS DISTINCT FROM OLD.collected_data THEN
+            PERFORM close_engine.require_readable('collected_data of conversation ' || NEW.id, NEW.collected_data);
+        END IF;
     END IF;
     IF TG_OP = 'INSERT' THEN
         -- The default or now(): rounded by the column, and local time if the session is not in UTC. Replace it.
@@ -151,7 +152,7 @@ BEGIN
     END IF;
     later := NEW.updated_at > OLD.updated_at;
     -- An updated_at that was there before the guard may be in no reader's reach: it may be set back.
-    IF NOT later AND (OLD.updated_at <= tomorrow OR NEW.updated_at = OLD.updated_at) THEN
+    IF NOT later AND (OLD.updated_at <= moment + interval '1 day' OR NEW.updated_at = OLD.updated_at) THEN
         NEW.updated_at := greatest(moment, OLD.updated_at + interval '1 millisecond');
     END IF;
     IF NEW.stage IS NOT DISTINCT FROM OLD.stage THEN
