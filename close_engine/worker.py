@@ -565,10 +565,7 @@ class _Shift:
     def _wait_for_database(self, error: Exception) -> None:
         logger.warning("database unreachable worker=%s: %s", self.worker.name, first_line(error))
         _disconnect()
-        if threading.current_thread().name.startswith(self.worker.name):
-            self._over.wait(self.worker.idle.total_seconds())
-        else:
-            self.worker.pause()
+        self._over.wait(self.worker.idle.total_seconds())
 
 
 def _methods(sender: Any) -> tuple[Sender, Sender | None]:
