@@ -23,12 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import peewee
 
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, now
+from close_engine.database.dialect import Dialect
 from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text
 from close_engine.database.provenance import Provenance, own_key
 from close_engine.database.transaction import accept, accept_row, atomic
@@ -462,6 +464,12 @@ def enqueue(
         UnknownTrigger: there is no such trigger.
         InvalidValue: an argument makes no sense or cannot be stored.
     """
+    if trigger is not None and trigger not in TRIGGERS:
+        raise UnknownTrigger(trigger, list(TRIGGERS))
+    if max_attempts < 1:
+        raise InvalidValue("max_attempts", max_attempts, "it must be at least 1")
+    if body is not None and topic in TEXTS:
+        require_words("body", body)
     return _enqueue(
         conversation if isinstance(conversation, str) else conversation.id,
         send_after,
@@ -477,13 +485,7 @@ def enqueue(
 
 
 def _enqueue(conversation_id: str, send_after: timedelta | datetime | None, **values: Any) -> OutboxMessage:
-    topic, body, trigger, key = values["topic"], values["body"], values["trigger"], values["key"]
-    if trigger is not None and trigger not in TRIGGERS:
-        raise UnknownTrigger(trigger, list(TRIGGERS))
-    if values["max_attempts"] < 1:
-        raise InvalidValue("max_attempts", values["max_attempts"], "it must be at least 1")
-    if body is not None and topic in TEXTS:
-        require_words("body", body)
+    topic, key = values["topic"], values["key"]
     fresh = OutboxMessage(conversation_id=conversation_id, **values).__data__
     del fresh["created_at"], fresh["available_at"]
     due = _moment_after(send_after)
@@ -551,16 +553,16 @@ def effect(
             conversation.id,
             send_after,
             topic=topic,
-            body=None,
             payload=made,
-            trigger=None,
-            approved_by=None,
-            submitted_by=None,
             key=own_key("effect", topic, change.id),
-            max_attempts=MAX_ATTEMPTS,
         )
 
     return enqueue_effect
+
+
+def _is_text(message: str) -> str:
+    texts = ", ".join(f"'{topic.value}'" for topic in TEXTS)
+    return f"{message}.topic IN ({texts})"
 
 
 def may_leave(message: str = "o") -> str:
@@ -573,7 +575,7 @@ def may_leave(message: str = "o") -> str:
         message: alias of the outbox in the statement.
     """
     # Subqueries of one value: PostgreSQL may turn EXISTS into a hash of the whole table.
-    return f"""CASE WHEN {message}.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK') THEN NULLIF(COALESCE((
+    return f"""CASE WHEN {_is_text(message)} THEN NULLIF(COALESCE((
             SELECT CASE
                 WHEN c.stage IN ('COMPLETED', 'CLOSED_LOST') THEN 'the conversation is closed'
                 WHEN (SELECT h.id FROM {{history}} h
@@ -585,14 +587,9 @@ def may_leave(message: str = "o") -> str:
         ), 'the conversation is deleted'), '') END"""
 
 
-_ONE_LANE = """({this}.topic = {other}.topic
-            OR {this}.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
-                AND {other}.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK'))"""
-
-
 def one_lane(this: str, other: str) -> str:
     """Return the SQL that says whether two messages of one conversation are in one lane."""
-    return _ONE_LANE.replace("{this}", this).replace("{other}", other)
+    return f"({this}.topic = {other}.topic OR {_is_text(this)} AND {_is_text(other)})"
 
 
 #: The messages that can be claimed now, each the next of its lane: one whose lease is over, or the oldest that is due.
@@ -677,8 +674,7 @@ def claim(
 
 def _claim(only: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
     binding = current()
-    statement = _CLAIM.replace("{columns}", _COLUMNS).replace("{only}", only)
-    statement = binding.dialect.sql(statement.replace("{skip_locked}", binding.dialect.skip_locked("o")))
+    statement = _claiming(binding.dialect, only)
     while True:
         try:
             with atomic() if binding.database.in_transaction() else nullcontext():
@@ -688,7 +684,14 @@ def _claim(only: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
             continue
 
 
-_READ = [field for field in OutboxMessage._meta.sorted_fields]
+@cache
+def _claiming(dialect: Dialect, only: str) -> str:
+    """Build the statement, once for each shape."""
+    statement = _CLAIM.replace("{columns}", _COLUMNS).replace("{only}", only)
+    return dialect.sql(statement.replace("{skip_locked}", dialect.skip_locked("o")))
+
+
+_READ = OutboxMessage._meta.sorted_fields
 #: The payload as text, so that one that Python cannot read fails by itself, and not with all the others.
 _COLUMNS = ", ".join(
     "CAST(payload AS TEXT)" if field.name == "payload" else f'"{field.column_name}"' for field in _READ
