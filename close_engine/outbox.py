@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 
 import peewee
@@ -292,8 +291,7 @@ class OutboxMessage(BaseModel):
         gone = {**_REPORTED, "status": MessageStatus.WITHDRAWN, "last_error": reason}
         if self.leased_by is not None:
             return self._report({**gone, **_not_tried()})
-        waiting = (OutboxMessage.id == self.id) & OutboxMessage.status.is_still(MessageStatus.PENDING)
-        return self._report(gone, waiting & OutboxMessage.leased_by.is_null())
+        return self._write(gone, _STILL_WAITING, [self.id])
 
     @classmethod
     def with_provider_id(cls, provider_id: str) -> OutboxMessage | None:
@@ -301,36 +299,37 @@ class OutboxMessage(BaseModel):
         message: OutboxMessage | None = cls.get_or_none(cls.provider_id == provider_id)
         return message
 
-    def _has_same_lease(self) -> peewee.Expression:
-        # The number of claims tells this lease from a later one of the same worker.
-        same_lease: peewee.Expression = (
-            (OutboxMessage.id == self.id)
-            & OutboxMessage.status.is_still(MessageStatus.PENDING)
-            & OutboxMessage.leased_by.is_null(False)
-            & (OutboxMessage.leased_by == self.leased_by)
-            & (OutboxMessage.claims == self.claims)
-        )
-        return same_lease
-
     def _holds_lease(self) -> bool:
-        return OutboxMessage.select().where(self._has_same_lease()).exists()
+        query = f"SELECT 1 FROM {{outbox}} WHERE {_SAME_LEASE}"
+        return current().execute(query, self._lease()).fetchone() is not None
 
-    def _report(self, values: dict[str, Any], condition: Any = None) -> OutboxMessage:
-        """Write the outcome if this worker still holds the lease, or under another condition."""
-        condition = self._has_same_lease() if condition is None else condition
+    def _lease(self) -> list[Any]:
+        return [self.id, self.leased_by, self.claims]
+
+    def _report(self, values: dict[str, Any]) -> OutboxMessage:
+        """Write the outcome if this worker still holds the lease."""
+        return self._write(values, _SAME_LEASE, self._lease())
+
+    def _write(self, values: dict[str, Any], condition: str, parameters: list[Any]) -> OutboxMessage:
+        # As text: building Peewee's query would take as long as all the rest of sending.
+        assignments: list[str] = []
+        written: list[Any] = []
+        for name, value in values.items():
+            value = value if isinstance(value, peewee.SQL) else peewee.SQL("%s", [_FIELDS[name].db_value(value)])
+            assignments.append(f'"{name}" = {value.sql}')
+            written += value.params or ()
         provider_id = values.get("provider_id")
         if provider_id is not None:
-            other = OutboxMessage.alias()
-            condition &= ~peewee.fn.EXISTS(other.select(peewee.SQL("1")).where(other.provider_id == provider_id))
-        names = list(values)
-        returning = [self._meta.fields[name] for name in names]
-        written = next(
-            iter(OutboxMessage.update(values).where(condition).returning(*returning).tuples().execute()), None
-        )
-        if written is None:
+            condition += " AND NOT EXISTS (SELECT 1 FROM {outbox} other WHERE other.provider_id = %s)"
+            parameters = [*parameters, provider_id]
+        returning = ", ".join(f'"{name}"' for name in values)
+        statement = f"UPDATE {{outbox}} SET {', '.join(assignments)} WHERE {condition} RETURNING {returning}"
+        row = current().execute(statement, written + parameters).fetchone()
+        if row is None:
             self._refuse_unless_reported(provider_id)
         else:
-            accept(self, dict(zip(names, written, strict=True)))
+            read = {name: _FIELDS[name].python_value(value) for name, value in zip(values, row, strict=True)}
+            accept(self, read)
         return self
 
     def drop(self) -> OutboxMessage:
@@ -401,6 +400,14 @@ class OutboxMessage(BaseModel):
         return f"<OutboxMessage {self.id}: {self.topic} of {self.conversation_id}, {self.status}>"
 
 
+_FIELDS = OutboxMessage._meta.fields
+
+# No index serves this form of comparing the status: see EnumField.is_still.
+_STILL_PENDING = """"id" = %s AND status || '' = 'PENDING'"""
+_STILL_WAITING = f"{_STILL_PENDING} AND leased_by IS NULL"
+#: The number of claims tells this lease from a later one of the same worker.
+_SAME_LEASE = f"{_STILL_PENDING} AND leased_by = %s AND claims = %s"
+
 _IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
 _WAITING = OutboxMessage.status == MessageStatus.PENDING
 _IS_TEXT = OutboxMessage.topic.in_([topic.value for topic in TEXTS])
@@ -424,7 +431,7 @@ _REPORTED = {**_FREE, "unreported": 0}
 
 
 def _not_tried() -> dict[str, Any]:
-    return {"attempts": OutboxMessage.attempts - 1}
+    return {"attempts": peewee.SQL("attempts - 1")}
 
 
 def enqueue(
@@ -601,31 +608,47 @@ CLAIMABLE = f"""o.status = 'PENDING' AND o.available_at <= {{moment}} AND (o.lea
             AND (ahead.leased_by IS NOT NULL
                 OR ahead.id < o.id AND (ahead.claims > 0 OR ahead.available_at <= {{moment}}))))"""
 
-# A lease that is over is counted here: after too many of them, or too many attempts, the message is dead.
-_CLAIM = f"""
-WITH next AS (
+
+def claiming(dialect: Dialect, limit: str, worker: str, only: str, columns: str) -> str:
+    """Return the statement that claims. A lease that is over is counted: after too many, the message is dead.
+
+    SQLite runs it as it is. PostgreSQL has it in the function `close_engine.claim`, and keeps its plan, because to plan
+    it takes longer than to run it. A test compares the two.
+
+    Args:
+        limit, worker: how the most messages to claim and the worker's name are written.
+        only: more conditions for a message `o`, or nothing.
+        columns: what to return, and after it the lead.
+    """
+    is_leased, found = "reason IS NULL AND over = 0", dialect.in_subquery("SELECT message_id FROM next")
+    # The cast gives what is returned the affinity of text, without which SQLite does not use the index.
+    conversation = "CAST(conversation_id AS TEXT)"
+    return f"""WITH next AS (
     SELECT o.id AS message_id, {may_leave()} AS reason,
         CASE WHEN o.leased_by IS NOT NULL
             AND (o.unreported >= {MAX_UNREPORTED - 1} OR o.attempts >= o.max_attempts) THEN 1 ELSE 0 END AS over
     FROM {{outbox}} o
-    WHERE {CLAIMABLE} {{only}}
-    ORDER BY o.available_at, o.id LIMIT %s {{skip_locked}}
+    WHERE {CLAIMABLE}{only}
+    ORDER BY o.available_at, o.id LIMIT {limit} {dialect.skip_locked("o")}
 )
-UPDATE {{outbox}} SET
-    status = CASE WHEN reason IS NOT NULL THEN 'WITHDRAWN' WHEN over = 1 THEN 'DEAD' ELSE status END,
-    last_error = CASE WHEN reason IS NOT NULL THEN reason
-        WHEN leased_by IS NOT NULL THEN 'the lease of ' || leased_by || ' ran out' ELSE last_error END,
-    unreported = CASE WHEN leased_by IS NOT NULL THEN unreported + 1 ELSE unreported END,
-    leased_by = CASE WHEN reason IS NULL AND over = 0 THEN %s END,
-    leased_at = CASE WHEN reason IS NULL AND over = 0 THEN {{moment}} END,
-    available_at = CASE WHEN reason IS NULL AND over = 0 THEN {{later}} ELSE {{moment}} END,
-    attempts = CASE WHEN reason IS NULL AND over = 0 THEN attempts + 1 ELSE attempts END,
-    claims = CASE WHEN reason IS NULL AND over = 0 THEN claims + 1 ELSE claims END
-FROM next WHERE id = message_id
-RETURNING {{columns}}, (SELECT c.lead_id FROM close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT))
-"""
+UPDATE {{outbox}} AS message SET
+    (status, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
+        CASE WHEN reason IS NOT NULL THEN 'WITHDRAWN' WHEN over = 1 THEN 'DEAD' ELSE status END,
+        CASE WHEN reason IS NOT NULL THEN reason
+            WHEN leased_by IS NOT NULL THEN 'the lease of ' || leased_by || ' ran out' ELSE last_error END,
+        CASE WHEN leased_by IS NOT NULL THEN unreported + 1 ELSE unreported END,
+        CASE WHEN {is_leased} THEN {worker} END,
+        CASE WHEN {is_leased} THEN {{moment}} END,
+        CASE WHEN {is_leased} THEN {{later}} ELSE {{moment}} END,
+        CASE WHEN {is_leased} THEN attempts + 1 ELSE attempts END,
+        CASE WHEN {is_leased} THEN claims + 1 ELSE claims END
+    FROM next WHERE message_id = id)
+WHERE id {found}
+RETURNING {columns}, (SELECT c.lead_id FROM close_engine_conversations c WHERE c.id = {conversation})"""
+
+
 #: A message whose lease ended without a report may have killed its worker.
-_SUSPECT = "(o.unreported > 0 OR o.leased_by IS NOT NULL)"
+SUSPECT = "(o.unreported > 0 OR o.leased_by IS NOT NULL)"
 
 
 def claim(
@@ -660,42 +683,38 @@ def claim(
         raise InvalidValue("limit", limit, "it must be at least 1")
     if lease <= timedelta(0):
         raise InvalidValue("lease", lease, "it must be greater than zero")
-    only, names = "" if suspects else f" AND NOT {_SUSPECT}", [] if topics is None else [str(name) for name in topics]
-    if topics is not None:
-        only += f" AND o.topic IN ({', '.join(['%s'] * len(names))})"
-    seconds = lease.total_seconds()
+    seconds, names = lease.total_seconds(), None if topics is None else [str(name) for name in topics]
     while True:
         before = _steady()
-        rows = _claim(only, (*names, limit, worker, seconds))
+        rows = _claim(limit, seconds, worker, names, suspects)
         claimed = [message for row in rows if (message := _loaded(row, before + seconds)) is not None]
         if claimed or not rows:
             return _suspect_alone(sorted(claimed, key=lambda message: int(message.id)))
 
 
-def _claim(only: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _claim(limit: int, seconds: float, worker: str, topics: list[str] | None, suspects: bool) -> list[tuple[Any, ...]]:
     binding = current()
-    statement = _claiming(binding.dialect, only)
+    if binding.dialect.keeps_plans:
+        statement, values = _CALL_CLAIM, [limit, seconds, worker, topics, suspects]
+    else:
+        only = "" if topics is None else f" AND o.topic IN ({', '.join(['%s'] * len(topics))})"
+        statement = claiming(binding.dialect, "%s", "%s", only if suspects else f"{only} AND NOT {SUSPECT}", _COLUMNS)
+        values = [*(topics or ()), limit, worker, seconds]
     while True:
         try:
             with atomic() if binding.database.in_transaction() else nullcontext():
-                return list(binding.database.execute_sql(statement, values).fetchall())
+                return list(binding.execute(statement, values).fetchall())
         except peewee.IntegrityError:
             # Another worker claimed a requeued message of the same lane at the same moment: try again.
             continue
 
 
-@cache
-def _claiming(dialect: Dialect, only: str) -> str:
-    """Build the statement, once for each shape."""
-    statement = _CLAIM.replace("{columns}", _COLUMNS).replace("{only}", only)
-    return dialect.sql(statement.replace("{skip_locked}", dialect.skip_locked("o")))
-
-
 _READ = OutboxMessage._meta.sorted_fields
 #: The payload as text, so that one that Python cannot read fails by itself, and not with all the others.
-_COLUMNS = ", ".join(
-    "CAST(payload AS TEXT)" if field.name == "payload" else f'"{field.column_name}"' for field in _READ
-)
+_COLUMNS = ", ".join("CAST(payload AS TEXT)" if field.name == "payload" else f'"{field.name}"' for field in _READ)
+_CALL_CLAIM = f"""SELECT {
+    ", ".join(f'(c.message)."{field.name}"' + "::text" * (field.name == "payload") for field in _READ)
+}, c.lead_id FROM {{claim}}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) c"""
 
 
 def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:

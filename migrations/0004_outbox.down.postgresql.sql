@@ -1,2 +1,3 @@
+DROP FUNCTION close_engine.claim(integer, double precision, text, text[], boolean);
 DROP TABLE close_engine.outbox;
 DROP TABLE close_engine.inbox;

@@ -14,6 +14,8 @@ import pytest
 
 import close_engine
 from close_engine import ActionType, CloseEngineConversation, EntryPoint, PendingAction, outbox
+from close_engine.database.binding import current
+from close_engine.schema import scripts
 from close_engine.testing import new_lead
 from tests.servers import postgres_database
 
@@ -159,7 +161,7 @@ RUNS: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: outbox.enqueue("conversation 12", "SEND_MESSAGE", "hello", key="k"),
         [f"INSERT INTO {OUTBOX}"],
     ),
-    "claim and report": (claim_and_report, ["WITH next AS", f"UPDATE {OUTBOX} SET"]),
+    "claim and report": (claim_and_report, ["SELECT .* FROM close_engine.claim", f"UPDATE {OUTBOX} SET"]),
     "receive": (
         lambda: close_engine.receive("lead 16", "SM1", "hello"),
         ["INSERT INTO .*inbox", "UPDATE .*deadlines"],
@@ -193,6 +195,36 @@ def test_no_statement_reads_a_table_on_postgresql(filled: str, monkeypatch: pyte
         assert_among(plans, beginnings)
         for sql, plan in plans.items():
             assert not re.search(r"Seq Scan on (?!next|due)", plan), f"{sql}\n{plan}"
+    finally:
+        database.close()
+
+
+def claiming() -> str:
+    """The statement that claims, as the function has it."""
+    only = "\n        AND (topics IS NULL OR o.topic = ANY (topics)) AND (suspects OR NOT " + outbox.SUSPECT + ")"
+    return current().dialect.sql(outbox.claiming(current().dialect, "most", "worker", only, "message"))
+
+
+def test_the_function_that_claims_has_the_statement_that_claims(postgres: peewee.Database) -> None:
+    """SQLite runs the statement, PostgreSQL the function."""
+    (function,) = [each for each in scripts.functions() if each.name == "claim"]
+    statement = claiming().replace(current().dialect.later, "until").replace(current().dialect.moment, "at")
+    assert statement in function.body.replace("public.", "")
+
+
+def test_claiming_reads_no_table_on_postgresql(filled: str) -> None:
+    """The function's plan is made once, whatever it is called with."""
+    database = close_engine.connect(filled)
+    try:
+        statement = claiming().replace(current().dialect.later, "'2026-01-01'::timestamp")
+        for number, variable in enumerate(("most", "worker", "topics", "suspects"), 1):
+            statement = re.sub(rf"(?<![.\w]){variable}\b", f"${number}", statement)
+        database.execute_sql("SET plan_cache_mode = force_generic_plan")
+        database.execute_sql(f"PREPARE claiming (integer, text, text[], boolean) AS {statement}")
+        found = database.execute_sql("EXPLAIN EXECUTE claiming (1, 'w', NULL, true)").fetchall()
+        plan = "\n".join(row for (row,) in found)
+        assert "LockRows" in plan
+        assert not re.search(r"Seq Scan on (?!next)", plan), plan
     finally:
         database.close()
 

@@ -31,6 +31,9 @@ class Dialect:
     #: Reads the database's catalog.
     catalog: type[Catalog]
 
+    #: Whether statements that are long to plan are functions of the database, which keeps their plans.
+    keeps_plans = False
+
     #: The tables that the migrations guard, and how many triggers each of them has.
     guards: tuple[tuple[str, int], ...]
 
