@@ -56,6 +56,7 @@ __all__ = [
     "claim",
     "claimable",
     "dead_lines",
+    "due_in",
     "effect",
     "enqueue",
     "requeue",
@@ -741,6 +742,22 @@ def claimable() -> list[OutboxMessage]:
     """List the messages that can be claimed now, oldest first, without claiming them."""
     query = f"SELECT o.* FROM {{outbox}} o WHERE {CLAIMABLE} ORDER BY o.available_at, o.id"
     return list(OutboxMessage.raw(current().dialect.sql(query)))
+
+
+def due_in(within: timedelta = timedelta(days=1)) -> timedelta | None:
+    """Return how long it takes, by the database's clock, until one more message becomes due or a lease ends.
+
+    Args:
+        within: timedelta, how far to look ahead.
+
+    Returns:
+        timedelta, greater than zero; None if there is nothing to wait for.
+    """
+    waiting = "SELECT o.available_at FROM {outbox} o WHERE o.status = 'PENDING' AND o.available_at > {moment}"
+    query = f"SELECT {{moment}}, ({waiting} AND o.available_at <= {{later}} ORDER BY o.available_at LIMIT 1)"
+    found = current().execute(query, [within.total_seconds()]).fetchone()
+    at, due = map(OutboxMessage.available_at.python_value, found)
+    return None if due is None else max(due - at, timedelta(milliseconds=1))
 
 
 @dataclass(frozen=True)

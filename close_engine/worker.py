@@ -9,6 +9,9 @@ be tried later. After any other error, the message is tried again. `send` is cal
 worker dies in the middle of a send: pass `message.send_key` to the provider as its idempotency key, or give the worker
 an object that has `find` as well as `send`.
 
+A worker wakes at once if a message is put in: PostgreSQL tells it. Where nobody tells it, it looks every `idle`. Its
+first log line says which.
+
 If the database restarts, the worker waits for it. What it has sent meanwhile is recorded as soon as the database is
 back. One line is logged per event, under the name `close_engine.worker`.
 
@@ -39,9 +42,11 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import peewee
+from playhouse.pool import MaxConnectionsExceeded
 
 from close_engine import outbox, sweeps
 from close_engine.database.binding import current, is_transient, now
+from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
     CannotBeSent,
     ConfigurationError,
@@ -63,6 +68,9 @@ logger = logging.getLogger(__name__)
 Sender = Callable[[OutboxMessage], "str | None"]
 """A function that sends a message and returns the provider's id for it, or None if it has none."""
 
+
+#: Why a worker polls, though the database has notices.
+_UNHEARD = f"it does not hear its own notice, as through PgBouncer: name a URL of the server itself in {LISTEN}"
 
 #: The longest that a thread can wait on every platform, and then some.
 LONGEST = timedelta(days=30)
@@ -140,7 +148,7 @@ class Worker:
         concurrency: int, how many messages to send at once, at least 1.
         topics: sequence of str, the topics to send; the default is all.
         lease: timedelta, how long its messages stay leased if it dies. While it lives, it extends its leases.
-        idle: timedelta, how long to wait when there is nothing to send or the database is down.
+        idle: timedelta, the longest to wait before it looks for messages again, or for the database if that is down.
         sweep: the function that sweeps, or None to turn sweeps off.
         sweep_every: timedelta, how often to sweep. The first sweep runs when the worker starts.
 
@@ -196,11 +204,11 @@ class Worker:
         """Send and sweep until `stop` is called. If the database is down, wait for it.
 
         Raises:
+            ConfigurationError: CLOSE_ENGINE_LISTEN names no PostgreSQL database.
             SchemaError: the database is not migrated.
             peewee.PeeweeException: `stop` was called while the database was down, and the result of a message could
                 not be recorded within the length of a lease; or the database raised another kind of error.
         """
-        logger.info("started worker=%s concurrency=%s", self.name, self.concurrency)
         self._work(_Shift(self, patient=True))
         logger.info("stopped worker=%s", self.name)
 
@@ -228,10 +236,10 @@ class Worker:
         """
         return self._work(_Shift(self, each=1))
 
-    def pause(self) -> None:
-        """Wait as long as `idle` says, or until `stop` is called or there is news."""
+    def pause(self, seconds: float | None = None) -> None:
+        """Wait this long, or else as long as `idle` says, or until `stop` or `wake` is called."""
         with suppress(queue.Empty):
-            self._wake.get(timeout=self.idle.total_seconds())
+            self._wake.get(timeout=self.idle.total_seconds() if seconds is None else seconds)
 
     def wake(self) -> None:
         """End `pause` early."""
@@ -281,6 +289,10 @@ class _Shift:
         self.claimed = 0
         self._failure: BaseException | None = None
         self._over = threading.Event()
+        self._listens_on = listening_database() if patient else None
+        self._notices: Notices | None = None
+        self._wakes: str | None = None  # as the log says it; None until the first line
+        self._look_at = 0.0  # when to look for messages in any case, by time.monotonic()
         #: Guards everything below. `_turn` is notified when a sender may claim again, `_work` when one should look.
         self._lock = threading.Lock()
         self._turn, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -295,6 +307,7 @@ class _Shift:
 
     def in_this_thread(self) -> None:
         """Work in the caller's thread, one message at a time."""
+        self._note_wakes("it works in the caller's thread")
         while not self.worker.stopping:
             self._require_migrated()
             self.worker.sweep_if_due()
@@ -303,16 +316,23 @@ class _Shift:
             if not self.patient:
                 return
             if self.claimed == before:
-                self.worker.pause()
+                self.worker.pause(self._until_next_look())
 
     def in_threads(self) -> None:
         """Work in threads, each with connections of its own, and wait for them."""
         name = self.worker.name
         sweeper = self._thread(f"{name} sweep", self._sweep)
         heartbeat = self._thread(f"{name} heartbeat", self._beat)
+        listener = self._thread(f"{name} listener", self._listen)
         senders = [self._thread(f"{name} sender {n}", self._send) for n in range(1, self.worker.concurrency + 1)]
+        background = [heartbeat, listener] if self.patient else [heartbeat]
         self._waits = self.patient
+        if self.patient:
+            listener.start()
+        while self.patient and self._wakes is None and not self._ending:
+            self.worker.pause()
         if self.worker.sweep is not None:
+            background.append(sweeper)
             sweeper.start()
             if not self.patient:
                 sweeper.join()
@@ -320,17 +340,20 @@ class _Shift:
             thread.start()
         try:
             while self.patient and not self._ending:
-                self.worker.pause()
-                self._announce()
+                self.worker.pause(self._until_next_look())
+                if not self._until_next_look():
+                    self._look_in(self.worker.idle)
+                    self._announce()
             with self._lock:
                 self._wake_all()
             for thread in senders:
                 thread.join()
         finally:
             self._over.set()
-        heartbeat.join()
-        if self.worker.sweep is not None:
-            sweeper.join()
+            if self._notices is not None:
+                self._notices.interrupt()
+        for thread in background:
+            thread.join()
         if self._failure is not None:
             raise self._failure
 
@@ -379,6 +402,62 @@ class _Shift:
                 self._recover(error)
             if not self.patient or self._over.wait(min(self.worker.sweep_every, self.worker.idle).total_seconds()):
                 return
+
+    # -- when to look for messages
+
+    def _listen(self) -> None:
+        """Have a sender look as soon as PostgreSQL tells that there is something, until the end."""
+        if self._listens_on is None:
+            self._note_wakes("this database tells nobody of a new message")
+            return
+        while not self._over.is_set():
+            is_new = True
+            try:
+                self._notices = notices = Notices(self._listens_on)
+                try:
+                    are_heard = notices.are_heard()
+                    _disconnect()  # others may need it
+                    if not are_heard:
+                        self._note_wakes(_UNHEARD)
+                        return
+                    self._note_wakes()
+                    self._announce()  # what came before this
+                    is_new = False
+                    while not self._over.is_set():
+                        if notices.wait():
+                            self._announce()
+                finally:
+                    notices.close()
+            except (peewee.PeeweeException, MaxConnectionsExceeded) as error:
+                self._note_wakes(first_line(error))
+                _disconnect()
+                if is_new:
+                    self._over.wait(self.worker.idle.total_seconds())
+
+    def _note_wakes(self, why_it_polls: str | None = None) -> None:
+        """Log what wakes the senders, if that is news. The first time, they wait for it."""
+        worker, before = self.worker, self._wakes
+        self._wakes = "notices" if why_it_polls is None else "polling"
+        details = "" if why_it_polls is None else f" every={worker.idle.total_seconds():g}s why={why_it_polls!r}"
+        if self.patient and before is None:
+            logger.info(
+                "started worker=%s concurrency=%s wakes=%s%s", worker.name, worker.concurrency, self._wakes, details
+            )
+        elif self.patient and before != self._wakes:
+            level = logging.INFO if why_it_polls is None else logging.WARNING
+            logger.log(level, "changed worker=%s wakes=%s%s", worker.name, self._wakes, details)
+        worker.wake()
+
+    def _look_in(self, wait: timedelta | None) -> None:
+        """Note when something becomes due, so that a sender looks then, or after `idle` at the latest."""
+        seconds = min(wait or self.worker.idle, self.worker.idle).total_seconds()
+        with self._lock:
+            before, self._look_at = self._look_at, time.monotonic() + seconds
+        if self._look_at < before:
+            self.worker.wake()
+
+    def _until_next_look(self) -> float:
+        return max(0.0, self._look_at - time.monotonic())
 
     # -- one sender
 
@@ -448,6 +527,8 @@ class _Shift:
             try:
                 self._require_migrated()
                 claimed = outbox.claim(1, worker.lease, worker.name, topics=worker.topics, suspects=suspects)
+                if not claimed and self.patient:
+                    self._look_in(outbox.due_in(worker.idle))
             except Exception as error:
                 self._recover(error)
             else:

@@ -1,3 +1,4 @@
 DROP FUNCTION close_engine.claim(integer, double precision, text, text[], boolean);
 DROP TABLE close_engine.outbox;
+DROP FUNCTION close_engine.announce_message();
 DROP TABLE close_engine.inbox;

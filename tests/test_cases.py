@@ -1353,7 +1353,8 @@ def test_e7_as_many_triggers_are_asked_for_as_the_migrations_make(database: peew
     """Or a trigger that is missing would not be noticed, or every decision refused."""
     made: dict[str, int] = {}
     for trigger in scripts.triggers():
-        made[trigger.table] = made.get(trigger.table, 0) + 1
+        if trigger.schema is None:
+            made[trigger.table] = made.get(trigger.table, 0) + 1
     assert dict(current().dialect.guards) == made
 
 

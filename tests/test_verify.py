@@ -707,7 +707,8 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
 
 def test_every_trigger_and_function_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
     catalog = current().dialect.catalog(database)
-    there = {(table, name) for table in (TABLE, "pending_actions") for name in catalog.triggers(table)}
+    places = (None, TABLE), (None, "pending_actions"), current().dialect.own_table("outbox")
+    there = {(table, name) for schema, table in places for name in catalog.triggers(table, schema)}
 
     assert {(trigger.table, trigger.name) for trigger in scripts.triggers()} == there
     assert {function.name for function in scripts.functions()} == set(catalog.functions())

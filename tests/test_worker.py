@@ -714,9 +714,9 @@ class Door:
 
     def shut(self) -> None:
         execute(self.server, f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS false")
-        ended = "SELECT pid, pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE datname = %s"
-        everybody = query(self.server, ended, (1000 * LIMIT, self.name))
-        assert all(thrown_out for _, thrown_out in everybody), everybody
+        # One that was just refused may be there for a moment, and is gone before it is ended.
+        ended = "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE datname = %s"
+        until(lambda: not query(self.server, ended, (1000 * LIMIT, self.name)), "nobody is in the database")
 
     def open(self) -> None:
         execute(self.server, f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS true")
@@ -759,7 +759,7 @@ def test_it_waits_for_the_database_to_start_with(
     with when_logged("database unreachable", door.open):
         worker.run()
 
-    assert {event for _, event in told()} == {"started", "database unreachable", "sent", "stopped"}
+    assert {event for _, event in told()} - {"changed"} == {"started", "database unreachable", "sent", "stopped"}
 
 
 def test_a_sweep_that_the_database_fails_is_no_failure_of_the_sweep(
@@ -780,7 +780,7 @@ def test_a_sweep_that_the_database_fails_is_no_failure_of_the_sweep(
         worker.run()
 
     assert swept == [0, 1]
-    assert {event for _, event in told()} == {"started", "database unreachable", "stopped"}
+    assert {event for _, event in told()} - {"changed"} == {"started", "database unreachable", "stopped"}
 
 
 def test_an_error_that_no_waiting_helps_against_ends_it(postgres: peewee.Database, told: Callable[[], Any]) -> None:

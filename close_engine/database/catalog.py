@@ -127,8 +127,8 @@ class Catalog:
         """Return the foreign keys of a table that Prisma sees."""
         raise NotImplementedError
 
-    def triggers(self, table: str) -> dict[str, Trigger]:
-        """Return the triggers of a table that Prisma sees, by name, in the order in which they fire."""
+    def triggers(self, table: str, schema: str | None = None) -> dict[str, Trigger]:
+        """Return the triggers of a table by name, in the order in which they fire."""
         raise NotImplementedError
 
     def printed_trigger(self, statement: str) -> str:

@@ -119,17 +119,18 @@ class PostgresCatalog(Catalog):
             for name, column, target, on_delete, on_update in rows
         ]
 
-    def triggers(self, table: str) -> dict[str, Trigger]:
+    def triggers(self, table: str, schema: str | None = None) -> dict[str, Trigger]:
         rows = self.database.execute_sql(
             """
             SELECT t.tgname, pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled IN ('O', 'A'),
                 t.tgtype & 1 > 0 AND t.tgtype & 2 > 0 AND t.tgtype & (4 | 16) > 0 -- each row, before, insert or update
             FROM pg_catalog.pg_trigger t
             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                AND n.nspname = coalesce(%s::name, pg_catalog.current_schema())
             WHERE c.relname = %s AND NOT t.tgisinternal ORDER BY t.tgname
             """,
-            (table,),
+            (schema, table),
         ).fetchall()
         return {
             name: Trigger(self.printed_trigger(statement), enabled, rewrites)
@@ -322,6 +323,8 @@ class Postgres(Dialect):
     builtin = "pg_catalog."
 
     catalog = PostgresCatalog
+
+    keeps_plans = True
 
     guards = (("close_engine_conversations", 6), ("pending_actions", 4))
 

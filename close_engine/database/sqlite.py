@@ -46,7 +46,7 @@ class SqliteCatalog(Catalog):
             for key in self.database.get_foreign_keys(table)
         ]
 
-    def triggers(self, table: str) -> dict[str, Trigger]:
+    def triggers(self, table: str, schema: str | None = None) -> dict[str, Trigger]:
         rows = self.database.execute_sql(
             "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
         ).fetchall()

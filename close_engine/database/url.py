@@ -19,7 +19,7 @@ from close_engine.database.binding import bind, utc_now
 from close_engine.database.sqlite import WalConnection
 from close_engine.errors import ConfigurationError
 
-__all__ = ["DEFAULT_URL", "connect", "without_password"]
+__all__ = ["DEFAULT_URL", "connect", "database_from", "without_password"]
 
 DEFAULT_URL = "sqlite:///close_engine.db"
 
@@ -62,7 +62,7 @@ def connect(
             URL's password.
     """
     url = url or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
-    return bind(_database_from(url), leads=leads, users=users, clients=clients, clock=clock)
+    return bind(database_from(url), leads=leads, users=users, clients=clients, clock=clock)
 
 
 def without_password(url: str) -> str:
@@ -81,7 +81,8 @@ _URL = re.compile(
 )
 
 
-def _database_from(url: str) -> peewee.Database:
+def database_from(url: str) -> peewee.Database:
+    """Make a Peewee database from a URL, without binding anything to it. Raises what `connect` raises."""
     try:
         match = _URL.fullmatch(url)
         if match is None:

@@ -60,11 +60,13 @@ class ScriptTrigger:
     """A trigger that a migration makes.
 
     Attributes:
+        schema: str, the schema of its table; None if that is the CRM's.
         table: str, the table it is on, without the schema.
         statement: str, the CREATE TRIGGER statement as it runs.
     """
 
     name: str
+    schema: str | None
     table: str
     statement: str
 
@@ -156,7 +158,7 @@ def runner(binding: Binding, *, again: bool = False) -> Any:
 
 
 _TRIGGER = re.compile(
-    r"^CREATE (?:OR REPLACE )?TRIGGER (?P<name>\w+)\s[^;]*?\sON (?:public\.)?(?P<table>\w+)"
+    r"^CREATE (?:OR REPLACE )?TRIGGER (?P<name>\w+)\s[^;]*?\sON (?:public\.|(?P<schema>close_engine)\.)?(?P<table>\w+)"
     r"(?:[^;]*?^BEGIN$.*?^END;$|[^;]*?;$)",
     re.MULTILINE | re.DOTALL,
 )
@@ -171,7 +173,7 @@ def triggers() -> Iterator[ScriptTrigger]:
     """Yield the triggers that the migrations make on this kind of database."""
     for text in _files(current().dialect.name):
         for found in _TRIGGER.finditer(text):
-            yield ScriptTrigger(found["name"], found["table"], found[0].removesuffix(";"))
+            yield ScriptTrigger(found["name"], found["schema"], found["table"], found[0].removesuffix(";"))
 
 
 def functions() -> Iterator[ScriptFunction]:

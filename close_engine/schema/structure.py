@@ -61,8 +61,9 @@ def structure() -> list[Check]:
     models = BaseModel.__subclasses__()
     made = [Check(f"table {table_name(model)}", list(_table_problems(catalog, model))) for model in models]
     made.append(Check("helper tables", list(_helper_problems(catalog))))
-    tables = list(dict.fromkeys(trigger.table for trigger in scripts.triggers()))
-    made += [Check(f"triggers on {table}", list(_trigger_problems(catalog, table))) for table in tables]
+    tables = list(dict.fromkeys((trigger.schema, trigger.table) for trigger in scripts.triggers()))
+    for schema, table in tables:
+        made.append(Check(f"triggers on {table}", list(_trigger_problems(catalog, schema, table))))
     if catalog.exact:
         made.append(Check("functions", list(_function_problems(catalog))))
     made.append(Check("allowed stage changes", list(_transition_problems(catalog, "conversation", pairs()))))
@@ -196,19 +197,20 @@ def _helper_problems(catalog: Catalog) -> Iterator[Problem]:
             yield Problem(f"The table {shown} has no {Index(helper.index)}", "create one")
 
 
-def _trigger_problems(catalog: Catalog, table: str) -> Iterator[Problem]:
-    if not catalog.columns(table):
+def _trigger_problems(catalog: Catalog, schema: str | None, table: str) -> Iterator[Problem]:
+    if not catalog.columns(table, schema):
         return
-    found, here = catalog.triggers(table), catalog.schema()
+    found, here = catalog.triggers(table, schema), catalog.schema()
     ours = [each for each in scripts.triggers() if each.table == table]
+    so = "so the table is not guarded" if schema is None else "so workers are not woken"
     for expected in ours:
         trigger, named = found.get(expected.name), f"The trigger {expected.name} on {table}"
         statement = catalog.printed_trigger(expected.statement.replace("public.", f"{here}.", 1))
         if trigger is None:
-            yield Problem(f"{named} is missing, so the table is not guarded", AGAIN, again=True)
+            yield Problem(f"{named} is missing, {so}", AGAIN, again=True)
         elif not trigger.enabled:
             yield Problem(
-                f"{named} is disabled, so the table is not guarded",
+                f"{named} is disabled, {so}",
                 "run close-engine migrate, which enables it",
                 again=True,
             )
