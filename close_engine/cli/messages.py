@@ -139,7 +139,7 @@ def worker(
         seconds=60
     ),
     idle: Annotated[
-        timedelta, in_seconds("How long to wait when there is nothing to send or the database is down.", 1)
+        timedelta, in_seconds("The longest to wait before looking for messages again, or for the database.", 1)
     ] = timedelta(seconds=1),
     sweep_every: Annotated[timedelta, in_seconds("How often to sweep, starting right away.", 60)] = timedelta(
         seconds=60
