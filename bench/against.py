@@ -1,4 +1,4 @@
-"""Does a stage change or a claim cost more than at another commit?
+"""Does a stage change, a claim or a worker cost more than at another commit?
 
     python -m bench.against fc8225f
 
@@ -21,16 +21,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.claims import refill_outbox
+from bench.claims import EACH, refill_outbox
 from bench.driver import counting_proxy
 from bench.ground import DEST, fill
-from bench.report import Table, microseconds, show, times
+from bench.report import Table, microseconds, per_second, show, times
 from bench.server import Server, private_server, processor_seconds
 
 ROOT = Path(__file__).parent.parent
 
 #: How many conversations exist, and how many messages are claimed in one round.
 CONVERSATIONS, MESSAGES = 2000, 500
+
+#: How many conversations have messages for a worker.
+DRAINED = 200
 
 #: At older commits, a message copies its lead.
 LEAD_MAY_BE_MISSING = """
@@ -93,6 +96,7 @@ def compare(server: Server, directories: dict[str, str], rounds: int, changes: i
         server.set("synchronous_commit", "off")
         yield table("One stage change", server, directories, sides, "stage change", rounds, changes, 1)
         yield table("One message claimed by ten and sent", server, directories, sides, "claim", rounds, MESSAGES, 10)
+        yield drained(server, sides, max(2, rounds // 2), (1, 4, 16))
         alone: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
@@ -142,6 +146,34 @@ def table(
             for name in sides
         ],
         f"median of {rounds} interleaved rounds of {count}; synchronous_commit off, Unix socket",
+    )
+
+
+def drained(server: Server, sides: dict[str, Side], rounds: int, concurrencies: tuple[int, ...]) -> Table:
+    """Compare how fast one worker in one process sends what waits, if sending does nothing."""
+    rates: dict[int, dict[str, list[float]]] = {count: {name: [] for name in sides} for count in concurrencies}
+    for number in range(rounds + 1):
+        for count, of_side in rates.items():
+            for name in sides if number % 2 else reversed(sides):
+                refill_outbox(server, f"against_{name}", DRAINED)
+                seconds = sides[name].tell("drain", count)
+                if number:  # the first round warms up
+                    of_side[name].append(DRAINED * EACH / seconds)
+    return Table(
+        "Messages that one worker sends",
+        ["version", *(heading for count in concurrencies for heading in (f"concurrency {count}", "to before"))],
+        [
+            [
+                name,
+                *(
+                    cell
+                    for of_side in rates.values()
+                    for cell in (per_second(median(of_side[name])), times(ratio(of_side[name], of_side["before"])))
+                ),
+            ]
+            for name in sides
+        ],
+        f"median of {rounds} interleaved rounds of {DRAINED * EACH}; synchronous_commit off, Unix socket",
     )
 
 

@@ -1,6 +1,7 @@
-"""How many messages a second do 1, 2 and 4 worker processes claim and mark sent, if sending does nothing?
+"""How many messages a second does a worker claim and mark sent, if sending does nothing?
 
-The comparison is procrastinate, which runs jobs that do nothing on the same server. Both keep the order within a
+It sends 1, 4 and 16 at once in one process, and 4 at once in each of 1, 2 and 4 processes. The comparison is
+procrastinate, which runs as many jobs at once that do nothing, on the same server. Both keep the order within a
 conversation; procrastinate does it with a `lock` per conversation. It also runs without locks.
 """
 
@@ -19,6 +20,9 @@ from bench.processes import in_processes
 from bench.report import Table, per_second
 from bench.rounds import interleave, measured_itself, median
 from bench.server import Server
+
+OURS = "Close Engine, a worker"
+WITH_LOCKS, WITHOUT_LOCKS = "procrastinate, a lock per conversation", "procrastinate, no locks"
 
 #: How many messages each conversation has.
 EACH = 5
@@ -40,43 +44,60 @@ REFILL_JOBS = """
 
 
 def measure(server: Server, *, quick: bool) -> Iterator[Table]:
-    conversations = 20 if quick else 400
-    workers, rounds = ((1, 2), 1) if quick else ((1, 2, 4), 5)
+    conversations, rounds = (20, 1) if quick else (400, 5)
+    workers = (1, 2) if quick else (1, 2, 4)
     ours_database, jobs = server.migrated("claims_ours"), server.copy("template0", "claims_procrastinate")
-    fill(server, ours_database, conversations)
+    fill(server, ours_database, conversations, stages=["QUALIFYING"])
     with procrastinate_app(server.url(jobs)).open() as app:
         app.schema_manager.apply_schema()
-    yield beside_procrastinate(server, ours_database, jobs, conversations, workers, rounds)
+    at_once = [(count, 1) for count in (1, 4, 16)]
+    yield beside_procrastinate(
+        server, ours_database, jobs, conversations, rounds, at_once, [f"concurrency {count}" for count, _ in at_once]
+    )
+    yield beside_procrastinate(
+        server,
+        ours_database,
+        jobs,
+        conversations,
+        rounds,
+        [(4, count) for count in workers],
+        [f"concurrency 4, {count} worker{'s' * (count > 1)}" for count in workers],
+    )
     yield batches(server, ours_database, conversations, workers[-1], rounds, (1, 10) if quick else (1, 5, 10, 50, 200))
     server.drop(ours_database, jobs)
 
 
 def beside_procrastinate(
-    server: Server, ours_database: str, jobs: str, conversations: int, workers: tuple[int, ...], rounds: int
+    server: Server,
+    ours_database: str,
+    jobs: str,
+    conversations: int,
+    rounds: int,
+    sizes: list[tuple[int, int]],
+    headings: list[str],
 ) -> Table:
-    ours_url, jobs_url = server.url(ours_database), server.url(jobs)
-    contenders: dict[str, Callable[[], object]] = {
-        "Close Engine, claim and sent": partial(claim_and_send, ours_url, 10),
-        "Close Engine, Worker, concurrency=4": partial(run_worker, ours_url, 4),
-        "procrastinate, a lock per conversation": partial(run_procrastinate, jobs_url, 1),
-        "procrastinate, a lock per conversation, concurrency=10": partial(run_procrastinate, jobs_url, 10),
-        "procrastinate, no locks": partial(run_procrastinate, jobs_url, 1),
-    }
+    """Compare workers of several sizes: how many they send at once, and how many processes there are."""
 
     def refill(name: str) -> None:
-        if name.startswith("Close Engine"):
+        if name == OURS:
             refill_outbox(server, ours_database, conversations)
         else:
-            lock = "NULL" if name.endswith("no locks") else "'conversation ' || conversation"
+            lock = "NULL" if name == WITHOUT_LOCKS else "'conversation ' || conversation"
             text = REFILL_JOBS.format(lock=lock, each=EACH, conversations=conversations)
             server.execute(text, database=jobs)
 
-    rates = {count: throughput(contenders, refill, count, conversations * EACH, rounds) for count in workers}
+    rates = []
+    for concurrency, workers in sizes:
+        contenders: dict[str, Callable[[], object]] = {
+            OURS: partial(run_worker, server.url(ours_database), concurrency),
+            **{name: partial(run_procrastinate, server.url(jobs), concurrency) for name in (WITH_LOCKS, WITHOUT_LOCKS)},
+        }
+        rates.append(throughput(contenders, refill, workers, conversations * EACH, rounds))
     return Table(
         "Messages claimed and marked sent, and procrastinate's jobs done",
-        ["contender", *(f"{count} worker{'s' * (count > 1)}" for count in workers)],
-        [[name, *(per_second(rates[count][name]) for count in workers)] for name in contenders],
-        f"{conversations * EACH:,} messages of {conversations:,} conversations, claimed by 10; synchronous_commit on",
+        ["contender", *headings],
+        [[name, *(per_second(rate[name]) for rate in rates)] for name in (OURS, WITH_LOCKS, WITHOUT_LOCKS)],
+        f"{conversations * EACH:,} messages of {conversations:,} conversations; synchronous_commit on",
     )
 
 

@@ -5,7 +5,9 @@ It reads one JSON array per line, [verb, argument, …], and answers each with o
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +52,15 @@ def main(directory: str, url: str) -> None:
             operations[operation]()
         return time.process_time() - started
 
+    def drain(concurrency: int) -> float:
+        """Return the seconds in which a worker sends all that waits. At older commits it sends one at a time."""
+        options: dict[str, Any] = {"concurrency": concurrency}
+        if "concurrency" not in inspect.signature(close_engine.Worker).parameters:
+            options = {}
+        worker = close_engine.Worker(lambda message: None, sweep=None, **options)
+        logging.disable()
+        return timed(worker.run_until_empty)
+
     def alone(count: int) -> float:
         """Return the CPU time in seconds of one stage change with the server's answers replayed."""
         nonlocal ids, database
@@ -66,7 +77,8 @@ def main(directory: str, url: str) -> None:
         return percentile([seconds], 10)
 
     database = close_engine.connect(url)
-    verbs: dict[str, Callable[..., Any]] = {"migrate": migrate, "backend": backend, "run": run, "alone": alone}
+    verbs: dict[str, Callable[..., Any]] = {"migrate": migrate, "backend": backend, "run": run}
+    verbs |= {"drain": drain, "alone": alone}
     for line in sys.stdin:
         verb, *arguments = json.loads(line)
         print(json.dumps(verbs[verb](*arguments)), flush=True)
