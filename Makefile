@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format lint types coverage judge matrix docs wheel bench clean
+.PHONY: demo test check format lint types coverage storm judge matrix docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -30,6 +30,10 @@ types: $(INSTALLED)
 
 coverage: judge
 	$(BIN)/pytest -q -n 2 --prisma --cov --cov-report=term --cov-fail-under=95
+
+# The chaos test at its full size: the check runs it with a tenth. It prints what happened.
+storm: $(INSTALLED)
+	$(BIN)/pytest -q -rP --storm tests/test_chaos.py
 
 # Prisma's engines, for the machine's Node or else for the one from PyPI.
 judge: $(INSTALLED)

