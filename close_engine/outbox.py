@@ -693,14 +693,27 @@ def claim(
             return _suspect_alone(sorted(claimed, key=lambda message: int(message.id)))
 
 
+def _of_topics(topics: Sequence[str] | None) -> tuple[str, list[str]]:
+    names = [] if topics is None else [str(name) for name in topics]
+    return "" if topics is None else f" AND o.topic IN ({', '.join(['%s'] * len(names))})", names
+
+
+def suspect_is_next(topics: Sequence[str] | None = None) -> bool:
+    """Return whether the oldest message that can be claimed may have killed its worker."""
+    only, names = _of_topics(topics)
+    oldest = f"SELECT {SUSPECT} FROM {{outbox}} o WHERE {CLAIMABLE}{only} ORDER BY o.available_at, o.id LIMIT 1"
+    row = current().execute(oldest, names).fetchone()
+    return row is not None and bool(row[0])
+
+
 def _claim(limit: int, seconds: float, worker: str, topics: list[str] | None, suspects: bool) -> list[tuple[Any, ...]]:
     binding = current()
     if binding.dialect.keeps_plans:
         statement, values = _CALL_CLAIM, [limit, seconds, worker, topics, suspects]
     else:
-        only = "" if topics is None else f" AND o.topic IN ({', '.join(['%s'] * len(topics))})"
+        only, names = _of_topics(topics)
         statement = claiming(binding.dialect, "%s", "%s", only if suspects else f"{only} AND NOT {SUSPECT}", _COLUMNS)
-        values = [*(topics or ()), limit, worker, seconds]
+        values = [*names, limit, worker, seconds]
     while True:
         try:
             with atomic() if binding.database.in_transaction() else nullcontext():

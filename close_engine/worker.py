@@ -299,6 +299,7 @@ class _Shift:
         self._checked = False
         self._busy = 0  # senders that claim or send
         self._alone = False  # whether one of them sends what may kill this process, or looks for such a message
+        self._pausing = False  # whether nothing new is claimed while one is busy, so that one of them can look for it
         self._in_flight: dict[int, OutboxMessage] = {}
         self._waits = False  # whether senders wait for work
         self._news = 0  # how often something may have become free to claim
@@ -387,10 +388,18 @@ class _Shift:
                 if held:
                     _connect()
                     outbox.extend(held, worker.lease)
+                    # Where one sender or another is always busy, nobody would ever look. A message that hangs holds up
+                    # the others every other beat at most.
+                    self._pause(not self._pausing and outbox.suspect_is_next(worker.topics))
             except Exception as error:
                 # The next beat tries again. If the lease is lost by then, recording the result reports it.
                 logger.warning("heartbeat failed worker=%s: %s", worker.name, first_line(error))
                 _disconnect()
+
+    def _pause(self, pausing: bool) -> None:
+        with self._lock:
+            self._pausing = pausing
+            self._turn.notify_all()
 
     def _sweep(self) -> None:
         """Sweep once, or on the timer until the end."""
@@ -480,9 +489,10 @@ class _Shift:
     def _take(self) -> OutboxMessage | None:
         """Claim a message to send now. What may kill this process is claimed only if nothing else is in flight."""
         with self._lock:
-            while self._alone and not self._ending:
+            while (self._alone or (self._pausing and self._busy)) and not self._ending:
                 self._turn.wait()
             self._alone = suspects = self._busy == 0
+            self._pausing = self._pausing and not suspects
             self._busy += 1
         message = None
         try:
@@ -514,6 +524,8 @@ class _Shift:
     def _rest(self) -> None:
         """Note that this sender does nothing now; those that wait only for the others can end with the last of them."""
         self._busy -= 1
+        if not self._busy:
+            self._turn.notify_all()
         if not self._busy and not self._waits:
             self._work.notify_all()
 
