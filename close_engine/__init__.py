@@ -48,6 +48,7 @@ from close_engine.errors import (
     TransitionNotAllowed,
     TransitionRefused,
     UnknownTrigger,
+    UnreadableRow,
     UserNotFound,
 )
 from close_engine.hooks import Hook, after_commit, on_enter, on_exit
@@ -155,6 +156,7 @@ __all__ = [
     "TransitionRefused",
     "TRANSITIONS",
     "UnknownTrigger",
+    "UnreadableRow",
     "User",
     "UserNotFound",
     "verify",

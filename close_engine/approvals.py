@@ -37,6 +37,7 @@ from close_engine.database.fields import (
     stored_time,
 )
 from close_engine.database.provenance import Provenance, Write, own_key
+from close_engine.database.reading import Rows
 from close_engine.database.transaction import accept_row, atomic
 from close_engine.errors import (
     ActionNotFound,
@@ -234,19 +235,19 @@ def _not_expired(at: Any) -> Any:
 
 def pending_actions(
     conversation: CloseEngineConversation | str | None = None, type: ActionType | None = None
-) -> peewee.ModelSelect[PendingAction]:
-    """Return a query for the approval queue: undecided actions that have not expired, oldest first.
+) -> Rows[PendingAction]:
+    """Return a `readable()` query for the approval queue: undecided actions that have not expired, oldest first.
 
     Args:
         conversation: only the actions of this conversation; the object or its id.
         type: only the actions of this type.
 
     Returns:
-        the query, to iterate over or to narrow down.
+        the query, to iterate over or to narrow down. Afterwards, its `passed_over` has the actions that cannot be read.
     """
     present = SQL(current().dialect.moment)
     waiting = (PendingAction.status == ActionStatus.PENDING) & _not_expired(present)
-    query = PendingAction.select().where(waiting).order_by(PendingAction.created_at, PendingAction.id)
+    query = PendingAction.select().readable().where(waiting).order_by(PendingAction.created_at, PendingAction.id)
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
     return query if type is None else query.where(PendingAction.type == type)

@@ -44,6 +44,7 @@ from close_engine.database.fields import (
     stored_time,
 )
 from close_engine.database.provenance import Provenance, ProvenanceArguments, Write
+from close_engine.database.reading import Rows, is_unreadable
 from close_engine.database.transaction import accept, accept_row, atomic, remember
 from close_engine.errors import (
     ConversationCompleted,
@@ -332,18 +333,18 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return list(StageChange.select().where(StageChange.conversation_id == self.id).order_by(StageChange.id))
 
     @classmethod
-    def in_stages(cls, *stages: Stage) -> peewee.ModelSelect[CloseEngineConversation]:
-        """Return a query for the conversations in any of these stages."""
-        return cls.select().where(cls.stage.in_([Stage(stage) for stage in stages]))
+    def in_stages(cls, *stages: Stage) -> Rows[CloseEngineConversation]:
+        """Return a `readable()` query for the conversations in any of these stages."""
+        return cls.select().readable().where(cls.stage.in_([Stage(stage) for stage in stages]))
 
     @classmethod
-    def not_in_stages(cls, *stages: Stage) -> peewee.ModelSelect[CloseEngineConversation]:
-        """Return a query for the conversations in none of these stages."""
-        return cls.select().where(cls.stage.not_in([Stage(stage) for stage in stages]))
+    def not_in_stages(cls, *stages: Stage) -> Rows[CloseEngineConversation]:
+        """Return a `readable()` query for the conversations in none of these stages."""
+        return cls.select().readable().where(cls.stage.not_in([Stage(stage) for stage in stages]))
 
     @classmethod
-    def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> peewee.ModelSelect[CloseEngineConversation]:
-        """Return a query for the conversations that have been in this stage for longer than the duration."""
+    def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> Rows[CloseEngineConversation]:
+        """Return a `readable()` query for the conversations that have been in this stage for longer than that."""
         cutoff = now() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)
@@ -358,15 +359,23 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
         Raises:
             CloseEngineConversation.DoesNotExist: there is none.
+            UnreadableRow: Python cannot read it.
         """
         binding, meta = current(), cls._meta
-        row = binding.database.execute_sql(_select_by_id(binding.dialect), (pk,)).fetchone()
-        if row is None:
-            raise cls.DoesNotExist(f"There is no conversation {pk!r}.")
-        values = dict(zip(meta.sorted_field_names, row, strict=True))
-        for name, value in values.items():
-            if value is not None:
-                values[name] = meta.fields[name].python_value(value)
+        cursor = binding.database.execute_sql(_select_by_id(binding.dialect), (pk,))
+        try:
+            row = cursor.fetchone()
+            if row is None:
+                raise cls.DoesNotExist(f"There is no conversation {pk!r}.")
+            values = dict(zip(meta.sorted_field_names, row, strict=True))
+            for name, value in values.items():
+                if value is not None:
+                    values[name] = meta.fields[name].python_value(value)
+        except Exception as error:
+            cursor.close()
+            if is_unreadable(error):
+                cls.select().where(cls.id == pk).execute()  # says which column it is
+            raise
         return cls(__no_default__=True, **values)
 
     def reload(self) -> None:

@@ -5,6 +5,7 @@
         SchemaError
             GuardMissing
         InvalidValue, also a ValueError
+        UnreadableRow
         UnknownTrigger, also a LookupError
         TransitionRefused
             TransitionNotAllowed
@@ -79,6 +80,7 @@ __all__ = [
     "TransitionNotAllowed",
     "TransitionRefused",
     "UnknownTrigger",
+    "UnreadableRow",
     "UserNotFound",
 ]
 
@@ -144,6 +146,28 @@ class InvalidValue(CloseEngineError, ValueError):
         self.field = field
         self.value = value
         super().__init__(f"{field} cannot be {_shown(value)}: {why}.")
+
+
+class UnreadableRow(CloseEngineError):
+    """A row holds a value that Python cannot read: it was there before the guards, or they were off.
+
+    Attributes:
+        table: the row's table.
+        row_id: the row's id.
+        column: the column of the value; None if the query does not tell.
+        why: why it cannot be read.
+    """
+
+    def __init__(self, table: str, row_id: Any, column: str | None, why: str) -> None:
+        self.table = table
+        self.row_id = row_id
+        self.column = column
+        self.why = why
+        reason = f"because of its {column} ({why})" if column else f"because {why}"
+        super().__init__(
+            f"Row {row_id!r} of {table} cannot be read, {reason}: correct it with an UPDATE. "
+            "close-engine verify lists every such row."
+        )
 
 
 class UnknownTrigger(CloseEngineError, LookupError):

@@ -24,7 +24,7 @@ from close_engine.database.binding import current, now
 from close_engine.database.fields import TextField, UtcDateTimeField, clean_text, stored_time
 from close_engine.database.provenance import Provenance
 from close_engine.database.transaction import atomic
-from close_engine.errors import LeadNotFound, PaymentUnmatched
+from close_engine.errors import LeadNotFound, PaymentUnmatched, UnreadableRow
 from close_engine.firing import change_stage, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.stages import ACTIVE_STAGES, Stage
@@ -93,25 +93,44 @@ def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) 
 
     Raises:
         LeadNotFound: there is no such lead.
+        UnreadableRow: Python cannot read the lead's conversation. The text is in the inbox all the same, and the lead
+            no longer counts as silent. Correct the row, then answer by hand: the same key again is a duplicate.
         InvalidValue: the key or the text cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor or f"lead:{lead_id}", "the lead wrote", key=key)
-    with atomic():
-        conversation = _lock_conversation(lead_id)
-        if conversation is None and Lead.get_or_none(Lead.id == lead_id) is None:
-            raise LeadNotFound(lead_id)
-        if not _add_entry("text", key, lead_id, conversation, clean_text("text", text)):
-            return Received(conversation, duplicate=True)
-        if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
-            return Received(conversation)
-        if conversation.stage is Stage.STALLED:
-            resumed = change_stage(conversation, "resume", {}, provenance.under("text"))
-            return Received(conversation, resumed=resumed)
-        write_fields(conversation, {}, "receive()")
-        moved_on = "UPDATE {deadlines} SET at = %s WHERE \"trigger\" = 'stall' AND subject_id = %s"
-        current().execute(moved_on, (stored_time(now()), conversation.id))
+    clean_text("text", text)
+    try:
+        with atomic():
+            return _receive(lead_id, key, text, provenance)
+    except UnreadableRow:
+        model = CloseEngineConversation
+        with atomic():
+            conversation_id = model.select(model.id).where(model.lead == lead_id).scalar()
+            _add_entry("text", key, lead_id, conversation_id, text)
+            _no_longer_silent(conversation_id)
+        raise
+
+
+def _receive(lead_id: str, key: str, text: str, provenance: Provenance) -> Received:
+    conversation = _lock_conversation(lead_id)
+    if conversation is None and not Lead.select().where(Lead.id == lead_id).exists():
+        raise LeadNotFound(lead_id)
+    if not _add_entry("text", key, lead_id, None if conversation is None else conversation.id, text):
+        return Received(conversation, duplicate=True)
+    if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
+        return Received(conversation)
+    if conversation.stage is Stage.STALLED:
+        resumed = change_stage(conversation, "resume", {}, provenance.under("text"))
+        return Received(conversation, resumed=resumed)
+    write_fields(conversation, {}, "receive()")
+    _no_longer_silent(conversation.id)
     return Received(conversation)
+
+
+def _no_longer_silent(conversation_id: str) -> None:
+    moved_on = "UPDATE {deadlines} SET at = %s WHERE \"trigger\" = 'stall' AND subject_id = %s"
+    current().execute(moved_on, (stored_time(now()), conversation_id))
 
 
 def record_payment(
@@ -131,6 +150,7 @@ def record_payment(
         PaymentUnmatched: the lead does not exist, has no conversation, was never sent a payment link, or has already
             paid under another key; or the key was used for another lead's payment. Nothing is recorded: look at the
             payment, then try again or refund it.
+        UnreadableRow: Python cannot read the lead's conversation. Nothing is recorded: correct the row, then try again.
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
@@ -144,7 +164,7 @@ def record_payment(
         )
         if first is not None and first.key != key:
             raise PaymentUnmatched(lead_id, key, f"its conversation was already paid with payment {first.key!r}")
-        if not _add_entry("payment", key, lead_id, conversation) and first is None:
+        if not _add_entry("payment", key, lead_id, conversation.id) and first is None:
             raise PaymentUnmatched(lead_id, key, "this key was already used for the payment of another conversation")
         if conversation.stage is Stage.COMPLETED:
             return _completion(conversation)
@@ -160,15 +180,13 @@ def _lock_conversation(lead_id: str) -> CloseEngineConversation | None:
     return conversation
 
 
-def _add_entry(
-    kind: str, key: str, lead_id: str, conversation: CloseEngineConversation | None, body: str | None = None
-) -> bool:
+def _add_entry(kind: str, key: str, lead_id: str, conversation_id: str | None, body: str | None = None) -> bool:
     """Add an entry to the inbox. Return False if its key is already there."""
     entry = {
         "kind": kind,
         "key": key,
         "lead_id": lead_id,
-        "conversation_id": conversation and conversation.id,
+        "conversation_id": conversation_id,
         "body": body,
     }
     insert = InboxEntry.insert(entry).on_conflict(action="nothing", conflict_target=[InboxEntry.kind, InboxEntry.key])

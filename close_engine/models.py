@@ -19,9 +19,12 @@ import peewee
 
 from close_engine.database.binding import current, database_proxy
 from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, create_id
+from close_engine.database.reading import Rows
 from close_engine.stages import AutonomyLevel, EntryPoint, Stage
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from close_engine.conversations import CloseEngineConversation
 
 __all__ = ["BaseModel", "Client", "Lead", "StageChange", "User"]
@@ -65,6 +68,11 @@ class BaseModel(peewee.Model):
             self.__data__, self.__rel__, self._dirty = values, {}, set()
         else:
             super().__init__(**values)
+
+    @classmethod
+    def select(cls, *fields: Any) -> Rows[Self]:
+        """Build Peewee's SELECT query. It raises UnreadableRow for a row that Python cannot read."""
+        return Rows(cls, fields or cls._meta.sorted_fields, is_default=not fields)
 
     class Meta:
         database = database_proxy

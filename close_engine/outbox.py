@@ -44,6 +44,7 @@ from close_engine.errors import (
     ProviderIdTaken,
     TransitionRefused,
     UnknownTrigger,
+    UnreadableRow,
 )
 from close_engine.hooks import Hook, on_enter
 from close_engine.machine import TRIGGERS
@@ -752,9 +753,13 @@ def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:
 
 
 def claimable() -> list[OutboxMessage]:
-    """List the messages that can be claimed now, oldest first, without claiming them."""
-    query = f"SELECT o.* FROM {{outbox}} o WHERE {CLAIMABLE} ORDER BY o.available_at, o.id"
-    return list(OutboxMessage.raw(current().dialect.sql(query)))
+    """List the messages that can be claimed now, oldest first, without claiming them.
+
+    One that cannot be read is passed over: whoever claims it gives it up.
+    """
+    found = peewee.SQL(current().dialect.sql(f"(SELECT o.id FROM {{outbox}} o WHERE {CLAIMABLE})"))
+    query = OutboxMessage.select().readable().where(OutboxMessage.id.in_(found))
+    return list(query.order_by(OutboxMessage.available_at, OutboxMessage.id))
 
 
 def due_in(within: timedelta = timedelta(days=1)) -> timedelta | None:
@@ -797,7 +802,7 @@ def dead_lines() -> list[DeadLine]:
     kinds: dict[str, list[OutboxMessage]] = {}
     read = OutboxMessage.select(OutboxMessage.id, OutboxMessage.last_error, OutboxMessage.available_at)
     dead = read.where(OutboxMessage.status == MessageStatus.DEAD).order_by(OutboxMessage.id)
-    for message in dead.iterator():
+    for message in dead.readable():
         kinds.setdefault((message.last_error or "").partition(":")[0], []).append(message)
     lines = [
         DeadLine(kind, len(those), max(one.available_at for one in those), those[-1].id, those[-1].last_error or "")
@@ -871,7 +876,7 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
 def requeue_all(*, error: str | None = None, since: datetime | None = None) -> list[int]:
     """Put many DEAD messages back into the outbox, in their old order.
 
-    Texts of conversations that have closed or were deleted stay dead.
+    Texts of conversations that have closed or were deleted stay dead, and so does what cannot be read.
 
     Args:
         error: str, only those whose error is of this kind: what `last_error` says before its first colon.
@@ -889,7 +894,7 @@ def requeue_all(*, error: str | None = None, since: datetime | None = None) -> l
     ids = [message.id for message in OutboxMessage.select(OutboxMessage.id).where(dead).order_by(OutboxMessage.id)]
     requeued = []
     for message_id in ids:
-        with suppress(MessageNotDead, MessageNotFound, ConversationClosed, ConversationNotFound):
+        with suppress(MessageNotDead, MessageNotFound, ConversationClosed, ConversationNotFound, UnreadableRow):
             requeued.append(int(requeue(message_id).id))
     return requeued
 

@@ -84,6 +84,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.SchemaError("Two problems:", ["one", "two"]),
     errors.GuardMissing("pending_actions"),
     errors.InvalidValue("batch", 0, "it must be at least 1"),
+    errors.UnreadableRow("pending_actions", "a1", "metadata", "it is nested too deep"),
     errors.UnknownTrigger("win", ["complete", "stall"]),
     errors.TransitionRefused("Not now.", "c1", "stall", Stage.STALLED),
     errors.TransitionNotAllowed(None, "stall", Stage.STALLED, ["resume"]),

@@ -12,7 +12,7 @@ import peewee
 import pytest
 
 import close_engine
-from close_engine import CloseEngineConversation, EntryPoint, InvalidValue, Lead, Stage
+from close_engine import CloseEngineConversation, EntryPoint, InvalidValue, Lead, Stage, UnreadableRow
 from close_engine.approvals import PendingAction
 from close_engine.database.fields import UtcDateTimeField, clean_json, create_id
 from close_engine.testing import MovableClock
@@ -259,7 +259,7 @@ def test_an_unknown_word_in_the_database_is_refused_when_it_is_loaded(database: 
     Lead.create(id="lead_1")
     database.execute_sql("UPDATE leads SET autonomy_level = 'HALF_AUTO'")
 
-    with pytest.raises(InvalidValue, match=r"Lead\.autonomy_level cannot be 'HALF_AUTO': it must be one of FULL_AUTO"):
+    with pytest.raises(UnreadableRow, match=r"Lead\.autonomy_level cannot be 'HALF_AUTO': it must be one of FULL_AUTO"):
         Lead.get_by_id("lead_1")
 
 

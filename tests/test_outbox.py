@@ -941,7 +941,7 @@ def test_a_message_that_is_requeued_at_the_moment_of_a_claim_is_not_in_flight_be
     # Another worker has claimed the newer one but not committed yet. Meanwhile the older one is requeued.
     other = psycopg2.connect(postgres_url)
     other.cursor().execute(
-        "UPDATE close_engine.outbox SET leased_by = 'w2', attempts = 1, available_at = 'infinity' WHERE id = %s",
+        "UPDATE close_engine.outbox SET leased_by = 'w2', attempts = 1, available_at = '2100-01-01' WHERE id = %s",
         (newer.id,),
     )
     outbox.requeue(older)

@@ -22,14 +22,17 @@ def actions(
     """List the drafts that wait for approval, oldest first."""
     open_migrated(context)
     waiting = table("id", "type", "lead", "waiting for", "expires in", "draft")
-    for action in pending_actions(type=type):
+    listed = pending_actions(type=type)
+    for action in listed:
         left = action.expires_at and action.expires_at - now()
         waited = now() - action.created_at
         waiting.add_row(*map(cell, (action.id, action.type, action.lead_id, waited, left, action.draft_message)))
     if waiting.row_count:
         console().print(waiting)
     else:
-        print("Nothing is waiting for approval.")
+        print("Nothing is waiting for approval." if not listed.passed_over else "Nothing else is waiting for approval.")
+    for row in listed.passed_over:
+        print(cell(str(row)))
 
 
 _Action = Annotated[str, typer.Argument(metavar="ACTION", help="The draft's id, as listed by close-engine actions.")]

@@ -167,7 +167,12 @@ class UtcDateTimeField(CleanField[V], Generic[V]):
             value = datetime.fromisoformat(value)
         if value is not None and value.tzinfo is None:
             value = datetime.combine(value, value.time(), timezone.utc)  # five times as fast as replace()
-        return value if value is None else milliseconds(value)
+        if value is None:
+            return None
+        moment = milliseconds(value)
+        if moment.year >= 9999:  # psycopg 2 makes this year of infinity
+            raise InvalidValue(self.label, str(value), "it is not before the year 9999")
+        return moment
 
 
 class JsonField(peewee.JSONField):
@@ -177,10 +182,20 @@ class JsonField(peewee.JSONField):
 
     def __init__(self, **options: Any) -> None:
         # Peewee calls `dumps` for every value that it sends, even in a comparison or in `append`.
-        super().__init__(dumps=lambda value: dump_json(self.clean(value)), **options)
+        super().__init__(dumps=lambda value: dump_json(self.clean(value)), loads=_load_json, **options)
 
     def clean(self, value: Any) -> Any:
         return clean_json(f"{self.model.__name__}.{self.name}", value)
+
+
+def _load_json(text: str) -> Any:
+    """Read what SQLite stores. Where that is a ValueError, Peewee would return the text instead."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise OverflowError(str(error)) from None
 
 
 class _OneOrNone(peewee.BackrefAccessor):
