@@ -43,6 +43,14 @@ class Dialect:
     #: The moment that is some seconds later, a %s in the text.
     later: str
 
+    def unreadable_time(self, column: str) -> str:
+        """Return the SQL that says of a column, given by its quoted name, whether Python cannot read the time in it."""
+        raise NotImplementedError
+
+    def suspect_json(self, text: str) -> str:
+        """Return the SQL that says of JSON, given as text, whether it may be too deep or have too long a number."""
+        raise NotImplementedError
+
     def set_clock(self, database: peewee.Database, at: str | None) -> None:
         """For tests: stop the database's clock at a moment, or let it go on."""
         raise NotImplementedError

@@ -36,6 +36,7 @@ __all__ = [
     "create_id",
     "milliseconds",
     "stored_time",
+    "why_unreadable",
 ]
 
 _cuid = Cuid()
@@ -290,6 +291,23 @@ def clean_json(label: str, value: Any) -> Any:
     if isinstance(copy, (str, dict, list)) and len(dump_json(copy)) > MOST_JSON:
         raise InvalidValue(label, "…", f"JSON can have at most {MOST_JSON} characters")
     return copy
+
+
+def why_unreadable(document: str) -> str | None:
+    """Say why not every reader can read this JSON; None if every reader can."""
+    try:
+        level, levels = [json.loads(document)], 0
+    except RecursionError:
+        level, levels = [], MOST_LEVELS + 1
+    except json.JSONDecodeError:
+        return "is not JSON"
+    except ValueError:
+        return "has a number with too many digits"
+    while level and levels <= MOST_LEVELS:
+        inner = [item for item in level if isinstance(item, (dict, list))]
+        level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
+        levels += bool(inner)
+    return f"is nested deeper than {MOST_LEVELS} levels" if levels > MOST_LEVELS else None
 
 
 def _clean_json(label: str, value: Any, levels: int) -> Any:

@@ -352,6 +352,18 @@ class Postgres(Dialect):
         "close_engine.moment() + pg_catalog.make_interval(secs => %s::double precision)))"
     )
 
+    def unreadable_time(self, column: str) -> str:
+        return f"({column} < '0001-01-01' OR {column} >= '9999-01-01')"
+
+    def suspect_json(self, text: str) -> str:
+        # chr(123) is {, which `sql` would translate.
+        outside = f"pg_catalog.translate({text}, '['::text || pg_catalog.chr(123), ''::text)"
+        digits = f"pg_catalog.translate({text}, '123456789'::text, '000000000'::text)"
+        return (
+            f"pg_catalog.length({text}) > 200 AND (pg_catalog.length({text}) - pg_catalog.length({outside}) > 100 "
+            f"OR pg_catalog.strpos({digits}, pg_catalog.repeat('0'::text, 4000)) > 0)"
+        )
+
     def set_clock(self, database: peewee.Database, at: str | None) -> None:
         (there,) = database.execute_sql("SELECT pg_catalog.to_regclass('close_engine.clock'::text)").fetchone()
         if at is None and there is not None:

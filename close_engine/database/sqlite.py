@@ -85,6 +85,20 @@ class Sqlite(Dialect):
         "(CAST(round(%s * 1000.0, 3) + 1e12 AS INTEGER) - 1000000000000) / 1000.0)))"
     )
 
+    def unreadable_time(self, column: str) -> str:
+        # As the guards say it.
+        return (
+            f"({column} IS NOT NULL AND NOT (typeof({column}) = 'text' AND julianday({column}) IS NOT NULL "
+            f"AND date(substr({column}, 1, 10)) IS substr({column}, 1, 10) "
+            f"AND substr({column}, 1, 4) BETWEEN '0001' AND '9998'))"
+        )
+
+    def suspect_json(self, text: str) -> str:
+        # char(123) is {, which `sql` would translate.
+        outside = f"replace(replace({text}, '[', ''), char(123), '')"
+        strange = f"length({text}) > 4000 OR length({text}) - length({outside}) > 100 OR NOT json_valid({text})"
+        return f"{text} IS NOT NULL AND ({strange})"
+
     def set_clock(self, database: peewee.Database, at: str | None) -> None:
         with database.atomic(*self.begin):
             database.execute_sql("DELETE FROM close_engine_clock")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import peewee
 
@@ -10,7 +11,7 @@ from close_engine import approvals, inbox  # noqa: F401 - defines more models to
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog
-from close_engine.database.fields import EnumField, UtcDateTimeField
+from close_engine.database.fields import EnumField, JsonField, UtcDateTimeField, why_unreadable
 from close_engine.machine import TRIGGERS, Stamp
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.schema.problems import (
@@ -42,7 +43,10 @@ def contents() -> list[Check]:
         made.append(Check("rights", list(_rights_problems(catalog))))
         made.append(Check("sequences", list(_sequence_problems(catalog, readable))))
     made += [
-        Check(f"enum values in {table_name(model)}", [*_unknown_words(model), *_unreadable_times(model)])
+        Check(
+            f"values in {table_name(model)}",
+            [*_unknown_words(model), *_unreadable_times(model), *_unreadable_json(model)],
+        )
         for model in models
         if model in readable
     ]
@@ -131,9 +135,11 @@ def _unknown_words(model: type[BaseModel]) -> Iterator[Problem]:
                 model,
             )
             for word, count, example in strange:
+                # A decision has consequences, so the guard lets nothing become one that did not wait for it.
+                known = words if field is not approvals.PendingAction.status else words[:1]
                 yield Problem(
                     f"In {rows_of(model, count, repr(example))}, {field.column_name} has the unknown value {word!r}",
-                    f"change it to one of {', '.join(words)}",
+                    f"change it to {'one of ' * (len(known) > 1)}{', '.join(known)}",
                 )
 
 
@@ -144,13 +150,31 @@ def _unreadable_times(model: type[BaseModel]) -> Iterator[Problem]:
         column = field.column_name
         found = fetch(
             f'SELECT {builtin}count(*), {builtin}min("{key_column(model)}") FROM <table> '
-            f"WHERE \"{column}\" >= '9999-01-01' OR \"{column}\" < '0001-01-01' HAVING {builtin}count(*) > 0",
+            f"WHERE {current().dialect.unreadable_time(identifier(column))} HAVING {builtin}count(*) > 0",
             model=model,
         )
         for count, example in found:
             yield Problem(
                 f"In {rows_of(model, count, repr(example))}, {column} is not between the years 1 and 9998",
                 "set it to a time that Python can read",
+            )
+
+
+def _unreadable_json(model: type[BaseModel]) -> Iterator[Problem]:
+    """Find the JSON from before the guards that not every reader can read."""
+    dialect = current().dialect
+    for field in (field for field in model._meta.sorted_fields if isinstance(field, JsonField)):
+        text, key = f"CAST({identifier(field.column_name)} AS TEXT)", identifier(key_column(model))
+        # As text, a document cannot fail while it is fetched.
+        suspects = fetch(f"SELECT {key}, {text} FROM <table> WHERE {dialect.suspect_json(text)} ORDER BY 1", (), model)
+        reasons: dict[str, list[Any]] = {}
+        for row_id, document in suspects:
+            if why := why_unreadable(document):
+                reasons.setdefault(why, []).append(row_id)
+        for why, ids in reasons.items():
+            yield Problem(
+                f"In {rows_of(model, len(ids), repr(ids[0]))}, {field.column_name} {why}",
+                "set it to JSON that every reader can read",
             )
 
 
