@@ -169,10 +169,16 @@ BEGIN
     SELECT t.trigger INTO fired FROM close_engine.transitions t
     WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage;
     IF NOT FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'check_violation',
-            MESSAGE = 'close_engine: conversation ' || OLD.id || ' cannot go from ' || OLD.stage || ' to '
-                || coalesce(NEW.stage, 'NULL'),
-            HINT = 'The allowed stage changes are in close_engine.transitions.';
+        -- What was there before the guard may be no stage. Any stage may take its place, and the history begins anew.
+        IF EXISTS (SELECT FROM close_engine.transitions WHERE machine = 'conversation' AND OLD.stage IN (source, dest))
+            OR NOT EXISTS (SELECT FROM close_engine.transitions
+                           WHERE machine = 'conversation' AND NEW.stage IN (source, dest)) THEN
+            RAISE EXCEPTION USING ERRCODE = 'check_violation',
+                MESSAGE = 'close_engine: conversation ' || OLD.id || ' cannot go from ' || OLD.stage || ' to '
+                    || coalesce(NEW.stage, 'NULL'),
+                HINT = 'The allowed stage changes are in close_engine.transitions.';
+        END IF;
+        fired := 'adopted';
     END IF;
     context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
     IF context IS NOT NULL THEN
@@ -218,13 +224,23 @@ BEGIN
         IF NEW.closed_lost_reason IS NOT DISTINCT FROM OLD.closed_lost_reason THEN
             NEW.closed_lost_reason := NULL;
         END IF;
+    WHEN 'adopted' THEN
+        IF NEW.stage = 'PAYMENT_SENT' THEN
+            NEW.payment_link_sent_at := coalesce(NEW.payment_link_sent_at, moment);
+        ELSIF NEW.stage = 'COMPLETED' THEN
+            NEW.completed_at := coalesce(NEW.completed_at, moment);
+        ELSIF NEW.stage = 'STALLED' THEN
+            NEW.stalled_at := coalesce(NEW.stalled_at, moment);
+        ELSIF NEW.stage = 'CLOSED_LOST' THEN
+            NEW.closed_lost_at := coalesce(NEW.closed_lost_at, moment);
+        END IF;
     ELSE
         NULL; -- the other triggers have no stamps
     END CASE;
 
     INSERT INTO close_engine.history
         (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
-    VALUES (NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
+    VALUES (NEW.id, NEW.lead_id, fired, CASE WHEN fired <> 'adopted' THEN OLD.stage END, NEW.stage,
         CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment)
     RETURNING id INTO recorded;
@@ -232,7 +248,8 @@ BEGIN
         recorded := pg_catalog.set_config('close_engine.context', recorded, true);
     END IF;
     -- From one active stage to another, the deadline stays.
-    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
+    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        OR fired = 'adopted' THEN
         DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
         IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
             INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('stall', NEW.id, moment);

@@ -33,12 +33,16 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: a conversation cannot change its id: its history is stored under it');
 END;
 
+-- What was there before the guard may be no stage. Any stage may take its place.
 DROP TRIGGER IF EXISTS close_engine_guard_update;
 CREATE TRIGGER close_engine_guard_update
 BEFORE UPDATE ON close_engine_conversations
 WHEN NEW.stage IS NOT OLD.stage
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
                     WHERE machine = 'conversation' AND source = OLD.stage AND dest = NEW.stage)
+    AND (EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation' AND OLD.stage IN (source, dest))
+        OR NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                       WHERE machine = 'conversation' AND NEW.stage IN (source, dest)))
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: this stage change is not in close_engine_transitions');
 END;
@@ -200,12 +204,33 @@ BEGIN
           FROM close_engine_transitions t
           WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage);
 
+    -- What was no stage is mended: the history begins anew.
+    INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", dest, actor, created_at)
+    SELECT NEW.id, NEW.lead_id, 'adopted', NEW.stage, 'database', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    WHERE NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                      WHERE machine = 'conversation' AND OLD.stage IN (source, dest));
+    UPDATE close_engine_conversations SET
+        payment_link_sent_at = CASE WHEN stage = 'PAYMENT_SENT' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+            ELSE payment_link_sent_at END,
+        completed_at = CASE WHEN stage = 'COMPLETED' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE completed_at END,
+        stalled_at = CASE WHEN stage = 'STALLED' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE stalled_at END,
+        closed_lost_at = CASE WHEN stage = 'CLOSED_LOST' THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+            ELSE closed_lost_at END
+    WHERE id = NEW.id AND CASE stage
+        WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
+        WHEN 'STALLED' THEN stalled_at WHEN 'CLOSED_LOST' THEN closed_lost_at ELSE '' END IS NULL
+        AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                        WHERE machine = 'conversation' AND OLD.stage IN (source, dest));
+
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'stall' AND subject_id = NEW.id
         AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
     INSERT OR REPLACE INTO close_engine_deadlines ("trigger", subject_id, at)
     SELECT 'stall', NEW.id, created_at FROM close_engine_history
     WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-        AND OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') AND conversation_id = NEW.id
+        AND (OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+            OR NOT EXISTS (SELECT 1 FROM close_engine_transitions
+                           WHERE machine = 'conversation' AND OLD.stage IN (source, dest)))
+        AND conversation_id = NEW.id
     ORDER BY id DESC LIMIT 1;
 
     -- Each UPDATE fills a column that the writer did not change, and only if the value differs: any write, even without
@@ -249,12 +274,14 @@ BEGIN
 END;
 
 -- updated_at must grow with every write and have the format by which the library finds the row. The old value lacks
--- this format only while a row is being inserted.
+-- this format only while a row is being inserted. One that was there before the guard, far ahead, may be set back.
 DROP TRIGGER IF EXISTS close_engine_version;
 CREATE TRIGGER close_engine_version
 AFTER UPDATE ON close_engine_conversations
 WHEN NEW.updated_at IS NOT strftime('%Y-%m-%d %H:%M:%f', NEW.updated_at)
-    OR (NEW.updated_at <= OLD.updated_at AND OLD.updated_at IS strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at))
+    OR (NEW.updated_at <= OLD.updated_at AND OLD.updated_at IS strftime('%Y-%m-%d %H:%M:%f', OLD.updated_at)
+        AND (NEW.updated_at = OLD.updated_at OR OLD.updated_at <= strftime('%Y-%m-%d %H:%M:%f',
+            coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), '+1 day')))
 BEGIN
     UPDATE close_engine_conversations SET updated_at = max(
         coalesce(

@@ -51,8 +51,11 @@ BEGIN
         END IF;
         RETURN NEW;
     END IF;
+    -- What was there before the guard may be no status. It may become PENDING, and then be decided.
     IF NOT EXISTS (SELECT FROM close_engine.transitions
-                   WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status) THEN
+                   WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status)
+        AND (NEW.status <> 'PENDING' OR EXISTS (SELECT FROM close_engine.transitions
+                                                WHERE machine = 'action' AND OLD.status IN (source, dest))) THEN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
             MESSAGE = 'close_engine: action ' || OLD.id || ' cannot go from ' || OLD.status || ' to ' || NEW.status;
     END IF;

@@ -22,12 +22,15 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this is not an action status; the statuses are in close_engine_transitions');
 END;
 
+-- What was there before the guard may be no status. It may become PENDING, and then be decided.
 DROP TRIGGER IF EXISTS close_engine_action_update;
 CREATE TRIGGER close_engine_action_update
 BEFORE UPDATE ON pending_actions
 WHEN NEW.status IS NOT OLD.status
     AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
                     WHERE machine = 'action' AND source = OLD.status AND dest = NEW.status)
+    AND (NEW.status <> 'PENDING' OR EXISTS (SELECT 1 FROM close_engine_transitions
+                                            WHERE machine = 'action' AND OLD.status IN (source, dest)))
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: this status change is not in close_engine_transitions; a decision is final');
 END;
