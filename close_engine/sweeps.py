@@ -10,7 +10,7 @@ change and the history has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from close_engine.errors import InvalidValue
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.outbox import MAX_UNREPORTED
+from close_engine.stages import ACTIVE_STAGES
 
 __all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
 
@@ -70,17 +71,18 @@ class _Due(NamedTuple):
 
 
 # A deadline only says where to look. The row itself decides, so a deadline that was left behind takes no place in a
-# batch. On PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, d SKIP LOCKED.
-_PERHAPS_SILENT = """
-    SELECT c.id FROM {deadlines} d JOIN close_engine_conversations c ON c.id = d.subject_id
+# batch, nor does a stage that the guard does not know. {but} leaves out what was found and cannot be read. On
+# PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, d SKIP LOCKED.
+_PERHAPS_SILENT = f"""
+    SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'stall' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-    ORDER BY d.at LIMIT %s {lock}
+        AND c.stage IN ({", ".join(f"'{stage}'" for stage in ACTIVE_STAGES)}) {{but}}
+    ORDER BY d.at LIMIT %s {{lock}}
 """
 _STALLED = """
     SELECT c.id FROM {deadlines} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'close_lost' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage = 'STALLED' AND c.stalled_at <= %s
+        AND c.stage = 'STALLED' AND c.stalled_at <= %s {but}
     ORDER BY d.at LIMIT %s {lock}
 """
 _EXPIRED = """
@@ -219,18 +221,22 @@ def _move(
     assignments = assigned_by(transition, at, given)
     columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
+    unreadable: set[str] = set()
 
     def move(held: list[str]) -> list[str]:
         not_due = spared(held) if spared else set()
         ids = [conversation_id for conversation_id in held if conversation_id not in not_due]
         if hooks.crosses_a_hook(transition):
-            for conversation in CloseEngineConversation.select().where(CloseEngineConversation.id.in_(ids)):
+            read = CloseEngineConversation.select().readable().where(CloseEngineConversation.id.in_(ids))
+            for conversation in read:
                 change_stage(conversation, trigger, given, provenance)
+            ids = [conversation.id for conversation in read]
+            unreadable.update(row.row_id for row in read.passed_over)
         elif ids:
             _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
         return ids
 
-    return _in_batches(due, batch, move, (provenance, Write(trigger, None, at)))
+    return _in_batches(due, batch, move, (provenance, Write(trigger, None, at)), unreadable)
 
 
 def _not_silent(held: list[str], before: str) -> set[str]:
@@ -253,6 +259,7 @@ def _in_batches(
     batch: int,
     write: Callable[[list[Any]], list[Any]],
     attributed_to: tuple[Provenance, Write] | None = None,
+    but: Collection[str] = (),
 ) -> list[Any]:
     """Lock the rows that are due and write them, one batch per transaction, until a batch is not full.
 
@@ -261,6 +268,7 @@ def _in_batches(
         batch: int, how many rows to lock at a time.
         write: function that gets the ids of the locked rows and returns those that it changed.
         attributed_to: the provenance of the changes, and their write.
+        but: ids of rows that `write` passed over: they must not fill the next batch.
 
     Returns:
         list of the ids of all changed rows.
@@ -268,10 +276,11 @@ def _in_batches(
     if batch < 1:
         raise InvalidValue("batch", batch, "it must be at least 1")
     binding, moved = current(), []
-    find = binding.dialect.sql(due.query.replace("{lock}", binding.dialect.skip_locked(*due.lock)))
+    query = due.query.replace("{lock}", binding.dialect.skip_locked(*due.lock))
     while True:
+        find = query.replace("{but}", f"AND c.id NOT IN ({', '.join(['%s'] * len(but))})" if but else "")
         with atomic(), binding.attributed(*attributed_to) if attributed_to else nullcontext():
-            held = [row[0] for row in binding.database.execute_sql(find, (*due.values, batch)).fetchall()]
+            held = [row[0] for row in binding.execute(find, (*due.values, *but, batch)).fetchall()]
             if held:
                 moved += write(held)
         if len(held) < batch:
