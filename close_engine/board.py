@@ -107,12 +107,15 @@ class Pipeline:
         stages: list of StageLine, one per Stage, in order.
         approvals: list of ApprovalLine, one per type that has drafts waiting.
         outbox: OutboxLine.
+        unreadable: int, number of conversations and drafts that are left out, because Python does not know their stage
+            or type, or cannot read their times; `close_engine.verify` lists them.
     """
 
     at: datetime
     stages: list[StageLine]
     approvals: list[ApprovalLine]
     outbox: OutboxLine
+    unreadable: int
 
 
 def pipeline() -> Pipeline:
@@ -122,7 +125,9 @@ def pipeline() -> Pipeline:
         the Pipeline, as plain numbers.
     """
     at = moment()
-    return Pipeline(at, _stage_lines(at), _approval_lines(at), outbox_line())
+    stages, strange = _stage_lines(at)
+    approvals, unreadable = _approval_lines(at)
+    return Pipeline(at, stages, approvals, outbox_line(), strange + unreadable)
 
 
 def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
@@ -142,29 +147,47 @@ def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
     pending = message.status == MessageStatus.PENDING
     counted: Any = message.select(function("count", message.id), in_flight, hanging).where(pending).tuples()
     count, leased_now, hangs = counted.get()
-    oldest = f"SELECT o.available_at FROM {{outbox}} o WHERE {CLAIMABLE} ORDER BY o.available_at, o.id LIMIT 1"
-    found = current().execute(oldest).fetchone()
+    oldest = f"SELECT o.available_at FROM {{outbox}} o WHERE {CLAIMABLE} AND {_is_readable('o.available_at')}"
+    found = current().execute(f"{oldest} ORDER BY o.available_at, o.id LIMIT 1").fetchone()
     dead = current().count(message.select().where(message.status == MessageStatus.DEAD))
     lag = None if found is None else at - message.available_at.python_value(found[0])
     return OutboxLine(count, leased_now, hangs, dead, lag)
 
 
-def _approval_lines(at: datetime) -> list[ApprovalLine]:
+def _is_readable(*columns: str) -> str:
+    """Return the SQL that says whether Python can read the times in all of these columns."""
+    return f"({' OR '.join(map(current().dialect.unreadable_time, columns))}) IS NOT TRUE"
+
+
+def _approval_lines(at: datetime) -> tuple[list[ApprovalLine], int]:
+    """Return a line for each type, and the number of drafts that are in none."""
     action, function = PendingAction, current().dialect.function
+    readable = peewee.SQL(_is_readable('"created_at"', '"expires_at"', '"approved_at"'))
+    count = function("count", action.id)
+    # By another name, so that Peewee does not convert the words.
+    word = action.type.cast("TEXT").alias("word")
     waiting: Any = (
         pending_actions()
-        .select(action.type, function("count", action.id), function("min", action.created_at))
+        .select(word, count, count.filter(readable), function("min", action.created_at).filter(readable))
         .group_by(action.type)
         .order_by(action.type)
     )
-    return [ApprovalLine(type, count, at - oldest) for type, count, oldest in waiting.tuples()]
+    lines, unreadable = [], 0
+    for word, all_of_them, readable_ones, oldest in waiting.tuples():
+        if word not in set(ActionType):
+            readable_ones = 0
+        if readable_ones:
+            lines.append(ApprovalLine(ActionType(word), readable_ones, at - oldest))
+        unreadable += all_of_them - readable_ones
+    return lines, unreadable
 
 
-def _stage_lines(now: datetime) -> list[StageLine]:
-    model = CloseEngineConversation
-    count = current().dialect.function("count", model.stage)
-    counted: Any = model.select(model.stage, count).group_by(model.stage).tuples()
-    counts: dict[Stage, int] = dict.fromkeys(Stage, 0) | dict(counted)
+def _stage_lines(now: datetime) -> tuple[list[StageLine], int]:
+    """Return a line for each stage, and the number of conversations that are in none."""
+    builtin = current().dialect.builtin
+    counted = f"SELECT stage, {builtin}count(stage) FROM close_engine_conversations GROUP BY stage"
+    found = dict(current().execute(counted).fetchall())
+    counts: dict[Stage, int] = {stage: found.pop(stage.value, 0) for stage in Stage}
     many = [stage for stage in ACTIVE_STAGES if counts[stage] > EXACT]
     few = [stage for stage in ACTIVE_STAGES if 0 < counts[stage] <= EXACT]
     entered: dict[Stage, list[datetime]] = {stage: [] for stage in ACTIVE_STAGES}
@@ -179,12 +202,13 @@ def _stage_lines(now: datetime) -> list[StageLine]:
             middle = timedelta(seconds=median((now - at).total_seconds() for at in times))
             lines[stage] = StageLine(stage, counts[stage], middle, now - min(times), stage in many)
     lines[Stage.STALLED] = _stalled_line(counts[Stage.STALLED], now)
-    return list(lines.values())
+    return list(lines.values()), sum(found.values())
 
 
 def _stalled_line(count: int, now: datetime) -> StageLine:
     """Read the times in STALLED from the deadlines, which an index keeps in order, instead of the history."""
-    ordered = "SELECT at FROM {deadlines} WHERE \"trigger\" = 'close_lost' ORDER BY at LIMIT 1 OFFSET %s"
+    readable = f"\"trigger\" = 'close_lost' AND {_is_readable('at')}"
+    ordered = f"SELECT at FROM {{deadlines}} WHERE {readable} ORDER BY at LIMIT 1 OFFSET %s"
     times = [current().execute(ordered, (place,)).fetchone() for place in (0, count // 2)]
     if None in times:
         return StageLine(Stage.STALLED, count)
@@ -197,7 +221,7 @@ def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, date
     model = CloseEngineConversation
     newest = (
         StageChange.select(StageChange.created_at)
-        .where(StageChange.conversation_id == model.id)
+        .where((StageChange.conversation_id == model.id) & peewee.SQL(_is_readable('"created_at"')))
         .order_by(StageChange.id.desc())
         .limit(1)
     )

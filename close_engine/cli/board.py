@@ -37,6 +37,8 @@ def render(board: Pipeline) -> RenderableType:
     parts: list[RenderableType] = [Columns([_render_stages(board), right_side], padding=(0, 4))]
     if any(line.sampled for line in board.stages):
         parts += ["", "~ approximate, >= at least: estimated from a sample"]
+    if board.unreadable:
+        parts += ["", f"Left out, because they cannot be read: {board.unreadable:,}. close-engine verify lists them."]
     return Group(*parts)
 
 
