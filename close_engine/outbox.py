@@ -725,11 +725,26 @@ def _claim(limit: int, seconds: float, worker: str, topics: list[str] | None, su
 
 
 _READ = OutboxMessage._meta.sorted_fields
-#: The payload as text, so that one that Python cannot read fails by itself, and not with all the others.
-_COLUMNS = ", ".join("CAST(payload AS TEXT)" if field.name == "payload" else f'"{field.name}"' for field in _READ)
-_CALL_CLAIM = f"""SELECT {
-    ", ".join(f'(c.message)."{field.name}"' + "::text" * (field.name == "payload") for field in _READ)
-}, c.lead_id FROM {{claim}}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) c"""
+
+
+def _as_read(field: Any, row: str = "") -> str:
+    """Return the SQL of a column in such a form that one bad value does not fail with all the others that are fetched.
+
+    A payload is text until it is read by itself. A time that Python cannot read is none: nobody needs it to send.
+    """
+    column = f'{row}"{field.column_name}"'
+    if isinstance(field, JsonField):
+        return f"CAST({column} AS TEXT)"
+    if isinstance(field, UtcDateTimeField):
+        return f"CASE WHEN {column} >= '0001-01-01' AND {column} < '9999-01-01' THEN {column} END"
+    return column
+
+
+_COLUMNS = ", ".join(map(_as_read, _READ))
+_CALL_CLAIM = (
+    f"SELECT {', '.join(_as_read(field, '(c.message).') for field in _READ)}, c.lead_id "
+    "FROM {claim}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) c"
+)
 
 
 def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:
