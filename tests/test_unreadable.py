@@ -20,6 +20,7 @@ from close_engine import (
     CloseEngineConversation,
     InboxEntry,
     Lead,
+    MessageStatus,
     OutboxMessage,
     PendingAction,
     Stage,
@@ -38,7 +39,8 @@ from tests.foreign import REFUSED, ForeignWriter
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
-DEEP = "[" * 5000 + "]" * 5000
+# Python 3.13 reads up to 10,000 levels, and PostgreSQL takes a little more.
+DEEP = "[" * 11000 + "]" * 11000
 LONG = '{"n": 1' + "0" * 5000 + "}"
 
 CONVERSATIONS, ACTIONS, OUTBOX = "close_engine_conversations", "pending_actions", "close_engine.outbox"
@@ -376,7 +378,7 @@ def test_a_text_for_a_conversation_that_cannot_be_read_is_not_lost(case: Case, f
 def test_a_lead_who_wrote_is_not_silent_even_if_the_conversation_cannot_be_read(
     case: Case, foreign: ForeignWriter, clock: MovableClock
 ) -> None:
-    spoil(foreign, CONVERSATIONS, "collected_data", DEEP, case.bad.id)
+    spoil(foreign, CONVERSATIONS, "collected_data", LONG, case.bad.id)
     clock.move(timedelta(hours=71))
     with pytest.raises(UnreadableRow):
         receive(case.bad.lead_id, key="SM1", text="Yes!")
@@ -400,7 +402,7 @@ def test_an_action_that_cannot_be_read_is_nothing_to_its_conversation(case: Case
 
 
 def test_a_lead_that_cannot_be_read_is_nothing_to_its_conversation(case: Case, foreign: ForeignWriter) -> None:
-    for column, value in (("qualification_data", DEEP), ("autonomy_level", "HALF_AUTO")):
+    for column, value in (("qualification_data", LONG), ("autonomy_level", "HALF_AUTO")):
         spoil(foreign, "leads", column, value, case.bad.lead_id)
     stranger = new_lead()
     spoil(foreign, "leads", "qualification_data", LONG, stranger.id)
@@ -433,7 +435,7 @@ def test_the_command_line_passes_over_it_and_says_so(
 ) -> None:
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
     spoil(foreign, ACTIONS, "type", "SEND_SMS", case.bad_action.id)
-    spoil(foreign, CONVERSATIONS, "collected_data", DEEP, case.bad.id)
+    spoil(foreign, CONVERSATIONS, "collected_data", LONG, case.bad.id)
 
     listed = run("actions").out
     assert "of the good one" in listed
@@ -465,3 +467,37 @@ def test_a_bad_row_is_found_among_many(case: Case, conversation_in: Conversation
     assert sorted(row.row_id for row in listed.passed_over) == bad
     joined = listed.select(CloseEngineConversation.id, Lead).join(Lead).order_by(CloseEngineConversation.id).limit(3)
     assert len(list(joined)) == 3
+
+
+def test_a_text_that_left_is_recorded_even_if_its_conversation_cannot_be_read(
+    conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """Otherwise, it would be sent again and again."""
+    conversation = conversation_in(Stage.BUILDING)
+    message = submit(conversation, ActionType.SEND_PREVIEW, "Look!", metadata={"previewUrl": "https://example.com"})
+    (claimed,) = outbox.claim()
+    spoil(foreign, CONVERSATIONS, "collected_data", LONG, conversation.id)
+
+    with pytest.raises(UnreadableRow):
+        claimed.sent("SM1")
+
+    sent = OutboxMessage.get_by_id(message.id)
+    assert (sent.status, sent.provider_id) == (MessageStatus.SENT, "SM1")
+    assert f"Row {conversation.id!r} of close_engine_conversations cannot be read" in str(sent.refusal)
+
+
+@pytest.mark.parametrize("column", ["created_at", "sent_at"])
+@pytest.mark.parametrize("value", ["infinity", "-infinity", "9999-12-31 00:00:00.000"])
+def test_a_time_in_the_outbox_that_cannot_be_read_keeps_no_message(
+    value: str, column: str, case: Case, foreign: ForeignWriter
+) -> None:
+    """A claim reads all of its messages at once, when it has already leased them."""
+    bad, good = (outbox.enqueue(each, "build_site") for each in (case.bad, case.good))
+    spoil(foreign, OUTBOX, column, value, bad.id)
+
+    claimed = sorted(outbox.claim(limit=10), key=lambda message: int(message.id))
+
+    assert claimed == [bad, good]
+    assert getattr(claimed[0], column) is None
+    for message in claimed:
+        message.sent()

@@ -14,7 +14,7 @@ fail at different moments, and only some of them can go on after the row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import peewee
@@ -72,10 +72,10 @@ class Rows(SelectOf[M]):
     """Peewee's SELECT query, except that it names the row that cannot be read, or passes over it.
 
     Attributes:
-        passed_over: list of UnreadableRow, once a `readable()` query has run.
+        passed_over: sequence of UnreadableRow: what a `readable()` query passed over when it ran.
     """
 
-    passed_over: list[UnreadableRow]
+    passed_over: Sequence[UnreadableRow] = ()
     _is_readable = False
 
     def readable(self) -> Self:
@@ -102,7 +102,6 @@ class Rows(SelectOf[M]):
 
     def _execute(self, database: Any) -> Any:
         if self._cursor_wrapper is None:
-            self.passed_over = []
             self._cursor_wrapper = self._read(database)
         return self._cursor_wrapper
 
