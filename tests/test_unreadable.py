@@ -501,3 +501,32 @@ def test_a_time_in_the_outbox_that_cannot_be_read_keeps_no_message(
     assert getattr(claimed[0], column) is None
     for message in claimed:
         message.sent()
+
+
+def test_migrating_adopts_rows_that_cannot_be_read(
+    case: Case, conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """They stand in the tables that Prisma made, before there is any guard. Only a stage must be one."""
+    mends = []
+    for table, column, value, mended in BAD:
+        row_id = case.bad_action.id if table == ACTIONS else conversation_in(Stage.QUALIFYING).id
+        if table == ACTIONS:
+            action = submit(CloseEngineConversation.get_by_id(case.bad.id), ActionType.SEND_MESSAGE, "one of many")
+            row_id = action.id
+        spoil(foreign, table, column, value, row_id)
+        mends.append((f"UPDATE {table} SET {column} = %s WHERE id = %s", mended, row_id))
+    on = f" ON {CONVERSATIONS}" * foreign.is_postgres
+    foreign.run(f"DROP TRIGGER {'zz_close_engine_guard' if foreign.is_postgres else 'close_engine_guard_id'}{on}")
+
+    with pytest.raises(close_engine.SchemaError, match="with the unknown stage 'WON'"):
+        close_engine.migrate()
+    foreign.run("UPDATE close_engine_conversations SET stage = 'QUALIFYING' WHERE stage = 'WON'")
+    assert close_engine.migrate()
+
+    assert {case.good_action, case.bad_action} <= set(pending_actions())
+    assert {case.good, case.bad} <= set(CloseEngineConversation.in_stages(*Stage))
+    assert pipeline().unreadable > 0
+    for statement, mended, row_id in mends:
+        foreign.run(statement, mended, row_id)
+    assert close_engine.verify() == []
+    assert len(list(CloseEngineConversation.select())) == 2 + len([row for row in BAD if row[0] == CONVERSATIONS])
