@@ -42,7 +42,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import peewee
-from playhouse.pool import MaxConnectionsExceeded
+from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
 from close_engine import outbox, sweeps
 from close_engine.database.binding import current, is_transient, now
@@ -394,7 +394,7 @@ class _Shift:
             except Exception as error:
                 # The next beat tries again. If the lease is lost by then, recording the result reports it.
                 logger.warning("heartbeat failed worker=%s: %s", worker.name, first_line(error))
-                _disconnect()
+                _drop_connection()
 
     def _pause(self, pausing: bool) -> None:
         with self._lock:
@@ -439,7 +439,7 @@ class _Shift:
                     notices.close()
             except (peewee.PeeweeException, MaxConnectionsExceeded) as error:
                 self._note_wakes(first_line(error))
-                _disconnect()
+                _drop_connection()
                 if is_new:
                     self._over.wait(self.worker.idle.total_seconds())
 
@@ -657,7 +657,7 @@ class _Shift:
 
     def _wait_for_database(self, error: Exception) -> None:
         logger.warning("database unreachable worker=%s: %s", self.worker.name, first_line(error))
-        _disconnect()
+        _drop_connection()
         self._over.wait(self.worker.idle.total_seconds())
 
 
@@ -685,9 +685,18 @@ def _connect() -> None:
 
 
 def _disconnect() -> None:
-    """Close this thread's connection, which may be broken."""
+    """Give this thread's connection up."""
     with suppress(Exception):
         current().database.close()
+
+
+def _drop_connection() -> None:
+    """Close this thread's connection, which is of no use any more: a pool must not hand it out again."""
+    database = current().database
+    with suppress(Exception):
+        if isinstance(database, PooledDatabase):
+            database.manual_close()
+    _disconnect()
 
 
 def _is_already_recorded(error: LeaseLost | MessageNotFound, name: str) -> bool:
