@@ -43,6 +43,7 @@ Lead 'lead_1' has no phone number, so no conversation by text message can be ope
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -559,9 +560,16 @@ def sqlstate(error: BaseException) -> str | None:
     return getattr(driver_error, "pgcode", None) or getattr(driver_error, "sqlstate", None)
 
 
+def unhidden(error: BaseException) -> BaseException:
+    """The error that a failed rollback hides: SQLite ends a transaction by itself, for example if the disk is full."""
+    while error.__context__ and re.search("no transaction is active|no such savepoint", str(error)):
+        error = error.__context__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """What a driver says, without the statement and the hints that it adds."""
-    return str(error).partition("\n")[0]
+    return str(unhidden(error)).partition("\n")[0]
 
 
 def one_line(error: BaseException) -> str:

@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except CloseEngineError as error:
         sentence = str(error)
-    except peewee.PeeweeException as error:
+    except (peewee.PeeweeException, sqlite3.Error) as error:
         sentence = (
             f"Database error: {first_line(error)}. If a table or column is missing, run close-engine verify. If a "
             "permission is missing, ask the owner of the tables to grant it. A SQLite file and its directory must be "

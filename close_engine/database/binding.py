@@ -11,6 +11,7 @@ All other code asks `current()` for the binding, and the binding's `dialect` for
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from close_engine.database.fields import clean_text, milliseconds
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
-from close_engine.errors import ConfigurationError, GuardMissing, InvalidValue, sqlstate
+from close_engine.errors import ConfigurationError, GuardMissing, InvalidValue, sqlstate, unhidden
 
 __all__ = ["Binding", "Tables", "bind", "current", "database_proxy", "is_transient", "moment", "now", "utc_now"]
 
@@ -192,9 +193,11 @@ def is_transient(error: BaseException) -> bool:
 
     An error about one statement (a missing table, a wrong value, its time limit) does not pass, whatever its class.
     """
+    error = unhidden(error)
     if isinstance(error, MaxConnectionsExceeded):
         return True
-    if not isinstance(error, peewee.PeeweeException):
+    # Peewee does not wrap what SQLite says while rows are fetched.
+    if not isinstance(error, (peewee.PeeweeException, sqlite3.Error)):
         return False
     code = sqlstate(error)
     if code is not None:
