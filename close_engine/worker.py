@@ -56,6 +56,7 @@ from close_engine.errors import (
     SchemaError,
     Snooze,
     first_line,
+    one_line,
 )
 from close_engine.outbox import OutboxMessage
 from close_engine.schema.scripts import pending
@@ -105,10 +106,13 @@ def load_module(name: str) -> ModuleType:
         sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        # Whatever a module does when it is imported may fail.
-        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        raise ConfigurationError(f"The module {name!r} cannot be imported: {what.rstrip('.')}.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # Whatever a module does when it is imported may fail, also in its own way.
+        kind = "" if isinstance(error, ImportError) else type(error).__name__
+        what = ": ".join(filter(None, (kind, one_line(error))))
+        raise ConfigurationError(f"The module {name!r} cannot be imported: {what}.") from error
 
 
 def load_sender(name: str) -> Sender | FindingSender:
