@@ -97,6 +97,9 @@ def _find(name: str) -> CloseEngineConversation | None:
 
 def _json_object(text: str | None) -> Any:
     try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
+        found = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InvalidValue("metadata", text, f"it must be a JSON object ({error})") from None
+    if found is not None and not isinstance(found, dict):
+        raise InvalidValue("metadata", found, "it must be a mapping, which a JSON object is")
+    return found
