@@ -473,6 +473,10 @@ def test_what_is_not_there_is_named(database_url: str, arguments: Any, sentence:
         (("close_lost",), "is BUILDING, and close_lost is refused: a reason must be given."),
         (("stall", "--metadata", "{"), "metadata cannot be '{': it must be a JSON object (Expecting"),
         (("stall", "--metadata", "[1]"), "metadata cannot be [1]: it must be a mapping"),
+        (("stall", "--metadata", "[" * 100_000), "it must be a JSON object (maximum recursion depth exceeded"),
+        (("stall", "--metadata", '{"a":' * 500 + "1" + "}" * 500), "it is nested deeper than 100 levels"),
+        (("stall", "--approved-by", "x", "--metadata", "5"), "metadata cannot be 5: it must be a mapping"),
+        (("stall", "--approved-by", "x", "--metadata", "[1]"), "metadata cannot be [1]: it must be a mapping"),
         (("stall", "--key", " "), "key cannot be ' ': an idempotency key must not be empty"),
         (("stall", "--actor", "\udcff"), "actor cannot be "),
     ],
@@ -629,3 +633,37 @@ def test_an_output_that_is_full_is_a_sentence() -> None:
         result = process("graph", stdout=full)
 
     assert (result.code, result.err) == (1, "System error: [Errno 28] No space left on device.\n")
+
+
+@pytest.mark.parametrize("table", ["leads", "users", "clients"])
+def test_g8_a_table_name_that_is_not_utf_8_is_a_sentence(
+    sqlite_template: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """G8: a name that is not UTF-8, as an option and as Python takes it from the environment."""
+    sentence = f"The name of the CRM's {table} table cannot be 'a\\udcff': it contains half of a surrogate pair"
+    database = ("--database", f"sqlite:///{sqlite_template}")
+    assert refused("status", *database, f"--{table}-table", "a\udcff").startswith(sentence)
+    monkeypatch.setenv(f"CLOSE_ENGINE_{table.upper()}_TABLE", "a\udcff")
+    assert refused("status", *database).startswith(sentence)
+
+
+def test_g8_a_full_disk_is_named(sqlite_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: SQLite has ended the transaction itself by then, and the rollback that fails must not hide why."""
+    file = tmp_path / "full.db"
+    file.write_bytes(sqlite_template.read_bytes())
+    database = close_engine.connect(f"sqlite:///{file}")
+    conversation = close_engine.open_conversation(Lead.create(phone="+15550100"), "SMS_REPLY")
+    pages = database.pragma("page_count")  # type: ignore[attr-defined]
+    database.close()
+    opened = close_engine.database.url._sqlite_options
+
+    def full(*arguments: Any) -> dict[str, Any]:
+        options = opened(*arguments)
+        return {**options, "pragmas": [*options["pragmas"], ("max_page_count", pages)]}
+
+    monkeypatch.setattr("close_engine.database.url._sqlite_options", full)
+    metadata = '{"note": "' + "x" * 60_000 + '"}'
+
+    sentence = refused("fire", conversation.id, "stall", "--metadata", metadata, "--database", f"sqlite:///{file}")
+
+    assert sentence.startswith("Database error: database or disk is full.")

@@ -502,3 +502,95 @@ def test_a_database_that_is_not_migrated_is_told_to_be(empty_url: str, command: 
         Path(empty_url.removeprefix("sqlite:///")).touch()
 
     assert "run close-engine migrate" in refused(*command, "--database", empty_url)
+
+
+# -- G8: what once ended in a traceback ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines."),
+        ("raise SystemExit(3)", "SystemExit: 3."),
+        ("raise GeneratorExit", "GeneratorExit."),
+        ("class Odd(BaseException): pass\nraise Odd('x')", "Odd: x."),
+        ("x = (", "SyntaxError: '(' was never closed"),
+        ("def deeper(): deeper()\ndeeper()", "RecursionError: maximum recursion depth exceeded."),
+    ],
+)
+@pytest.mark.parametrize("option", ["--sender", "--import"])
+def test_g8_a_module_that_cannot_be_imported_is_a_sentence(
+    messages: list[OutboxMessage],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    sentence: str,
+    option: str,
+) -> None:
+    """G8: whatever it raises, a sender's module or one that registers hooks."""
+    name = f"g8_{abs(hash((code, option)))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = (option, f"{name}:send") if option == "--sender" else (*SENDER, option, name)
+
+    assert refused("worker", "--until-empty", *named).startswith(f"The module {name!r} cannot be imported: {sentence}")
+
+
+def test_g8_a_module_that_is_interrupted_ends_the_command(
+    messages: list[OutboxMessage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: Ctrl-C while it is imported is no error of the module's."""
+    (tmp_path / "g8_interrupted.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run("worker", "--until-empty", "--sender", "g8_interrupted:send")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+@pytest.mark.parametrize("option", ["--lease", "--idle", "--sweep-every", "--stall-after", "--lose-after"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e300", "-1e300", "-1", "soon"])
+def test_g8_what_is_no_length_of_time_cannot_be_understood(option: str, number: str) -> None:
+    """G8: with a negative number, a sweep would stall or lose every conversation there is."""
+    result = run("worker", *SENDER, option, number)
+    assert (result.code, result.out) == (2, "")
+    assert "is not a number of" in result.err or "is less than zero" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ((*SENDER, "--concurrency", "99999999999"), 2, "Input should be less than or equal to 1000"),
+        ((*SENDER, "--topic", "\udcff"), 1, "topic cannot be '\\udcff': it contains half of a surrogate pair"),
+        ((*SENDER, "--name", "\udcff"), 1, "worker cannot be '\\udcff': it contains half of a surrogate pair"),
+        (("--print", "--import", "tests.senders"), 2, "With --print, nothing is imported: leave out --import."),
+    ],
+)
+def test_g8_an_option_of_the_worker_that_cannot_be_used_is_a_sentence(
+    messages: list[OutboxMessage], arguments: Any, code: int, sentence: str
+) -> None:
+    """G8: as many threads as no machine has, and names that no database can hold."""
+    result = run("worker", "--until-empty", *arguments)
+    assert (result.code, result.out) == (code, "")
+    assert sentence in " ".join(result.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64, -1, 0])
+def test_g8_a_message_whose_number_no_database_holds(messages: list[OutboxMessage], number: int) -> None:
+    """G8: SQLite's driver raises an OverflowError for 2^63."""
+    result = run("outbox", "requeue", "--", str(number))
+    assert (result.code, result.out) == (2, "")
+    assert refused("outbox", "requeue", str(2**63 - 1)).startswith("There is no message 9223372036854775807")
+
+
+@pytest.mark.parametrize(("since", "count"), [("1h", 0), ("90m", 1), ("2h", 1), ("1d", 1)])
+def test_since_takes_a_length_of_time(
+    messages: list[OutboxMessage], close_engine_clock: Any, since: str, count: int
+) -> None:
+    outbox.claim()[0].give_up("no such number")
+    close_engine_clock.move(timedelta(minutes=90))
+    result = run("outbox", "requeue", "--since", since)
+    assert result == Result(0, f"Messages that will be sent again: {count}.\n", "")
+
+
+@pytest.mark.parametrize("since", ["h", "1.5h", "-1h", "1w", "100000d", "2026-01-31T08:00", ""])
+def test_since_takes_nothing_else(messages: list[OutboxMessage], since: str) -> None:
+    assert run("outbox", "requeue", "--since", since).code == 2

@@ -135,7 +135,8 @@ def assert_waited_for(
     worker = Worker(send, **{"concurrency": 2, "sweep": None, "idle": timedelta(milliseconds=10), **options})
     running = Running(worker.run)
     met = until(lambda: running.ended or "database unreachable" in caplog.text, "the worker meets the trouble")
-    assert met and not running.ended, running.result()
+    assert met
+    assert not running.ended, running.result()
     assert begun.wait(LIMIT)
     mend()
     assert all_sent.wait(LIMIT), caplog.text

@@ -229,9 +229,12 @@ def in_seconds(text: str, default: float, unit: Literal["seconds", "hours", "day
 
     def parse(given: str | timedelta) -> timedelta:
         try:
-            return given if isinstance(given, timedelta) else timedelta(**{unit: float(given)})
+            length = given if isinstance(given, timedelta) else timedelta(**{unit: float(given)})
         except (ValueError, OverflowError):
             raise typer.BadParameter(f"{given!r} is not a number of {unit}.") from None
+        if length < timedelta(0):
+            raise typer.BadParameter(f"{given!r} is less than zero.")
+        return length
 
     return typer.Option(metavar=unit.upper(), parser=parse, help=f"{text} Default {default:g}.", show_default=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from close_engine.board import outbox_line
 from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option
 from close_engine.cli.board import render_outbox
 from close_engine.cli.terminal import cell, console, table
-from close_engine.database.binding import current
+from close_engine.database.binding import current, moment
+from close_engine.database.fields import clean_text
 from close_engine.errors import ConfigurationError
 from close_engine.worker import Worker, load_module, load_sender
 
@@ -57,7 +59,11 @@ def requeue(
         typer.Option(metavar="ERROR", help="All that ended with this error, as close-engine outbox lists it."),
     ] = None,
     since: Annotated[
-        str | None, typer.Option(metavar="TIME", help="All that died at this time or later: ISO 8601 with a timezone.")
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="All that died at this time or later: ISO 8601 with a timezone, or so long ago, such as 30m or 3h.",
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All dead messages.")] = False,
     body: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this text instead: for one message.")] = None,
@@ -66,22 +72,32 @@ def requeue(
     many = everything or error is not None or since is not None
     if (message is None) is not many or (body is not None and many):
         raise typer.BadParameter("Name one message by its id, or several by --error, --since or --all.")
-    moment = None if since is None else _moment(since)
+    after = None if since is None else _time(since)
     open_migrated(context)
+    if isinstance(after, timedelta):
+        after = moment() - after
     if message is not None:
         print(f"Message {outbox.requeue(message, body).id} will be sent again.")
     else:
-        print(f"Messages that will be sent again: {len(outbox.requeue_all(error=error, since=moment))}.")
+        print(f"Messages that will be sent again: {len(outbox.requeue_all(error=error, since=after))}.")
 
 
-def _moment(text: str) -> datetime:
+_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def _time(text: str) -> datetime | timedelta:
+    """Read a moment, or how long ago it is."""
+    if ago := re.fullmatch("([0-9]{1,5})([mhd])", text):
+        return timedelta(**{_UNITS[ago[2]]: int(ago[1])})
     try:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        at = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
-        moment = None
-    if moment is None or moment.utcoffset() is None:
-        raise typer.BadParameter(f"{text!r} is not a time with a timezone, such as 2026-01-31T08:00Z.")
-    return moment
+        at = None
+    if at is None or at.utcoffset() is None:
+        raise typer.BadParameter(
+            f"{text!r} is neither a time with a timezone, such as 2026-01-31T08:00Z, nor so long ago, such as 3h."
+        )
+    return at
 
 
 StallAfter = Annotated[timedelta, in_seconds("How long a lead is silent before its conversation stalls.", 72, "hours")]
@@ -130,7 +146,9 @@ def worker(
             help="The worker's name, for leases and the history. No two workers may share one; the default is unique.",
         ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(metavar="NUMBER", help="How many messages to send at once.")] = 4,
+    concurrency: Annotated[
+        int, typer.Option(metavar="NUMBER", max=1000, help="How many messages to send at once, at most 1000.")
+    ] = 4,
     topic: Annotated[
         list[str] | None,
         typer.Option(metavar="TOPIC", help="Send only messages with this topic. It can be given several times."),
@@ -158,6 +176,9 @@ def worker(
     """
     if (sender is None) is not show:
         raise typer.BadParameter("Name your sender with --sender MODULE:NAME, or show what there is with --print.")
+    if show and modules:
+        raise typer.BadParameter("With --print, nothing is imported: leave out --import.")
+    topics = None if topic is None else [clean_text("topic", name) for name in topic]
     open_migrated(context, wait=not (show or until_empty))
     if show:
         for message in outbox.claimable():
@@ -179,7 +200,7 @@ def worker(
         send,
         name=name,
         concurrency=concurrency,
-        topics=topic,
+        topics=topics,
         lease=lease,
         idle=idle,
         sweep=swept,
