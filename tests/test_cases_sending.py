@@ -593,6 +593,61 @@ def test_g6_a_forked_process_has_connections_of_its_own(
         database.close_all()  # type: ignore[attr-defined]
 
 
+def child_exits_with(work: Callable[[], int]) -> int:
+    """The exit code of a forked process that does this, or 1 if it fails."""
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(work())
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+pool"])
+def test_g6_a_database_that_was_bound_before_is_not_shared_either(
+    scheme: str, postgres_url: str, tmp_path: Path
+) -> None:
+    """Another database was bound since; who asks the first one in a forked process is not heard by its parent."""
+    first = close_engine.connect(postgres_url.replace("postgresql", scheme, 1))
+    mine = first.execute_sql("SELECT pg_backend_pid()").fetchone()
+    close_engine.connect(f"sqlite:///{tmp_path}/second.db")
+
+    def ask() -> int:
+        return 0 if first.execute_sql("SELECT pg_backend_pid()").fetchone() != mine else 2
+
+    assert [child_exits_with(ask) for _ in range(2)] == [0, 0]
+    assert first.execute_sql("SELECT pg_backend_pid()").fetchone() == mine
+    first.close()
+    if scheme.endswith("pool"):
+        first.close_all()  # type: ignore[attr-defined]
+
+
+def test_g6_a_fork_within_a_transaction_on_sqlite(tmp_path: Path) -> None:
+    """The parent holds the write lock: the child is no part of its transaction, and ends nothing."""
+    file = tmp_path / "crm.db"
+    database = close_engine.bind(peewee.SqliteDatabase(str(file), timeout=0.05, pragmas={"journal_mode": "wal"}))
+    close_engine.migrate(standalone=True)
+    conversation = opened()
+
+    def look() -> int:
+        assert not database.in_transaction()
+        assert messages() == []
+        with pytest.raises(peewee.OperationalError, match="database is locked"):
+            outbox.enqueue(conversation.id, "of the child")
+        return 0
+
+    with close_engine.atomic():
+        outbox.enqueue(conversation, "of the parent")
+        assert child_exits_with(look) == 0
+        assert database.in_transaction()
+
+    assert [message.topic for message in messages()] == ["of the parent"]
+    assert database.execute_sql("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert close_engine.verify() == []
+    database.close()
+
+
 # -- B2, G2: trouble is told apart by its code -----------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -96,21 +97,22 @@ class Binding:
         return int(query.select(self.dialect.function("count", peewee.SQL("*"))).scalar() or 0)
 
 
+#: Every database that was ever bound and is still there.
+_bound: weakref.WeakSet[peewee.Database] = weakref.WeakSet()
+
 #: Connections of the parent process. A child must neither use them nor close them: the parent still does.
 _inherited: list[Any] = []
 
 
 def _forget_connections() -> None:
-    """In a forked process, let the bound database open connections of its own."""
-    if _binding is None:
-        return
-    database = _binding.database
-    state = database._state  # type: ignore[attr-defined]
-    _inherited.append(state.conn)
-    state.reset()
-    if isinstance(database, PooledDatabase):
-        _inherited.append((database._connections, database._in_use))
-        database._connections, database._in_use = [], {}
+    """In a forked process, let every database that was bound open connections of its own."""
+    for database in _bound:
+        state = database._state  # type: ignore[attr-defined]
+        _inherited.append(state.conn)
+        state.reset()
+        if isinstance(database, PooledDatabase):
+            _inherited.append((database._connections, database._in_use))
+            database._connections, database._in_use = [], {}
 
 
 if hasattr(os, "register_at_fork"):
@@ -240,6 +242,7 @@ def bind(
     # The migrations read the names from the database object: they import nothing from this package.
     database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
     _binding = binding
+    _bound.add(database)
     database_proxy.initialize(database)
     return database
 
