@@ -16,7 +16,7 @@ import psycopg2
 import pytest
 
 import close_engine
-from close_engine import CloseEngineConversation, Lead, Stage, StageChange
+from close_engine import CloseEngineConversation, EntryPoint, Lead, Stage, StageChange
 from close_engine.database.url import without_password
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.schema import directory
@@ -652,7 +652,7 @@ def test_g8_a_full_disk_is_named(sqlite_template: Path, tmp_path: Path, monkeypa
     file = tmp_path / "full.db"
     file.write_bytes(sqlite_template.read_bytes())
     database = close_engine.connect(f"sqlite:///{file}")
-    conversation = close_engine.open_conversation(Lead.create(phone="+15550100"), "SMS_REPLY")
+    conversation = close_engine.open_conversation(Lead.create(phone="+15550100"), EntryPoint.SMS_REPLY)
     pages = database.pragma("page_count")  # type: ignore[attr-defined]
     database.close()
     opened = close_engine.database.url._sqlite_options

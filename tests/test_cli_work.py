@@ -8,12 +8,13 @@ import pty
 import re
 import signal
 import subprocess
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psycopg2
 import pytest
 
 import close_engine
@@ -27,8 +28,10 @@ from close_engine import (
     outbox,
     submit,
 )
-from tests.command_line import COMMAND, Result, background, process, refused, run
+from tests.command_line import COMMAND, Result, as_user, background, process, refused, run
+from tests.crm import query
 from tests.servers import execute
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 
@@ -594,3 +597,41 @@ def test_since_takes_a_length_of_time(
 @pytest.mark.parametrize("since", ["h", "1.5h", "-1h", "1w", "100000d", "2026-01-31T08:00", ""])
 def test_since_takes_nothing_else(messages: list[OutboxMessage], since: str) -> None:
     assert run("outbox", "requeue", "--since", since).code == 2
+
+
+@pytest.mark.parametrize("trouble", ["nobody listens", "unknown role"])
+def test_g8_a_worker_that_is_not_let_in_at_the_start_waits(
+    postgres_url: str, nobody_listens: str, trouble: str
+) -> None:
+    """G8: a server that is not up yet, or that does not know this user yet; drivers tell no code for either."""
+    url = as_user(postgres_url, "nobody_of_that_name", "wrong")
+    if trouble == "nobody listens":
+        url = f"postgresql://ana:s3cret@{nobody_listens}/crm"
+    with worker(url, "--sender", "tests.senders:send") as working:
+        assert working.stderr is not None
+        assert "started" in working.stderr.readline()
+        line = working.stderr.readline()
+        assert "database unreachable" in line
+        working.terminate()
+        _, err = working.communicate()
+
+    assert working.returncode == 0
+    assert "Traceback" not in err
+    assert "s3cret" not in line + err
+
+
+def test_g8_two_signals_end_a_worker_that_hangs_in_the_database(postgres_url: str) -> None:
+    """G8: it waits for a lock that nobody gives up; the first signal lets it finish, which it never does."""
+    with closing(psycopg2.connect(postgres_url)) as holder:
+        holder.cursor().execute("LOCK TABLE close_engine.outbox")
+        with worker(postgres_url, "--sender", "tests.senders:send", "--no-sweep") as working:
+            waits = "SELECT count(*) > 0 FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))"
+            until(lambda: query(postgres_url, waits, (holder.info.backend_pid,)) == [(True,)], "the worker waits")
+
+            def ended() -> bool:
+                working.send_signal(signal.SIGTERM)
+                return working.poll() is not None
+
+            until(ended, "the worker is ended")
+
+    assert working.returncode == -signal.SIGTERM
