@@ -33,6 +33,7 @@ from close_engine import (
 )
 from close_engine.board import pipeline
 from close_engine.cli.board import render
+from close_engine.database.binding import current
 from close_engine.testing import MovableClock, new_lead
 from tests.command_line import refused, run
 from tests.foreign import REFUSED, ForeignWriter
@@ -530,3 +531,52 @@ def test_migrating_adopts_rows_that_cannot_be_read(
         foreign.run(statement, mended, row_id)
     assert close_engine.verify() == []
     assert len(list(CloseEngineConversation.select())) == 2 + len([row for row in BAD if row[0] == CONVERSATIONS])
+
+
+def test_queries_of_other_shapes_name_it_too(case: Case, foreign: ForeignWriter) -> None:
+    model, action = CloseEngineConversation, PendingAction
+    spoil(foreign, ACTIONS, "type", "SEND_SMS", case.bad_action.id)
+    spoil(foreign, "leads", "qualification_data", LONG, case.bad.lead_id)
+    count = current().dialect.function("count", action.id)
+    shapes: list[tuple[Any, tuple[str, str, str]]] = [
+        (model.select(model, Lead).join(Lead), ("leads", case.bad.lead_id, "qualification_data")),
+        (action.select(action.type, count).group_by(action.type), (ACTIONS, case.bad_action.id, "type")),
+        (action.select(action.type).distinct(), (ACTIONS, case.bad_action.id, "type")),
+        (action.select().namedtuples(), (ACTIONS, case.bad_action.id, "type")),
+        (action.select().limit(1).offset(0), (ACTIONS, case.bad_action.id, "type")),
+    ]
+    for query, named in shapes:
+        ordered = query if query.model is model else query.order_by(action.type.desc())
+        with pytest.raises(UnreadableRow) as told:
+            list(ordered)
+        assert (told.value.table, told.value.row_id, told.value.column) == named
+        assert len(list(ordered.readable())) == 1
+    # Where no row has a key, what the driver or the field says must do.
+    with close_engine.atomic(), pytest.raises(ValueError, match=r"PendingAction\.type cannot be 'SEND_SMS'"):
+        list(action.select(action.type.alias("word")).order_by(peewee.SQL("word")).limit(5))
+
+
+def test_documents_that_only_an_object_cannot_hold_are_named_too(case: Case, foreign: ForeignWriter) -> None:
+    """Python can read 500 levels, and an object of a joined query refuses them as it would refuse an assignment."""
+    spoil(foreign, CONVERSATIONS, "collected_data", "[" * 500 + "]" * 500, case.bad.id)
+    query = CloseEngineConversation.select(CloseEngineConversation, Lead).join(Lead)
+    with pytest.raises(UnreadableRow, match=f"'{case.bad.id}'.*collected_data cannot be '…': it is nested deeper"):
+        list(query)
+    assert list(query.readable()) == [case.good]
+
+
+def test_an_error_that_is_about_no_row_is_left_alone(case: Case, statements: list[str]) -> None:
+    def broken(**row: Any) -> None:
+        raise ZeroDivisionError(row["id"])
+
+    for query in (PendingAction.select(), pending_actions()):
+        with pytest.raises(ZeroDivisionError):
+            list(query.objects(broken))
+        with pytest.raises(ZeroDivisionError):
+            list(query.objects(broken).iterator())
+    del statements[:]
+    with pytest.raises(peewee.DatabaseError, match="nothing_like_it"):
+        list(PendingAction.select().where(peewee.SQL("nothing_like_it = 1")))
+    assert len(statements) == 1
+    with pytest.raises(ValueError, match="incompatible with iterator"):
+        CloseEngineConversation.select().with_related(CloseEngineConversation.lead).iterator()

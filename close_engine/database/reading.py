@@ -41,6 +41,9 @@ if TYPE_CHECKING:
         _load_tree: Any
         _group_by: Any
         _distinct: Any
+        _simple_distinct: Any
+        _limit: Any
+        _constructor: Any
 
         def select(self, *fields_or_models: Any) -> Self: ...
 else:
@@ -129,9 +132,18 @@ class Rows(SelectOf[M]):
         if not is_unreadable(error):
             raise error
         found = False
-        rows = _without(self, "group_by", "having", "distinct") if self._group_by or self._distinct else self
-        every = [row[0] for row in _run(rows.select(_key(self.model)).tuples(), database)]
+        if self._group_by or self._distinct or self._simple_distinct:
+            rows = _without(self, "group_by", "having", "distinct", "simple_distinct")
+        else:
+            rows = self if self._limit else _without(self)
+        try:
+            with database.atomic():
+                every = [row[0] for row in _run(rows.select(_key(self.model)).tuples(), database)]
+        except peewee.DatabaseError:
+            raise error from None  # of such a query, no row has a key
         part = _without(self)
+        if self._constructor is not None:
+            part = part.tuples()  # what the user's own constructor raises is no matter of the row
         for start in range(0, len(every), _PART):
             for bad in _search(part, every[start : start + _PART], database):
                 found = True
