@@ -118,8 +118,11 @@ class Pipeline:
     unreadable: int
 
 
-def pipeline() -> Pipeline:
+def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
     """Read the whole board.
+
+    Args:
+        hanging_after: timedelta, as for `outbox_line`.
 
     Returns:
         the Pipeline, as plain numbers.
@@ -127,7 +130,7 @@ def pipeline() -> Pipeline:
     at = moment()
     stages, strange = _stage_lines(at)
     approvals, unreadable = _approval_lines(at)
-    return Pipeline(at, stages, approvals, outbox_line(), strange + unreadable)
+    return Pipeline(at, stages, approvals, outbox_line(hanging_after), strange + unreadable)
 
 
 def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:

@@ -767,12 +767,16 @@ def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:
     return message
 
 
-def claimable() -> list[OutboxMessage]:
+def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:
     """List the messages that can be claimed now, oldest first, without claiming them.
 
     One that cannot be read is passed over: whoever claims it gives it up.
+
+    Args:
+        topics: sequence of str, only messages with these topics.
     """
-    found = peewee.SQL(current().dialect.sql(f"(SELECT o.id FROM {{outbox}} o WHERE {CLAIMABLE})"))
+    only, names = _of_topics(topics)
+    found = peewee.SQL(current().dialect.sql(f"(SELECT o.id FROM {{outbox}} o WHERE {CLAIMABLE}{only})"), names)
     query = OutboxMessage.select().readable().where(OutboxMessage.id.in_(found))
     return list(query.order_by(OutboxMessage.available_at, OutboxMessage.id))
 

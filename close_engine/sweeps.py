@@ -35,6 +35,9 @@ STALL_AFTER = timedelta(hours=72)
 #: … and how long it is stalled before it is lost.
 LOSE_AFTER = timedelta(days=7)
 
+#: The longest that either can be: more is a mistake, and some dates are too early for Python.
+_LONGEST = timedelta(days=36500)
+
 #: The actor of these changes in the history.
 ACTOR = "sweep"
 
@@ -106,6 +109,9 @@ def sweep(*, stall_after: timedelta = STALL_AFTER, lose_after: timedelta = LOSE_
 
     Returns:
         Swept.
+
+    Raises:
+        InvalidValue: a timedelta is negative or too long.
     """
     return Swept(stall_silent(stall_after), lose_stalled(lose_after), expire_actions(), release_leases())
 
@@ -121,11 +127,10 @@ def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[s
         list of str, ids of the conversations.
 
     Raises:
-        InvalidValue: the batch is less than 1.
+        InvalidValue: `after` is negative or too long, or the batch is less than 1.
         GuardMissing: the database would not record the changes.
     """
-    present = moment()
-    before, at = stored_time(present - after), stored_time(present)
+    before, at = _before_and_now(after)
     due = _Due(_PERHAPS_SILENT, (before, at), lock=("c", "d"))
     return _move("stall", at, due, batch, spared=lambda held: _not_silent(held, before))
 
@@ -144,14 +149,21 @@ def lose_stalled(
         list of str, ids of the conversations.
 
     Raises:
-        InvalidValue: the reason is empty, or the batch is less than 1.
+        InvalidValue: the reason is empty, `after` is negative or too long, or the batch is less than 1.
         GuardMissing: the database would not record the changes.
     """
     if not reason.strip():
         raise InvalidValue("reason", reason, "a reason must be given")
-    present = moment()
-    before, at = stored_time(present - after), stored_time(present)
+    before, at = _before_and_now(after)
     return _move("close_lost", at, _Due(_STALLED, (before, at, before), lock=("c",)), batch, reason)
+
+
+def _before_and_now(after: timedelta) -> tuple[str, str]:
+    """Return the moment this long ago and the moment now, as they are stored."""
+    if not timedelta(0) <= after <= _LONGEST:
+        raise InvalidValue("after", str(after), f"it must be from 0 to {_LONGEST.days} days")
+    present = moment()
+    return stored_time(present - after), stored_time(present)
 
 
 def expire_actions(*, batch: int = 1000) -> list[str]:

@@ -149,7 +149,7 @@ class Worker:
         send: the sender: a function of one OutboxMessage, or an object with the methods `send` and `find`.
         name: str, the owner of its leases and the actor in the history. No two workers may share one; the default is
             unique.
-        concurrency: int, how many messages to send at once, at least 1.
+        concurrency: int, how many messages to send at once, from 1 to 1000.
         topics: sequence of str, the topics to send; the default is all.
         lease: timedelta, how long its messages stay leased if it dies. While it lives, it extends its leases.
         idle: timedelta, the longest to wait before it looks for messages again, or for the database if that is down.
@@ -158,8 +158,8 @@ class Worker:
 
     Raises:
         ConfigurationError: the sender cannot be called, or is a coroutine function.
-        InvalidValue: `concurrency` is less than 1, `topics` is no list or empty, or a timedelta is not greater than
-            zero or too long to wait for.
+        InvalidValue: `concurrency` is not from 1 to 1000, `topics` is no list or empty, or a timedelta is not greater
+            than zero or too long to wait for.
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class Worker:
         sweep: Callable[[], sweeps.Swept] | None = sweeps.sweep,
         sweep_every: timedelta = timedelta(minutes=1),
     ) -> None:
-        if concurrency < 1:
-            raise InvalidValue("concurrency", concurrency, "it must be at least 1")
+        if not 1 <= concurrency <= 1000:
+            raise InvalidValue("concurrency", concurrency, "it must be at least 1 and at most 1000")
         if topics is not None and (isinstance(topics, str) or not topics):
             raise InvalidValue("topics", topics, "it must be a list of at least one topic")
         for option, duration in {"lease": lease, "idle": idle, "sweep_every": sweep_every}.items():

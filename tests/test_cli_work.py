@@ -251,6 +251,8 @@ def test_a_worker_prints_what_it_would_send_and_marks_nothing(messages: list[Out
     assert result.out == "".join(f"SEND_MESSAGE to lead {one.lead_id}: {one.body}\n" for one in messages)
     close_engine.bind(database)
     assert {(one.status, one.claims) for one in OutboxMessage.select()} == {(MessageStatus.PENDING, 0)}
+    assert run("worker", "--print", "--topic", "nothing").out == ""
+    assert run("worker", "--print", "--topic", "SEND_MESSAGE").out == result.out
 
 
 def test_a_worker_imports_what_registers_hooks(
@@ -453,6 +455,14 @@ def test_the_board_is_printed_once_where_there_is_no_terminal(action: PendingAct
     assert run("board", "--once").code == 0
 
 
+def test_after_how_long_a_message_hangs_can_be_set(messages: list[OutboxMessage], database: Any) -> None:
+    outbox.claim()
+    for command in (("board", "--once"), ("outbox",)):
+        for seconds, hanging in (("0", "1"), ("300", "0")):
+            result = run(*command, "--hanging-after", seconds)
+            assert re.search(rf"of which hanging +{hanging}\b", result.out), result
+
+
 def test_on_a_terminal_the_board_is_live_until_it_is_interrupted(
     messages: list[OutboxMessage], conversation_in: Any, database_url: str
 ) -> None:
@@ -486,8 +496,8 @@ def test_on_a_terminal_the_board_is_live_until_it_is_interrupted(
 
 
 def test_the_board_of_a_terminal_ends_with_ctrl_c(action: PendingAction, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(console: Any, every: timedelta) -> None:
-        assert every == timedelta(seconds=2)
+    def interrupted(console: Any, every: timedelta, hanging_after: timedelta) -> None:
+        assert (every, hanging_after) == (timedelta(seconds=2), timedelta(minutes=5))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rich.console.Console.is_terminal", True)

@@ -500,3 +500,12 @@ def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(clock: MovableC
             assert (row.stage is Stage.STALLED) == (row.id in stalled and result.resumed is None)
             assert result.answer
     assert_consistent()
+
+
+@pytest.mark.parametrize("after", [timedelta(seconds=-1), timedelta(days=400_000)])
+@pytest.mark.parametrize("act", [close_engine.stall_silent, close_engine.lose_stalled])
+def test_a_sweep_refuses_a_limit_that_makes_no_sense(
+    database: peewee.Database, act: Callable[[timedelta], list[str]], after: timedelta
+) -> None:
+    with pytest.raises(close_engine.InvalidValue, match="it must be from 0 to 36500 days"):
+        act(after)

@@ -905,7 +905,8 @@ def test_a_database_that_is_not_migrated_is_refused(way: Callable[[Worker], None
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"concurrency": 0}, "concurrency cannot be 0: it must be at least 1."),
+        ({"concurrency": 0}, "concurrency cannot be 0: it must be at least 1 and at most 1000."),
+        ({"concurrency": 1001}, "concurrency cannot be 1001: it must be at least 1 and at most 1000."),
         ({"lease": timedelta(0)}, "lease cannot be '0:00:00': it must be greater than zero."),
         ({"idle": timedelta(seconds=-1)}, "idle cannot be '-1 day, 23:59:59': it must be greater than zero."),
         ({"sweep_every": timedelta(0)}, "sweep_every cannot be '0:00:00': it must be greater than zero."),

@@ -13,10 +13,12 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from close_engine.board import OutboxLine, Pipeline, pipeline
+from close_engine.board import HANGING_AFTER, OutboxLine, Pipeline, pipeline
 from close_engine.cli.app import command, in_seconds, open_migrated
 from close_engine.cli.terminal import cell, console, duration, table
 from close_engine.errors import InvalidValue
+
+HangingAfter = Annotated[timedelta, in_seconds("How long a message is in flight before it counts as hanging.", 300)]
 
 
 def render(board: Pipeline) -> RenderableType:
@@ -77,22 +79,23 @@ def render_outbox(line: OutboxLine) -> Table:
     return counts
 
 
-def watch(console: Console, every: timedelta) -> None:
+def watch(console: Console, every: timedelta, hanging_after: timedelta = HANGING_AFTER) -> None:
     """Show the board and redraw it in place until KeyboardInterrupt.
 
     Args:
         console: the terminal.
         every: timedelta between redraws.
+        hanging_after: timedelta, as for `pipeline`.
 
     Raises:
         InvalidValue: `every` is not greater than zero.
     """
     if every <= timedelta(0):
         raise InvalidValue("every", str(every), "it must be greater than zero")
-    with Live(render(pipeline()), console=console, auto_refresh=False, transient=False) as live:
+    with Live(render(pipeline(hanging_after)), console=console, auto_refresh=False, transient=False) as live:
         while True:
             time.sleep(every.total_seconds())
-            live.update(render(pipeline()), refresh=True)
+            live.update(render(pipeline(hanging_after)), refresh=True)
 
 
 @command()
@@ -102,11 +105,12 @@ def board(
     once: Annotated[
         bool, typer.Option("--once", help="Show it once and exit; the default when the output is not a terminal.")
     ] = False,
+    hanging_after: HangingAfter = HANGING_AFTER,
 ) -> None:
     """Watch the pipeline until Ctrl-C: conversations per stage, what waits for approval, the outbox."""
     open_migrated(context)
     if once or not console().is_terminal:
-        console().print(render(pipeline()))
+        console().print(render(pipeline(hanging_after)))
         return
     with suppress(KeyboardInterrupt):
-        watch(console(), every)
+        watch(console(), every, hanging_after)

@@ -16,9 +16,9 @@ import peewee
 import typer
 
 from close_engine import outbox, sweeps
-from close_engine.board import outbox_line
+from close_engine.board import HANGING_AFTER, outbox_line
 from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option
-from close_engine.cli.board import render_outbox
+from close_engine.cli.board import HangingAfter, render_outbox
 from close_engine.cli.terminal import cell, console, table
 from close_engine.database.binding import current, moment
 from close_engine.database.fields import clean_text
@@ -32,12 +32,12 @@ app.add_typer(outbox_commands, name="outbox", cls=Group)
 
 
 @outbox_commands.callback()
-def outbox_(context: typer.Context) -> None:
+def outbox_(context: typer.Context, hanging_after: HangingAfter = HANGING_AFTER) -> None:
     """Show the outbox: how many messages are pending, and which errors the dead ones ended with."""
     if context.invoked_subcommand:
         return
     open_migrated(context)
-    console().print(render_outbox(outbox_line()))
+    console().print(render_outbox(outbox_line(hanging_after)))
     dead = table("error", "messages", "last one died", "for example", title="Dead", numbers=("messages",))
     for line in outbox.dead_lines():
         dead.add_row(cell(line.error), f"{line.count:,}", cell(line.last), cell(f"{line.example}: {line.sentence}"))
@@ -181,7 +181,7 @@ def worker(
     topics = None if topic is None else [clean_text("topic", name) for name in topic]
     open_migrated(context, wait=not (show or until_empty))
     if show:
-        for message in outbox.claimable():
+        for message in outbox.claimable(topics):
             print(cell(f"{message.topic} to lead {message.lead_id}: {message.body or message.payload}"))
         return
     bound = current().database
