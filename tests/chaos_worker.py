@@ -107,7 +107,7 @@ class Provider:
         if is_poisonous(message.conversation_id, message.body):
             os.kill(os.getpid(), signal.SIGKILL)
         # Its latency; some calls are slow.
-        time.sleep(0.3 if message.id % 50 == 0 else 0.001)
+        time.sleep(0.3 if message.id % 20 == 0 else 0.001)
         while message.claims == 1 and self._hold.exists():
             time.sleep(0.001)
         return self.note("delivered", message).provider_id

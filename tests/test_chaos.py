@@ -39,26 +39,44 @@ APART = timedelta(minutes=10)
 #: How long a worker is suspended: beyond its leases. What is in flight then is taken over by another one.
 SUSPENDED = (LEASE * 1.25, LEASE * 2)
 
-#: As a foreign writer opens conversations; the texts as `submit` puts them into the outbox, due one conversation after
-#: the other. Whatever is written to a message that is not pending any more, or is not from then on, is noted.
+#: As a foreign writer opens conversations. Noted is, in order, each claim of a message, and whatever else is written to
+#: one that is not pending before or afterwards.
 START = (
     "INSERT INTO leads (id, phone) SELECT 'lead-' || n, '+1' FROM generate_series(1, %(conversations)s) n",
     "INSERT INTO close_engine_conversations (id, lead_id, entry_point, updated_at) "
     "SELECT 'c' || n, 'lead-' || n, 'SMS_REPLY', now() AT TIME ZONE 'UTC' FROM generate_series(1, %(conversations)s) n",
+    "CREATE TABLE noted (number bigserial, message_id bigint, status text)",
+    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO noted (message_id, status) "
+    "VALUES (NEW.id, CASE WHEN NEW.claims > OLD.claims THEN 'CLAIMED' ELSE NEW.status END); RETURN NULL; END $$",
+    "CREATE TRIGGER noting AFTER UPDATE ON close_engine.outbox FOR EACH ROW "
+    "WHEN (NEW.status <> 'PENDING' OR OLD.status <> 'PENDING' OR NEW.claims > OLD.claims) EXECUTE FUNCTION note()",
+)
+
+#: As `submit` puts the texts of a conversation into the outbox.
+TEXTS = (
     "INSERT INTO close_engine.outbox (conversation_id, topic, body, trigger, created_at, available_at) "
     "SELECT 'c' || n, 'SEND_MESSAGE', 'Text ' || i, CASE i WHEN 1 THEN 'start_qualifying' END, "
-    "now() AT TIME ZONE 'UTC', now() AT TIME ZONE 'UTC' + n * interval '20 ms' "
-    "FROM generate_series(1, 2) i, generate_series(1, %(conversations)s) n",
-    "CREATE TABLE noted (message_id bigint, status text)",
-    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS "
-    "$$ BEGIN INSERT INTO noted VALUES (NEW.id, NEW.status); RETURN NULL; END $$",
-    "CREATE TRIGGER noting AFTER UPDATE ON close_engine.outbox FOR EACH ROW "
-    "WHEN (NEW.status <> 'PENDING' OR OLD.status <> 'PENDING') EXECUTE FUNCTION note()",
+    "now() AT TIME ZONE 'UTC', now() AT TIME ZONE 'UTC' "
+    "FROM generate_series(%(first)s, %(last)s) n, generate_series(1, 2) i ORDER BY n, i"
+)
+#: How many messages wait at most: what a dead worker leaves has its turn soon.
+WAITING = 100
+PENDING = (
+    "SELECT count(*), count(*) FILTER (WHERE unreported = 0 AND leased_by IS NULL) FROM close_engine.outbox "
+    "WHERE status = 'PENDING'"
 )
 
 #: What a worker logs.
 UNREACHABLE = "database unreachable"
 UNLUCKY = "SELECT conversation_id, body FROM close_engine.outbox WHERE status = 'PENDING' AND unreported >= %s"
+NOTED = "SELECT count(*), count(DISTINCT message_id) FROM noted WHERE status <> 'CLAIMED'"
+#: The second texts that were claimed before the first one was sent or dead.
+OVERTAKEN = (
+    "SELECT second.id FROM close_engine.outbox first JOIN close_engine.outbox second USING (conversation_id) "
+    "WHERE first.body = 'Text 1' AND second.body = 'Text 2' AND "
+    "(SELECT max(number) FROM noted WHERE message_id = first.id) > "
+    "(SELECT min(number) FROM noted WHERE message_id = second.id)"
+)
 #: Of a message that was sent, it stays written who sent it.
 LEASED = "SELECT count(*) FROM close_engine.outbox WHERE leased_by IS NOT NULL AND status <> 'SENT'"
 
@@ -181,7 +199,8 @@ class Storm:
     def __post_init__(self) -> None:
         poisoned = self.conversations // 50
         self.poisons = 3 * poisoned
-        #: The two texts that are there at the start, and the effect of entering QUALIFYING.
+        self.submitted = 0
+        #: Two texts for each, and the effect of entering QUALIFYING.
         self.messages = 3 * self.conversations - poisoned
         self.kills = self.suspensions = 5 + self.conversations // 100
         strikes = [self.kill] * self.kills + [self.suspend] * self.suspensions
@@ -197,18 +216,27 @@ class Storm:
         stuck_at = 0.0
         while True:
             self.fleet.tend()
-            ((pending,),) = query(self.server.url, "SELECT count(*) FROM close_engine.outbox WHERE status = 'PENDING'")
-            if (now := (pending, len(self.fleet.died))) != seen:
+            left = self.submit()
+            if (now := (left, len(self.fleet.died))) != seen:
                 seen, stuck_at = now, time.monotonic() + LIMIT
             assert time.monotonic() < stuck_at, f"Nothing happened for {LIMIT} seconds.\n{self.fleet.logs()}"
             # Where this process is held up for long, nothing is left by the time of a strike. It comes all the same.
-            if self.strikes and (not pending or self.done() >= self.strikes[0][0]):
+            if self.strikes and (not left or self.done() >= self.strikes[0][0]):
                 if self.may_strike():
                     self.strikes.pop(0)[1]()
-            elif not pending and not self.fleet.suspended:
+            elif not left and not self.fleet.suspended:
                 if self.fleet.struck["suspended"] == self.suspensions:
                     return
                 self.suspend()  # instead of one that died of poison just before
+
+    def submit(self) -> int:
+        """Submit more texts if few are waiting, and return what was left: messages, and conversations without."""
+        ((pending, waiting),) = query(self.server.url, PENDING)
+        left = int(pending) + self.conversations - self.submitted
+        if self.submitted < self.conversations and waiting < WAITING:
+            first, self.submitted = self.submitted + 1, min(self.submitted + WAITING // 4, self.conversations)
+            query(self.server.url, TEXTS, {"first": first, "last": self.submitted})
+        return left
 
     def may_strike(self) -> bool:
         """Whether somebody is there to take over, and nothing was struck so often that it may die of the next one."""
@@ -341,6 +369,7 @@ def test_a_sender_that_is_suspended_in_the_call_beyond_its_lease_delivers_twice_
     postgres: peewee.Database, postgres_url: str, fleets: Callable[[str, random.Random], Fleet], tmp_path: Path
 ) -> None:
     prepare(postgres_url, 1)
+    query(postgres_url, TEXTS, {"first": 1, "last": 1})
     query(postgres_url, "DELETE FROM close_engine.outbox WHERE body = 'Text 2'")
     fleet = fleets(postgres_url, random.Random(1))
     hold = tmp_path / "hold"
@@ -364,7 +393,11 @@ def test_a_sender_that_is_suspended_in_the_call_beyond_its_lease_delivers_twice_
     assert sentence.startswith("message 1 (c1, Text 1) was delivered twice: lease 1 was suspended in ")
     text = OutboxMessage.get(OutboxMessage.body == "Text 1")
     assert (text.status, text.claims) == (MessageStatus.SENT, 2)
-    assert query(postgres_url, "SELECT status FROM noted WHERE message_id = %s", (text.id,)) == [("SENT",)]
+    assert query(postgres_url, "SELECT status FROM noted WHERE message_id = %s ORDER BY number", (text.id,)) == [
+        ("CLAIMED",),
+        ("CLAIMED",),
+        ("SENT",),
+    ]
     (loser,) = re.findall(r"lost worker=(\S+) ", fleet.logs())
     assert loser != text.leased_by
     with pytest.raises(AssertionError, match="lease 1 was not suspended in the provider's call"):
@@ -410,9 +443,7 @@ def test_in_a_storm_nothing_is_lost_recorded_twice_or_delivered_twice_without_a_
         message for message in poisons if not re.fullmatch(r"the lease of \S+ ran out", message.last_error or "")
     ] == []
     assert query(own_server.url, LEASED) == [(0,)]
-    assert query(own_server.url, "SELECT count(*), count(DISTINCT message_id) FROM noted") == [
-        (len(messages), len(messages))
-    ]
+    assert query(own_server.url, NOTED) == [(len(messages), len(messages))]
     deliveries: dict[int, set[str]] = defaultdict(set)
     for line in lines:
         if line.what == "delivered":
@@ -422,7 +453,8 @@ def test_in_a_storm_nothing_is_lost_recorded_twice_or_delivered_twice_without_a_
     assert [message for message in sent if message.provider_id not in deliveries[message.id]] == []
     assert [message.refusal for message in messages if message.refusal] == []
 
-    assert_in_order(messages, lines)
+    assert_in_order(lines)
+    assert query(own_server.url, OVERTAKEN) == []
     assert_history(poisons)
     assert close_engine.verify() == []
 
@@ -431,20 +463,13 @@ def _is_poison(line: Line) -> bool:
     return is_poisonous(line.conversation, line.body or None)
 
 
-def assert_in_order(messages: list[OutboxMessage], lines: list[Line]) -> None:
-    """The texts of a conversation are a lane: the second one is begun when the first one is sent or dead."""
-    begun: dict[str, list[int]] = defaultdict(list)
+def assert_in_order(lines: list[Line]) -> None:
+    """The texts of a conversation are a lane: the second one is begun after the first one."""
+    begun: dict[str, list[str]] = defaultdict(list)
     for line in lines:
-        if line.what == "begun" and line.body and line.message not in begun[line.conversation]:
-            begun[line.conversation].append(line.message)
-    assert [order for order in begun.values() if order != sorted(order) or len(order) != 2] == []
-    lanes: dict[str, list[OutboxMessage]] = defaultdict(list)
-    for message in messages:
-        if message.topic != EFFECT:
-            lanes[message.conversation_id].append(message)
-    for first, second in lanes.values():
-        over = first.sent_at or first.available_at
-        assert second.status is MessageStatus.DEAD or over <= (second.leased_at or over)
+        if line.what == "begun" and line.body and line.body not in begun[line.conversation]:
+            begun[line.conversation].append(line.body)
+    assert [order for order in begun.values() if order != ["Text 1", "Text 2"]] == []
 
 
 def assert_history(poisons: list[OutboxMessage]) -> None:
