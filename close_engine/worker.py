@@ -423,16 +423,19 @@ class _Shift:
         if self._listens_on is None:
             self._note_wakes("this database tells nobody of a new message")
             return
+        was_heard = False
         while not self._over.is_set():
             is_new = True
             try:
                 self._notices = notices = Notices(self._listens_on)
                 try:
+                    _connect()
                     are_heard = notices.are_heard()
                     _disconnect()  # others may need it
-                    if not are_heard:
+                    if not are_heard and not was_heard:
                         self._note_wakes(_UNHEARD)
                         return
+                    was_heard = True
                     self._note_wakes()
                     self._announce()  # what came before this
                     is_new = False

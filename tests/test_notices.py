@@ -99,7 +99,14 @@ def pooled(url: str) -> peewee.Database:
     return close_engine.connect(f"{url}{'&' if '?' in url else '?'}max_connections=8")
 
 
-@pytest.mark.parametrize("connect", [close_engine.connect, psycopg3, pooled])
+def by_hand(url: str) -> peewee.Database:
+    """One that opens no connection by itself."""
+    database = close_engine.bind(peewee.PostgresqlDatabase(url, autoconnect=False))
+    database.connect()
+    return database
+
+
+@pytest.mark.parametrize("connect", [close_engine.connect, psycopg3, pooled, by_hand])
 def test_what_is_put_in_wakes_a_worker_that_would_not_look_for_a_day(
     postgres_url: str, connect: Callable[[str], peewee.Database]
 ) -> None:
