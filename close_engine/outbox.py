@@ -735,7 +735,10 @@ def _as_read(field: Any, row: str = "") -> str:
     column = f'{row}"{field.column_name}"'
     if isinstance(field, JsonField):
         return f"CAST({column} AS TEXT)"
-    if isinstance(field, UtcDateTimeField):
+    if isinstance(field, UtcDateTimeField) and field.name not in (
+        "available_at",
+        "leased_at",
+    ):  # the claim writes those
         return f"CASE WHEN {column} >= '0001-01-01' AND {column} < '9999-01-01' THEN {column} END"
     return column
 
