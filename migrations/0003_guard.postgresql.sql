@@ -78,6 +78,18 @@ BEGIN
 END
 $body$;
 
+-- A word that nobody knows would be one more value that Python cannot read. This is no CHECK: an unknown word that was
+-- there before would hinder every other write of its row.
+CREATE OR REPLACE FUNCTION close_engine.require_word(subject text, word text, known text[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF word <> ALL (known) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: ' || subject || ' cannot be '
+            || word || ': it must be one of ' || pg_catalog.array_to_string(known, ', ');
+    END IF;
+END
+$body$;
+
 -- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
 -- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
 -- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match. If the context is
@@ -115,12 +127,22 @@ BEGIN
             ('closed_lost_at', NEW.closed_lost_at, OLD.closed_lost_at, moment + interval '1 day')
         ) AS changed (name, at, was, latest) WHERE changed.at IS DISTINCT FROM changed.was;
     END IF;
-    IF (NEW.questions_asked, NEW.collected_data) IS DISTINCT FROM (OLD.questions_asked, OLD.collected_data) THEN
+    -- One comparison for nearly every write. In an INSERT, all of them are new.
+    IF (NEW.questions_asked, NEW.collected_data, NEW.entry_point, NEW.autonomy_level)
+        IS DISTINCT FROM (OLD.questions_asked, OLD.collected_data, OLD.entry_point, OLD.autonomy_level) THEN
         IF NEW.questions_asked IS DISTINCT FROM OLD.questions_asked THEN
             PERFORM close_engine.require_readable('questions_asked of conversation ' || NEW.id, NEW.questions_asked);
         END IF;
         IF NEW.collected_data IS DISTINCT FROM OLD.collected_data THEN
             PERFORM close_engine.require_readable('collected_data of conversation ' || NEW.id, NEW.collected_data);
+        END IF;
+        IF NEW.entry_point IS DISTINCT FROM OLD.entry_point THEN
+            PERFORM close_engine.require_word('entry_point of conversation ' || NEW.id, NEW.entry_point,
+                ARRAY['INSTANTLY_REPLY', 'SMS_REPLY', 'REP_CLOSE', 'PREVIEW_CTA']);
+        END IF;
+        IF NEW.autonomy_level IS DISTINCT FROM OLD.autonomy_level THEN
+            PERFORM close_engine.require_word('autonomy_level of conversation ' || NEW.id, NEW.autonomy_level,
+                ARRAY['FULL_AUTO', 'SEMI_AUTO', 'MANUAL']);
         END IF;
     END IF;
     IF TG_OP = 'INSERT' THEN

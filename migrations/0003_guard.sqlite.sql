@@ -53,6 +53,11 @@ DROP TRIGGER IF EXISTS close_engine_guard_insert_readable;
 CREATE TRIGGER close_engine_guard_insert_readable
 BEFORE INSERT ON close_engine_conversations
 BEGIN
+    SELECT RAISE(ABORT, 'close_engine: entry_point must be one of INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA')
+    WHERE NEW.entry_point NOT IN ('INSTANTLY_REPLY', 'SMS_REPLY', 'REP_CLOSE', 'PREVIEW_CTA');
+    SELECT RAISE(ABORT, 'close_engine: autonomy_level must be one of FULL_AUTO, SEMI_AUTO, MANUAL')
+    WHERE NEW.autonomy_level NOT IN ('FULL_AUTO', 'SEMI_AUTO', 'MANUAL');
+
     SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
     FROM (SELECT NEW.created_at AS value, NULL AS was
         UNION ALL SELECT NEW.payment_link_sent_at, NULL
@@ -99,6 +104,11 @@ DROP TRIGGER IF EXISTS close_engine_guard_update_readable;
 CREATE TRIGGER close_engine_guard_update_readable
 BEFORE UPDATE ON close_engine_conversations
 BEGIN
+    SELECT RAISE(ABORT, 'close_engine: entry_point must be one of INSTANTLY_REPLY, SMS_REPLY, REP_CLOSE, PREVIEW_CTA')
+    WHERE NEW.entry_point IS NOT OLD.entry_point AND NEW.entry_point NOT IN ('INSTANTLY_REPLY', 'SMS_REPLY', 'REP_CLOSE', 'PREVIEW_CTA');
+    SELECT RAISE(ABORT, 'close_engine: autonomy_level must be one of FULL_AUTO, SEMI_AUTO, MANUAL')
+    WHERE NEW.autonomy_level IS NOT OLD.autonomy_level AND NEW.autonomy_level NOT IN ('FULL_AUTO', 'SEMI_AUTO', 'MANUAL');
+
     SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
     FROM (SELECT NEW.created_at AS value, OLD.created_at AS was
         UNION ALL SELECT NEW.payment_link_sent_at, OLD.payment_link_sent_at

@@ -36,6 +36,12 @@ BEGIN
     IF NEW.metadata IS DISTINCT FROM OLD.metadata THEN
         PERFORM close_engine.require_readable('metadata of action ' || NEW.id, NEW.metadata);
     END IF;
+    -- A type from before the guard hinders no write but the approval: nobody would send its message.
+    IF NEW.type IS DISTINCT FROM OLD.type
+        OR NEW.status = 'APPROVED' AND NEW.status IS DISTINCT FROM OLD.status THEN
+        PERFORM close_engine.require_word('type of action ' || NEW.id, NEW.type,
+            ARRAY['SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW']);
+    END IF;
     IF TG_OP = 'UPDATE' AND NEW.status IS NOT DISTINCT FROM OLD.status THEN
         RETURN NEW;
     END IF;

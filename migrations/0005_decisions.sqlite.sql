@@ -41,6 +41,9 @@ DROP TRIGGER IF EXISTS close_engine_action_insert_readable;
 CREATE TRIGGER close_engine_action_insert_readable
 BEFORE INSERT ON pending_actions
 BEGIN
+    SELECT RAISE(ABORT, 'close_engine: type must be one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW')
+    WHERE NEW.type NOT IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW');
+
     SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
     FROM (SELECT NEW.created_at AS value, NULL AS was
         UNION ALL SELECT NEW.expires_at, NULL
@@ -75,6 +78,11 @@ DROP TRIGGER IF EXISTS close_engine_action_update_readable;
 CREATE TRIGGER close_engine_action_update_readable
 BEFORE UPDATE ON pending_actions
 BEGIN
+    -- A type from before the guard hinders no write but the approval: nobody would send its message.
+    SELECT RAISE(ABORT, 'close_engine: type must be one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW')
+    WHERE NEW.type NOT IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW')
+        AND (NEW.type IS NOT OLD.type OR NEW.status = 'APPROVED' AND OLD.status IS NOT 'APPROVED');
+
     SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
     FROM (SELECT NEW.created_at AS value, OLD.created_at AS was
         UNION ALL SELECT NEW.expires_at, OLD.expires_at

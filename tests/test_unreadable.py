@@ -36,7 +36,7 @@ from close_engine.cli.board import render
 from close_engine.database.binding import current
 from close_engine.testing import MovableClock, new_lead
 from tests.command_line import refused, run
-from tests.foreign import REFUSED, ForeignWriter
+from tests.foreign import REFUSED, ForeignWriter, spoil
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -132,28 +132,6 @@ def case(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> C
     assert isinstance(bad_action, PendingAction)
     assert isinstance(good_action, PendingAction)
     return Case(good, bad, good_action, bad_action)
-
-
-@contextmanager
-def guards_off(writer: ForeignWriter, table: str) -> Iterator[None]:
-    """Write as if there were no triggers on a table: a row from before the guards needs that."""
-    if writer.is_postgres:
-        writer.run("SET session_replication_role = replica")
-        yield
-        writer.run("RESET session_replication_role")
-        return
-    table = table.replace("close_engine.", "close_engine_")
-    made = writer.run("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = %s", table)
-    for name, _ in made:
-        writer.run(f"DROP TRIGGER {name}")
-    yield
-    for _, statement in made:
-        writer.connection.execute(statement)
-
-
-def spoil(writer: ForeignWriter, table: str, column: str, value: str | None, row_id: Any) -> None:
-    with guards_off(writer, table):
-        writer.run(f"UPDATE {table} SET {column} = %s WHERE id = %s", value, row_id)
 
 
 @contextmanager

@@ -140,13 +140,6 @@ ON_BOTH = {
             f"The database allows restart from CLOSED_LOST to INITIATED, which the machine refuses: {FORBIDS}",
         ],
     ),
-    "an unknown entry point": (
-        "UPDATE close_engine_conversations SET entry_point = 'FAX'",
-        [
-            "In 2 rows of close_engine_conversations (for example 'c1'), entry_point has the unknown value 'FAX': "
-            f"change it to one of {ENTRY_POINTS}."
-        ],
-    ),
     "unknown words of a lead": (
         "UPDATE leads SET autonomy_level = 'HALF_AUTO', close_entry_point = 'FAX' WHERE id = 'lead_1'",
         [
@@ -159,13 +152,6 @@ ON_BOTH = {
     "an unknown word of a client": (
         "UPDATE clients SET autonomy_level = ''",
         [f"In 1 row of clients ('client_1'), autonomy_level has the unknown value '': change it to one of {LEVELS}."],
-    ),
-    "an unknown type of an action": (
-        "UPDATE pending_actions SET type = 'SEND_FAX'",
-        [
-            "In 1 row of pending_actions ('a1'), type has the unknown value 'SEND_FAX': "
-            "change it to one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW.",
-        ],
     ),
     "a conversation without history": (
         "DELETE FROM {history} WHERE conversation_id = 'c2'",
@@ -445,6 +431,20 @@ ON_POSTGRESQL = {
             f"change it to one of {STAGES}.",
             f"In 2 rows of {TABLE} (for example 'c1'), stage has the unknown value 'WON': "
             f"change it to one of {STAGES}.",
+        ],
+    ),
+    "an unknown entry point": (
+        "SET LOCAL session_replication_role = replica; UPDATE close_engine_conversations SET entry_point = 'FAX'",
+        [
+            "In 2 rows of close_engine_conversations (for example 'c1'), entry_point has the unknown value 'FAX': "
+            f"change it to one of {ENTRY_POINTS}."
+        ],
+    ),
+    "an unknown type of an action": (
+        "SET LOCAL session_replication_role = replica; UPDATE pending_actions SET type = 'SEND_FAX'",
+        [
+            "In 1 row of pending_actions ('a1'), type has the unknown value 'SEND_FAX': "
+            "change it to one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW.",
         ],
     ),
     "an unknown status of an action": (
