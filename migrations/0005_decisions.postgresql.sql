@@ -2,9 +2,9 @@
 -- transaction, no matter who writes.
 --
 -- The actions are a second, small machine in close_engine.transitions: PENDING to APPROVED, REJECTED or EXPIRED.
--- Approving puts the message into the outbox, once. Rejecting or expiring the last pending payment link returns the
--- conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting texts are
--- withdrawn and its drafts expire.
+-- Approving puts the message into the outbox, once. Rejecting, expiring or deleting the last pending payment link
+-- returns the conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting
+-- texts are withdrawn and its drafts expire.
 --
 -- A decision locks the action first, then its conversation. Closing locks the conversation first, so it skips locked
 -- actions instead of waiting for them: otherwise the two could deadlock.
@@ -92,6 +92,8 @@ DECLARE
     outer_context text := pg_catalog.current_setting('close_engine.context', true);
     context jsonb := nullif(outer_context, '')::jsonb;
     version timestamp;
+    -- In a DELETE, NEW is NULL. What waited and is deleted ends as if it were rejected; a decision that is deleted stands.
+    action record := coalesce(NEW, OLD);
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
@@ -118,28 +120,29 @@ BEGIN
         ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
         RETURN NULL;
     END IF;
-    IF NEW.type <> 'SEND_PAYMENT_LINK' THEN
+    IF action.type <> 'SEND_PAYMENT_LINK' THEN
         RETURN NULL;
     END IF;
     -- Without a trigger it is the id of a history row: what is left of a write that the guard recorded.
-    IF context ->> 'trigger' IS NULL OR coalesce(context ->> 'id', NEW.id) <> NEW.id THEN
+    IF context ->> 'trigger' IS NULL OR coalesce(context ->> 'id', action.id) <> action.id THEN
         context := NULL;
     END IF;
     SELECT greatest(coalesce((context ->> 'at')::timestamp, close_engine.moment()),
             updated_at + interval '1 millisecond')
         INTO version FROM public.close_engine_conversations
-        WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL' FOR NO KEY UPDATE;
-    IF NOT FOUND OR EXISTS (SELECT FROM public.pending_actions WHERE conversation_id = NEW.conversation_id
+        WHERE id = action.conversation_id AND stage = 'PENDING_APPROVAL' FOR NO KEY UPDATE;
+    IF NOT FOUND OR EXISTS (SELECT FROM public.pending_actions WHERE conversation_id = action.conversation_id
             AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK') THEN
         RETURN NULL;
     END IF;
     PERFORM pg_catalog.set_config('close_engine.context', pg_catalog.jsonb_build_object(
-        'trigger', 'withdraw_approval', 'id', NEW.conversation_id, 'at', version,
+        'trigger', 'withdraw_approval', 'id', action.conversation_id, 'at', version,
         'actor', CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
         'reason', context ->> 'reason',
-        'metadata', pg_catalog.jsonb_build_object('action_id', NEW.id, 'status', NEW.status))::text, true);
+        'metadata', pg_catalog.jsonb_build_object('action_id', action.id,
+            'status', coalesce(NEW.status, 'DELETED')))::text, true);
     UPDATE public.close_engine_conversations SET stage = 'PREVIEW_SENT', updated_at = version
-    WHERE id = NEW.conversation_id;
+    WHERE id = action.conversation_id;
     PERFORM pg_catalog.set_config('close_engine.context', coalesce(outer_context, ''), true);
     RETURN NULL;
 END
@@ -180,6 +183,8 @@ BEGIN
     END IF;
     IF TG_OP = 'TRUNCATE' THEN
         DELETE FROM close_engine.deadlines WHERE trigger = 'expire';
+        -- Nothing waits any more.
+        UPDATE public.close_engine_conversations SET stage = 'PREVIEW_SENT' WHERE stage = 'PENDING_APPROVAL';
         RETURN NULL;
     END IF;
     IF TG_OP = 'UPDATE'
@@ -209,7 +214,7 @@ CREATE OR REPLACE TRIGGER aa_close_engine_expiry AFTER INSERT OR UPDATE OR DELET
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_expiry();
 CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.guard_action();
-CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE ON public.pending_actions
+CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE OR DELETE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_decision();
 CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.pending_actions
     FOR EACH STATEMENT EXECUTE FUNCTION close_engine.follow_expiry();

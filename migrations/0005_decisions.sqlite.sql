@@ -2,9 +2,9 @@
 -- transaction, no matter who writes.
 --
 -- The actions are a second, small machine in close_engine_transitions: PENDING to APPROVED, REJECTED or EXPIRED.
--- Approving puts the message into the outbox, once. Rejecting or expiring the last pending payment link returns the
--- conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting texts are
--- withdrawn and its drafts expire.
+-- Approving puts the message into the outbox, once. Rejecting, expiring or deleting the last pending payment link
+-- returns the conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting
+-- texts are withdrawn and its drafts expire.
 --
 -- The file can safely run twice.
 
@@ -187,6 +187,29 @@ BEGIN
     UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
         updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
     WHERE id = NEW.conversation_id;
+    DELETE FROM close_engine_context WHERE id = 2;
+END;
+
+-- What waited and is deleted ends as if it were rejected. A decision that is deleted stands.
+DROP TRIGGER IF EXISTS close_engine_action_deleted;
+CREATE TRIGGER close_engine_action_deleted
+AFTER DELETE ON pending_actions
+WHEN OLD.status = 'PENDING' AND OLD.type = 'SEND_PAYMENT_LINK'
+    AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = OLD.conversation_id
+                    AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK')
+    AND EXISTS (SELECT 1 FROM close_engine_conversations
+                WHERE id = OLD.conversation_id AND stage = 'PENDING_APPROVAL')
+BEGIN
+    INSERT OR REPLACE INTO close_engine_context
+    SELECT 2, json_object(
+        'trigger', 'withdraw_approval', 'id', id,
+        'at', max(coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+            strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds')),
+        'actor', 'database', 'metadata', json_object('action_id', OLD.id, 'status', 'DELETED'))
+    FROM close_engine_conversations WHERE id = OLD.conversation_id;
+    UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
+        updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
+    WHERE id = OLD.conversation_id;
     DELETE FROM close_engine_context WHERE id = 2;
 END;
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peewee
 import pytest
 
 import close_engine
@@ -15,10 +16,12 @@ from close_engine import (
     EntryPoint,
     PendingAction,
     Stage,
+    outbox,
     submit,
 )
-from tests.foreign import REFUSED, ForeignWriter, spoil
-from tests.workers import LINK, messages
+from close_engine.testing import bring_to, new_lead
+from tests.foreign import REFUSED, Change, ForeignWriter, spoil
+from tests.workers import LINK, held, messages, race
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -162,3 +165,117 @@ def test_d7_a_leads_word_goes_no_further(conversation_in: ConversationIn, foreig
     others = conversation_in(Stage.QUALIFYING)
 
     assert [conversation.id for conversation in CloseEngineConversation.in_stages(*Stage)] == [others.id]
+
+
+# D6: deleting what waits.
+
+
+def waiting_link(conversation_in: ConversationIn) -> tuple[CloseEngineConversation, PendingAction]:
+    """A conversation in PENDING_APPROVAL, and the payment link that waits in it."""
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.SEMI_AUTO)
+    action = waiting_action(conversation, ActionType.SEND_PAYMENT_LINK, "pay")
+    assert conversation.stage is Stage.PENDING_APPROVAL
+    return conversation, action
+
+
+def test_d6_deleting_the_waiting_payment_link_ends_as_its_rejection(
+    conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """The conversation stayed in PENDING_APPROVAL, with nothing to approve in it."""
+    conversation, action = waiting_link(conversation_in)
+    another = waiting_action(conversation, ActionType.SEND_PAYMENT_LINK, "pay again")
+    text = waiting_action(conversation, draft="a text")
+
+    foreign.run("DELETE FROM pending_actions WHERE id = %s", action.id)
+    assert foreign.stage(conversation.id) == "PENDING_APPROVAL", "another link still waits"
+    foreign.run("DELETE FROM pending_actions WHERE id = %s", another.id)
+
+    assert foreign.stage(conversation.id) == "PREVIEW_SENT"
+    assert foreign.history(conversation.id)[-1] == Change(
+        *("withdraw_approval", "PENDING_APPROVAL", "PREVIEW_SENT", foreign.actor),
+        metadata={"action_id": another.id, "status": "DELETED"},
+    )
+    assert [waiting.id for waiting in close_engine.pending_actions()] == [text.id]
+    conversation.reload()
+    assert waiting_action(conversation, ActionType.SEND_PAYMENT_LINK, "pay after all").approve(by="dana").body
+    assert close_engine.verify() == []
+
+
+def test_d6_several_are_deleted_at_once(conversation_in: ConversationIn, foreign: ForeignWriter) -> None:
+    """Each conversation goes back once, whoever has how many links; without a WHERE as well."""
+    conversations = [waiting_link(conversation_in)[0] for _ in range(3)]
+    waiting_action(conversations[0], ActionType.SEND_PAYMENT_LINK, "pay again")
+
+    foreign.run("DELETE FROM pending_actions")
+
+    for conversation in conversations:
+        changes = [change.trigger for change in foreign.history(conversation.id)]
+        assert changes[-2:] == ["request_approval", "withdraw_approval"]
+    assert foreign.deadlines("expire") == {}
+
+
+def test_d6_python_deletes_it_too(conversation_in: ConversationIn) -> None:
+    """A worker that deletes the row is no exception."""
+    conversation, action = waiting_link(conversation_in)
+    with close_engine.atomic():
+        action.delete_instance()
+    conversation.reload()
+    assert conversation.stage is Stage.PREVIEW_SENT
+    assert conversation.history()[-1].trigger == "withdraw_approval"
+
+
+@pytest.mark.parametrize("stage", [Stage.STALLED, Stage.CLOSED_LOST, Stage.PREVIEW_SENT])
+def test_d6_a_conversation_that_went_on_stays_where_it_is(
+    stage: Stage, conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """Only what waits for the approval of a link waits no more."""
+    conversation, action = waiting_link(conversation_in)
+    foreign.update(conversation.id, stage=stage.value)
+    foreign.run("DELETE FROM pending_actions WHERE id = %s", action.id)
+    assert foreign.stage(conversation.id) == stage
+
+
+def test_d6_deleting_a_decided_action_takes_no_decision_back(
+    conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """A script that clears away what was decided must not swallow what was approved: it is withdrawn by its message."""
+    conversation, action = waiting_link(conversation_in)
+    action.approve(by="dana")
+    foreign.run("DELETE FROM pending_actions WHERE status <> 'PENDING'")
+    assert foreign.stage(conversation.id) == "PENDING_APPROVAL"
+
+    (message,) = outbox.claim()
+    message.sent()
+
+    assert (message.body, message.approved_by) == ("pay", "dana")
+    assert foreign.stage(conversation.id) == "PAYMENT_SENT"
+
+
+def test_d6_a_link_that_is_deleted_while_its_conversation_is_changed(
+    postgres: peewee.Database, foreign_postgres: ForeignWriter
+) -> None:
+    """Two writers delete the last two links at once: the second sees that nothing waits any more."""
+    lead = new_lead(autonomy_level=AutonomyLevel.SEMI_AUTO)
+    conversation = bring_to(close_engine.open_conversation(lead, EntryPoint.SMS_REPLY), Stage.PREVIEW_SENT)
+    actions = [waiting_action(conversation, ActionType.SEND_PAYMENT_LINK, draft) for draft in ("one", "two")]
+
+    race([action.delete_instance for action in actions], behind=held(conversation))
+
+    assert foreign_postgres.stage(conversation.id) == "PREVIEW_SENT"
+    assert [change.trigger for change in foreign_postgres.history(conversation.id)].count("withdraw_approval") == 1
+
+
+def test_d6_emptying_the_queue(foreign_postgres: ForeignWriter, postgres: peewee.Database) -> None:
+    """TRUNCATE fires no trigger for a row."""
+    lead = new_lead(autonomy_level=AutonomyLevel.SEMI_AUTO)
+    conversation = bring_to(close_engine.open_conversation(lead, EntryPoint.SMS_REPLY), Stage.PREVIEW_SENT)
+    waiting_action(conversation, ActionType.SEND_PAYMENT_LINK, "pay")
+    other = bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.BUILDING)
+
+    foreign_postgres.run("TRUNCATE pending_actions")
+
+    assert foreign_postgres.history(conversation.id)[-1] == Change(
+        "withdraw_approval", "PENDING_APPROVAL", "PREVIEW_SENT", foreign_postgres.actor
+    )
+    assert foreign_postgres.stage(other.id) == "BUILDING"
+    assert close_engine.verify() == []
