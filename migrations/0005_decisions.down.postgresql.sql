@@ -1,4 +1,5 @@
 DROP TRIGGER IF EXISTS zz_close_engine_closing ON public.close_engine_conversations;
+DROP TRIGGER IF EXISTS zz_close_engine_emptied ON public.close_engine_conversations;
 DROP TRIGGER IF EXISTS zz_close_engine_gone ON public.close_engine_conversations;
 DROP TRIGGER IF EXISTS zz_close_engine_decision ON public.pending_actions;
 DROP TRIGGER IF EXISTS zz_close_engine_guard ON public.pending_actions;

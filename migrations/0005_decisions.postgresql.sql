@@ -151,12 +151,21 @@ $body$;
 CREATE OR REPLACE FUNCTION close_engine.withdraw_waiting() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-    -- In a DELETE, NEW is NULL, and so is every comparison with it.
+    -- In a DELETE, NEW is NULL, and so is every comparison with it. In a TRUNCATE, OLD is NULL too.
     over boolean := coalesce(NEW.stage IN ('COMPLETED', 'CLOSED_LOST') AND NEW.stage <> OLD.stage, true);
     approval_withdrawn boolean := OLD.stage = 'PENDING_APPROVAL' AND NEW.stage = 'PREVIEW_SENT';
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
+    END IF;
+    IF TG_OP = 'TRUNCATE' THEN
+        -- All of them are gone, and end as if each had been deleted.
+        UPDATE close_engine.outbox SET status = 'WITHDRAWN', last_error = 'the conversation is deleted'
+        WHERE status = 'PENDING' AND leased_by IS NULL
+            AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
+        UPDATE public.pending_actions SET status = 'EXPIRED' WHERE id IN (SELECT id FROM public.pending_actions
+            WHERE status = 'PENDING' FOR UPDATE SKIP LOCKED);
+        RETURN NULL;
     END IF;
     IF over THEN
         UPDATE close_engine.outbox
@@ -225,6 +234,8 @@ CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE ON public.close_e
     EXECUTE FUNCTION close_engine.withdraw_waiting();
 CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON public.close_engine_conversations
     FOR EACH ROW EXECUTE FUNCTION close_engine.withdraw_waiting();
+CREATE OR REPLACE TRIGGER zz_close_engine_emptied AFTER TRUNCATE ON public.close_engine_conversations
+    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.withdraw_waiting();
 
 -- Whatever happened while there were no triggers, bring the deadlines and the outbox up to the rows.
 DELETE FROM close_engine.deadlines d WHERE d.trigger = 'expire' AND NOT EXISTS (

@@ -10,10 +10,12 @@ import pytest
 
 import close_engine
 from close_engine import (
+    ActionStatus,
     ActionType,
     AutonomyLevel,
     CloseEngineConversation,
     EntryPoint,
+    MessageStatus,
     PendingAction,
     Stage,
     outbox,
@@ -279,3 +281,79 @@ def test_d6_emptying_the_queue(foreign_postgres: ForeignWriter, postgres: peewee
     )
     assert foreign_postgres.stage(other.id) == "BUILDING"
     assert close_engine.verify() == []
+
+
+# D8: conversations that are deleted all at once.
+
+
+def test_d8_truncating_ends_as_deleting(postgres: peewee.Database, foreign_postgres: ForeignWriter) -> None:
+    """The texts stayed PENDING, and the drafts too. What follows from an event, as a refund, does not depend on it."""
+    ends = []
+    for statement in (
+        "DELETE FROM close_engine_conversations",
+        "TRUNCATE close_engine_conversations CASCADE",
+        "TRUNCATE leads CASCADE",
+    ):
+        conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+        outbox.enqueue(conversation, ActionType.SEND_MESSAGE, "hello")
+        outbox.enqueue(conversation, "refund")
+        in_flight = outbox.enqueue(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), "SEND_PREVIEW")
+        outbox.claim(topics=["SEND_PREVIEW"])
+        action = waiting_action(conversation)
+        foreign_postgres.run("UPDATE pending_actions SET expires_at = '2099-01-01 00:00:00' WHERE id = %s", action.id)
+
+        foreign_postgres.run(statement)
+
+        ends.append(
+            (
+                [(message.topic, message.status, message.last_error) for message in messages(conversation)],
+                outbox.OutboxMessage.get_by_id(in_flight.id).status,
+                PendingAction.get_by_id(action.id).status,
+                foreign_postgres.run("SELECT count(*) FROM close_engine.deadlines"),
+                [change.trigger for change in foreign_postgres.history(conversation.id)],
+            )
+        )
+        assert close_engine.verify() == []
+    texts, refund = (
+        ("SEND_MESSAGE", MessageStatus.WITHDRAWN, "the conversation is deleted"),
+        ("refund", MessageStatus.PENDING, None),
+    )
+    assert ends == [([texts, refund], MessageStatus.PENDING, ActionStatus.EXPIRED, [(0,)], ["open"])] * 3
+
+
+def test_d8_truncating_both_tables_leaves_nothing_behind(
+    postgres: peewee.Database, foreign_postgres: ForeignWriter
+) -> None:
+    """Whatever the order in which the tables are named."""
+    for tables in ("close_engine_conversations, pending_actions", "pending_actions, close_engine_conversations"):
+        conversation = close_engine.open_conversation(
+            new_lead(autonomy_level=AutonomyLevel.SEMI_AUTO), EntryPoint.SMS_REPLY
+        )
+        outbox.enqueue(conversation, ActionType.SEND_MESSAGE, "hello")
+        waiting_action(bring_to(conversation, Stage.PREVIEW_SENT), ActionType.SEND_PAYMENT_LINK, "pay")
+
+        foreign_postgres.run(f"TRUNCATE {tables}")
+
+        assert [message.status for message in messages(conversation)] == [MessageStatus.WITHDRAWN]
+        assert foreign_postgres.run("SELECT count(*) FROM close_engine.deadlines") == [(0,)]
+        assert outbox.claim(10) == []
+
+
+def test_d8_truncating_does_not_wait_for_whoever_decides(
+    postgres: peewee.Database, postgres_url: str, foreign_postgres: ForeignWriter
+) -> None:
+    """A decision holds its action and then asks for the conversation, so whoever waited here would wait for ever."""
+    action = waiting_action(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY))
+    decider = ForeignWriter.beside(postgres, postgres_url)
+    try:
+        decider.run("BEGIN")
+        decider.run("SELECT FROM pending_actions WHERE id = %s FOR UPDATE", action.id)
+        foreign_postgres.run("SET statement_timeout = '60s'")
+
+        foreign_postgres.run("TRUNCATE close_engine_conversations CASCADE")
+
+        with pytest.raises(REFUSED, match="its conversation is deleted"):
+            decider.run("UPDATE pending_actions SET status = 'APPROVED', approved_by = 'dana' WHERE id = %s", action.id)
+    finally:
+        decider.connection.close()
+    assert messages() == []

@@ -326,7 +326,7 @@ class Postgres(Dialect):
 
     keeps_plans = True
 
-    guards = (("close_engine_conversations", 6), ("pending_actions", 4))
+    guards = (("close_engine_conversations", 7), ("pending_actions", 4))
 
     # NO KEY, so that the CRM can still insert rows that refer to a locked lead.
     row_lock = "FOR NO KEY UPDATE"
