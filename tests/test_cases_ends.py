@@ -357,3 +357,78 @@ def test_d8_truncating_does_not_wait_for_whoever_decides(
     finally:
         decider.connection.close()
     assert messages() == []
+
+
+# D9: merged leads.
+
+
+def merge(writer: ForeignWriter, conversation: CloseEngineConversation, how: str) -> str:
+    """Merge a conversation's lead into another one, as CRMs do; return the id of the one that is kept."""
+    old = conversation.lead_id
+    if how == "by its key":
+        writer.run("UPDATE leads SET id = 'kept' WHERE id = %s", old)
+        return "kept"
+    kept = writer.lead()
+    writer.update(conversation.id, lead_id=kept)
+    writer.run("DELETE FROM leads WHERE id = %s", old)
+    return kept
+
+
+MERGES = pytest.mark.parametrize("how", ["by the conversation", "by its key"])
+
+
+@MERGES
+def test_d9_a_waiting_text_goes_to_the_lead_that_was_kept(
+    how: str, conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """It went to the old lead, or failed for ever. Whoever holds the message already is told as well."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    first = outbox.enqueue(conversation, ActionType.SEND_MESSAGE, "first")
+    outbox.enqueue(conversation, "refund")
+
+    kept = merge(foreign, conversation, how)
+
+    assert first.lead_id == kept
+    claimed = outbox.claim(10)
+    assert [(message.topic, message.lead_id) for message in claimed] == [("SEND_MESSAGE", kept), ("refund", kept)]
+    claimed[0].sent()
+    assert foreign.row(conversation.id)["lead_id"] == kept
+    assert [change.trigger for change in foreign.history(conversation.id)] == ["open", "start_qualifying"]
+    assert close_engine.verify() == []
+
+
+@MERGES
+def test_d9_an_approval_after_the_merge_reaches_the_lead_that_was_kept(
+    how: str, conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """`pending_actions.lead_id` is the CRM's copy, in the row of the draft: it still names the old lead."""
+    conversation, action = waiting_link(conversation_in)
+    text = waiting_action(conversation, draft="a text")
+
+    kept = merge(foreign, conversation, how)
+    action.approve(by="dana")
+    foreign.run("UPDATE pending_actions SET status = 'APPROVED', approved_by = 'dana' WHERE id = %s", text.id)
+
+    for body in ("pay", "a text"):
+        (message,) = outbox.claim()
+        assert (message.body, message.lead_id) == (body, kept)
+        message.sent()
+    assert foreign.stage(conversation.id) == "PAYMENT_SENT"
+
+
+@MERGES
+def test_d9_what_comes_in_from_the_kept_lead_finds_the_conversation(
+    how: str, conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """A payment as well, and a rejection: what is keyed by the conversation does not ask for the lead."""
+    conversation, action = waiting_link(conversation_in)
+
+    kept = merge(foreign, conversation, how)
+    received = close_engine.receive(kept, "SM1", "hello again")
+    action.reject(by="dana")
+
+    assert received.conversation is not None
+    assert received.conversation.id == conversation.id
+    assert foreign.stage(conversation.id) == "PREVIEW_SENT"
+    with pytest.raises(close_engine.LeadNotFound):
+        close_engine.receive(conversation.lead_id, "SM2", "from the lead that is gone")
