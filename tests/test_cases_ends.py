@@ -432,3 +432,91 @@ def test_d9_what_comes_in_from_the_kept_lead_finds_the_conversation(
     assert foreign.stage(conversation.id) == "PREVIEW_SENT"
     with pytest.raises(close_engine.LeadNotFound):
         close_engine.receive(conversation.lead_id, "SM2", "from the lead that is gone")
+
+
+# D2: the column that changed, not the column that was named.
+
+#: Triggers of the CRM's own. On PostgreSQL they change the row that is being written, on SQLite they write it again.
+LOSES = {
+    True: """
+    CREATE FUNCTION crm_loses() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF NEW.closed_lost_reason IS NOT NULL THEN
+            NEW.stage := 'CLOSED_LOST';
+        END IF;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER crm_loses BEFORE UPDATE ON close_engine_conversations
+        FOR EACH ROW EXECUTE FUNCTION crm_loses();
+    """,
+    False: """
+    CREATE TRIGGER crm_loses AFTER UPDATE OF closed_lost_reason ON close_engine_conversations
+    WHEN NEW.closed_lost_reason IS NOT NULL AND NEW.stage <> 'CLOSED_LOST'
+    BEGIN
+        UPDATE close_engine_conversations SET stage = 'CLOSED_LOST' WHERE id = NEW.id;
+    END
+    """,
+}
+APPROVES = {
+    True: """
+    CREATE FUNCTION crm_approves() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF NEW.approved_by IS NOT NULL AND NEW.status = 'PENDING' THEN
+            NEW.status := 'APPROVED';
+        END IF;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER crm_approves BEFORE UPDATE ON pending_actions FOR EACH ROW EXECUTE FUNCTION crm_approves();
+    """,
+    False: """
+    CREATE TRIGGER crm_approves AFTER UPDATE OF approved_by ON pending_actions
+    WHEN NEW.approved_by IS NOT NULL AND NEW.status = 'PENDING'
+    BEGIN
+        UPDATE pending_actions SET status = 'APPROVED' WHERE id = NEW.id;
+    END
+    """,
+}
+
+
+def test_d2_a_stage_that_another_trigger_changes_counts_as_if_it_had_been_named(
+    conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """It was recorded, but the waiting text was not withdrawn, and was sent."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    outbox.enqueue(conversation, ActionType.SEND_MESSAGE, "hello")
+    action = waiting_action(conversation)
+    foreign.run(LOSES[foreign.is_postgres])
+
+    foreign.update(conversation.id, closed_lost_reason="too expensive")
+
+    row = foreign.row(conversation.id)
+    assert (row["stage"], row["closed_lost_reason"]) == ("CLOSED_LOST", "too expensive")
+    assert row["closed_lost_at"] is not None
+    assert foreign.history(conversation.id)[-1] == Change("close_lost", "QUALIFYING", "CLOSED_LOST", foreign.actor)
+    assert [(message.status, message.last_error) for message in messages()] == [
+        (MessageStatus.WITHDRAWN, "the conversation is CLOSED_LOST")
+    ]
+    assert PendingAction.get_by_id(action.id).status is ActionStatus.EXPIRED
+    assert foreign.silent_since() == {}
+    assert outbox.claim() == []
+
+
+def test_d2_what_another_trigger_approves_is_approved(conversation_in: ConversationIn, foreign: ForeignWriter) -> None:
+    """The CRM writes only who decides. What is expired is refused all the same."""
+    conversation, link = waiting_link(conversation_in)
+    late = waiting_action(conversation, draft="too late")
+    foreign.run("UPDATE pending_actions SET expires_at = '2026-01-01 00:00:00.000' WHERE id = %s", late.id)
+    foreign.run(APPROVES[foreign.is_postgres])
+
+    foreign.run("UPDATE pending_actions SET approved_by = 'dana' WHERE id = %s", link.id)
+    with pytest.raises(REFUSED, match="expired"):
+        foreign.run("UPDATE pending_actions SET approved_by = 'dana' WHERE id = %s", late.id)
+
+    approved = PendingAction.get_by_id(link.id)
+    assert (approved.status, approved.approved_by) == (ActionStatus.APPROVED, "dana")
+    assert approved.approved_at is not None
+    (message,) = messages()
+    assert (message.body, message.approved_by) == ("pay", "dana")
+    message = outbox.claim()[0]
+    message.sent()
+    assert foreign.stage(conversation.id) == "PAYMENT_SENT"
