@@ -105,7 +105,7 @@ class PendingAction(BaseModel):
         metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` if it must wait.
         status: PENDING until somebody decides; reads as EXPIRED from `expires_at` on.
         approved_by: who decided, even if they rejected it.
-        approved_at: when it was approved.
+        approved_at: when it was approved, by the database's clock.
     """
 
     conversation_id = TextField[str](index=True)
@@ -174,7 +174,7 @@ class PendingAction(BaseModel):
     ) -> None:
         """Decide in one guarded UPDATE; the database does what follows from it. To approve, it comes out as
 
-        UPDATE "pending_actions" SET "status" = 'APPROVED', "approved_by" = %s, "approved_at" = %s
+        UPDATE "pending_actions" SET "status" = 'APPROVED', "approved_by" = %s
         WHERE "id" = %s AND "status" || '' = 'PENDING' AND ("expires_at" IS NULL OR "expires_at" > %s)
         AND EXISTS (SELECT … FROM "close_engine_conversations" WHERE "stage" NOT IN ('COMPLETED', 'CLOSED_LOST') AND …)
         """
@@ -185,7 +185,6 @@ class PendingAction(BaseModel):
             (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _not_expired(at)
         )
         if dest is ActionStatus.APPROVED:
-            values["approved_at"] = at
             conversation = CloseEngineConversation.id == PendingAction.conversation_id
             undecided &= peewee.fn.EXISTS(CloseEngineConversation.not_in_stages(*CLOSED_STAGES).where(conversation))
         write = Write(trigger, self.id, stored_time(at))
@@ -193,7 +192,7 @@ class PendingAction(BaseModel):
             with atomic(), current().attributed(Provenance(by, reason), write):
                 written = PendingAction.update(status=dest, **values).where(undecided).execute()
         except peewee.IntegrityError:
-            # The database's guard refused it, because the conversation closed while this UPDATE waited.
+            # The database's guard refused it: it expired, or its conversation closed, while this UPDATE waited.
             self._refuse_unless_decided(trigger, dest)
             raise
         if written:

@@ -31,8 +31,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_history_key_key
     ON close_engine_history (conversation_id, "key") WHERE "key" IS NOT NULL;
 
 -- The context of the library's next write, for the triggers: a table, because SQLite has no settings that end with a
--- transaction. The library writes row 1. The triggers use row 2 for their own writes.
-CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2)), context TEXT NOT NULL);
+-- transaction. The library writes row 1. The triggers use rows 2 and 3 for their own writes.
+CREATE TABLE IF NOT EXISTS close_engine_context (id INTEGER PRIMARY KEY CHECK (id IN (1, 2, 3)), context TEXT NOT NULL);
 
 -- The moment that all statements take for now, if there is a row. The table is empty outside tests.
 CREATE TABLE IF NOT EXISTS close_engine_clock (at TEXT NOT NULL);

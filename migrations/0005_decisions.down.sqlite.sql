@@ -5,6 +5,7 @@ DROP TRIGGER IF EXISTS close_engine_action_update_readable;
 DROP TRIGGER IF EXISTS close_engine_action_expired;
 DROP TRIGGER IF EXISTS close_engine_action_closed;
 DROP TRIGGER IF EXISTS close_engine_action_approved;
+DROP TRIGGER IF EXISTS close_engine_action_stamped;
 DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
 DROP TRIGGER IF EXISTS close_engine_action_deleted;
 DROP TRIGGER IF EXISTS close_engine_closing;

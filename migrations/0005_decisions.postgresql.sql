@@ -65,14 +65,14 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
             MESSAGE = 'close_engine: action ' || OLD.id || ' cannot go from ' || OLD.status || ' to ' || NEW.status;
     END IF;
+    -- Whatever moment the writer gives, the decision is made now.
+    IF NEW.status = 'APPROVED' OR NEW.approved_at IS NOT NULL THEN
+        NEW.approved_at := moment;
+    END IF;
     IF NEW.status <> 'APPROVED' THEN
         RETURN NEW;
     END IF;
-    IF NEW.approved_at = localtimestamp(3) THEN
-        NEW.approved_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');
-    END IF;
-    NEW.approved_at := coalesce(NEW.approved_at, moment);
-    IF OLD.expires_at <= NEW.approved_at THEN
+    IF OLD.expires_at <= moment THEN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
             MESSAGE = 'close_engine: action ' || OLD.id || ' has expired';
     END IF;

@@ -117,7 +117,7 @@ DROP TRIGGER IF EXISTS close_engine_action_expired;
 CREATE TRIGGER close_engine_action_expired
 BEFORE UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
-    AND OLD.expires_at <= coalesce(NEW.approved_at, coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
+    AND strftime('%Y-%m-%d %H:%M:%f', OLD.expires_at) <= coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: this action has expired');
 END;
@@ -137,12 +137,8 @@ CREATE TRIGGER close_engine_action_approved
 AFTER UPDATE ON pending_actions
 WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
 BEGIN
-    UPDATE pending_actions SET approved_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
-    WHERE id = NEW.id AND approved_at IS NULL;
-
-    -- Ignore a sendAfter that is not a timestamp, for which strftime() returns NULL: another writer may have put it
-    -- there. strftime() rounds text with more than three decimals, but moments are cut, never rounded. So remove the
-    -- extra digits first.
+    -- strftime() rounds text with more than three decimals, but moments are cut, never rounded. So remove the extra digits
+    -- first.
     INSERT INTO close_engine_outbox
         (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", after_change, created_at,
          available_at)
@@ -159,8 +155,20 @@ BEGIN
                 ELSE send_after END),
             approved_at))
     FROM (SELECT c.stage, json_extract(NEW.metadata, '$.sendAfter') AS send_after,
-              coalesce(NEW.approved_at, coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))) AS approved_at
+              coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) AS approved_at
           FROM close_engine_conversations c WHERE c.id = NEW.conversation_id);
+END;
+
+-- Whatever moment the writer gives, the decision is made now. Row 3 says that this is the stamp, and no second click.
+DROP TRIGGER IF EXISTS close_engine_action_stamped;
+CREATE TRIGGER close_engine_action_stamped
+AFTER UPDATE ON pending_actions
+WHEN OLD.status = 'PENDING' AND NEW.status <> 'PENDING' AND (NEW.status = 'APPROVED' OR NEW.approved_at IS NOT NULL)
+BEGIN
+    INSERT INTO close_engine_context VALUES (3, '{}');
+    UPDATE pending_actions SET approved_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    WHERE id = NEW.id;
+    DELETE FROM close_engine_context WHERE id = 3;
 END;
 
 DROP TRIGGER IF EXISTS close_engine_action_withdrawn;

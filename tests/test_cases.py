@@ -770,8 +770,9 @@ def test_d13_no_stamp_lies_in_the_future(zone: str, foreign_postgres: ForeignWri
             )
         for decided in ("status = 'APPROVED'", "status = 'APPROVED', approved_at = now()", "status = 'REJECTED'"):
             writer.run(
-                "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message) "
-                "VALUES (%s, %s, 'l', 'SEND_PAYMENT_LINK', 'Hi')",
+                "INSERT INTO pending_actions "
+                "(id, conversation_id, lead_id, type, draft_message, metadata, approved_by) "
+                "VALUES (%s, %s, 'l', 'SEND_PAYMENT_LINK', 'Hi', '{\"paymentUrl\": \"https://pay\"}', 'dana')",
                 f"{conversation} {decided}",
                 conversation,
             )
@@ -946,11 +947,11 @@ def test_e2_a_pending_action_that_expires_has_a_deadline_whoever_writes(foreign:
     conversation = foreign.insert("QUALIFYING")
     early, late = "2026-01-02 03:04:05.678", "2099-02-03 04:05:06.789"
 
-    def insert(action: str, expires_at: str | None, status: str = "PENDING") -> None:
+    def insert(action: str, expires_at: str | None) -> None:
         foreign.run(
             "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, status, expires_at) "
-            "VALUES (%s, %s, 'l', 'SEND_MESSAGE', 'Hello', %s, %s)",
-            *(action, conversation, status, expires_at),
+            "VALUES (%s, %s, 'l', 'SEND_MESSAGE', 'Hello', 'PENDING', %s)",
+            *(action, conversation, expires_at),
         )
 
     def update(action: str, **columns: Any) -> None:
@@ -960,7 +961,8 @@ def test_e2_a_pending_action_that_expires_has_a_deadline_whoever_writes(foreign:
     for action in ("a1", "a2", "a3", "a4", "a5"):
         insert(action, late)
     insert("for ever", None)
-    insert("over", late, "EXPIRED")
+    insert("over", late)
+    update("over", status="EXPIRED")
     assert foreign.deadlines("expire") == dict.fromkeys(["a1", "a2", "a3", "a4", "a5"], moment(late))
     update("a1", expires_at=early)
     update("a2", expires_at=None)

@@ -1,0 +1,165 @@
+"""Inputs that once failed, one test per case, by its number: decisions, whoever makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+import close_engine
+from close_engine import (
+    ActionDecided,
+    ActionStatus,
+    ActionType,
+    AutonomyLevel,
+    CloseEngineConversation,
+    PendingAction,
+    Stage,
+    submit,
+)
+from close_engine.database.binding import current
+from close_engine.database.binding import moment as database_moment
+from tests.foreign import REFUSED, ForeignWriter, moment
+from tests.rows import copy_of
+from tests.workers import LINK, messages, values
+
+ConversationIn = Callable[..., CloseEngineConversation]
+
+HOUR = timedelta(hours=1)
+MINUTE = timedelta(minutes=1)
+
+#: What an approval must say for a payment link, and is true of any other draft.
+BY_DANA = {"status": "APPROVED", "approved_by": "dana"}
+
+
+def utc_now() -> datetime:
+    """The time as the databases store it."""
+    return datetime.now(timezone.utc).replace(tzinfo=None)
+
+
+def drafted(foreign: ForeignWriter, type: str = "SEND_MESSAGE", id: str = "a1", **columns: Any) -> str:
+    """Insert an action as the CRM does, with a conversation of its own, and return its id."""
+    columns = {
+        "id": id,
+        "conversation_id": foreign.insert("PREVIEW_SENT"),
+        "lead_id": "l",
+        "type": type,
+        "draft_message": "the draft",
+        "metadata": json.dumps({"paymentUrl": LINK}),
+        **columns,
+    }
+    marks = ", ".join(["%s"] * len(columns))
+    foreign.run(f"INSERT INTO pending_actions ({', '.join(columns)}) VALUES ({marks})", *columns.values())
+    return id
+
+
+def write(foreign: ForeignWriter, action: str, **columns: Any) -> None:
+    """Update an action as the CRM does."""
+    assignments = ", ".join(f"{name} = %s" for name in columns)
+    foreign.run(f"UPDATE pending_actions SET {assignments} WHERE id = %s", *columns.values(), action)
+
+
+def read(foreign: ForeignWriter, action: str, *columns: str) -> tuple[Any, ...]:
+    """Read columns of an action, times as naive datetimes."""
+    (row,) = foreign.run(f"SELECT {', '.join(columns)} FROM pending_actions WHERE id = %s", action)
+    return tuple(moment(value) if name.endswith("_at") else value for name, value in zip(columns, row, strict=True))
+
+
+def in_the_outbox(foreign: ForeignWriter) -> list[tuple[datetime, datetime]]:
+    """Read when each message was put into the outbox, and when it may leave."""
+    rows = foreign.run("SELECT created_at, available_at FROM close_engine.outbox ORDER BY id")
+    return [(moment(created_at), moment(available_at)) for created_at, available_at in rows]
+
+
+TYPES = [str(type) for type in ActionType]
+
+
+# -- D1: the writer's clock ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("given", [-2 * HOUR, timedelta(0), 2 * HOUR])
+def test_d1_an_expired_action_stays_expired_whatever_the_writer_claims(
+    foreign: ForeignWriter, type: str, given: timedelta
+) -> None:
+    """`approved_at` two hours in the past approved what had expired an hour ago."""
+    action = drafted(foreign, type, expires_at=f"{utc_now() - HOUR:%Y-%m-%d %H:%M:%S.000}")
+    with pytest.raises(REFUSED, match=r"close_engine: .*has expired"):
+        write(foreign, action, **BY_DANA, approved_at=f"{utc_now() + given:%Y-%m-%d %H:%M:%S.000}")
+    assert read(foreign, action, "status", "approved_at") == ("PENDING", None)
+    assert in_the_outbox(foreign) == []
+
+
+@pytest.mark.parametrize("status", ["APPROVED", "REJECTED", "EXPIRED"])
+@pytest.mark.parametrize("given", [-2 * HOUR, 2 * HOUR, timedelta(days=400)])
+def test_d1_a_decision_is_made_when_the_database_says(foreign: ForeignWriter, status: str, given: timedelta) -> None:
+    """`approved_at` ahead delayed the message by as much; for any decision the guard's own moment takes its place."""
+    action, before = drafted(foreign), utc_now()
+    write(foreign, action, status=status, approved_at=f"{before + given:%Y-%m-%d %H:%M:%S.000}")
+    (decided_at,) = read(foreign, action, "approved_at")
+    assert before - MINUTE < decided_at < utc_now() + MINUTE
+    assert in_the_outbox(foreign) == ([(decided_at, decided_at)] if status == "APPROVED" else [])
+
+
+def test_d1_a_rejection_that_names_no_moment_gets_none(foreign: ForeignWriter) -> None:
+    """`approved_at` says when an action was approved."""
+    action = drafted(foreign)
+    write(foreign, action, status="REJECTED", approved_by="dana")
+    assert read(foreign, action, "approved_by", "approved_at") == ("dana", None)
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+@pytest.mark.parametrize("given", ["now()", "now() - interval '2 hours'", "clock_timestamp()"])
+def test_d1_now_in_another_timezone_is_no_way_around_it(foreign_postgres: ForeignWriter, zone: str, given: str) -> None:
+    """Plain `now()` in a New York session is hours before it in UTC."""
+    late = drafted(foreign_postgres, id="late", expires_at=f"{utc_now() - HOUR:%Y-%m-%d %H:%M:%S.000}")
+    early = drafted(foreign_postgres, id="early", expires_at=f"{utc_now() + HOUR:%Y-%m-%d %H:%M:%S.000}")
+    foreign_postgres.run(f"SET timezone = '{zone}'")
+    approve = f"UPDATE pending_actions SET status = 'APPROVED', approved_at = {given} WHERE id = %s"
+    with pytest.raises(REFUSED, match="has expired"):
+        foreign_postgres.run(approve, late)
+    foreign_postgres.run(approve, early)
+    (approved_at,) = read(foreign_postgres, early, "approved_at")
+    assert abs(approved_at - utc_now()) < MINUTE
+    assert in_the_outbox(foreign_postgres) == [(approved_at, approved_at)]
+
+
+def test_d1_an_expiry_with_an_offset_is_that_moment(foreign: ForeignWriter) -> None:
+    """SQLite keeps a time as the text that a writer gives: compared as text, it would be over on another day."""
+    abroad = timezone(timedelta(hours=-11))
+    past, future = ((datetime.now(abroad) + by).isoformat(timespec="milliseconds") for by in (-HOUR, HOUR))
+    if foreign.is_postgres:  # its column has no timezone
+        past, future = (str(datetime.fromisoformat(at).astimezone(timezone.utc))[:23] for at in (past, future))
+    late, early = drafted(foreign, id="late", expires_at=past), drafted(foreign, id="early", expires_at=future)
+    with pytest.raises(REFUSED, match="has expired"):
+        write(foreign, late, **BY_DANA)
+    write(foreign, early, **BY_DANA)
+    assert len(in_the_outbox(foreign)) == 1
+
+
+@pytest.mark.parametrize("worker_is", [-2 * HOUR, 2 * HOUR])
+@pytest.mark.parametrize("decide", ["approve", "reject"])
+def test_d1_approve_and_reject_agree_with_the_guard(
+    conversation_in: ConversationIn, foreign: ForeignWriter, worker_is: timedelta, decide: str
+) -> None:
+    """A worker whose clock is hours off decides by the database's as well, and its object equals the row."""
+    close_engine.bind(current().database, clock=lambda: datetime.now(timezone.utc) + worker_is)
+    conversation = conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.SEMI_AUTO)
+    actions = [
+        submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}, expires_after=after)
+        for after in (HOUR, -HOUR)
+    ]
+    good, late = [action for action in actions if isinstance(action, PendingAction)]
+    with pytest.raises(ActionDecided) as decided:
+        getattr(late, decide)(by="dana")
+    assert decided.value.status is ActionStatus.EXPIRED
+    getattr(good, decide)(by="dana")
+    assert values(good) == values(copy_of(good))
+    if decide == "approve":
+        (message,) = messages()
+        assert good.approved_at is not None
+        assert message.created_at == message.available_at == good.approved_at
+        assert abs(good.approved_at - database_moment()) < MINUTE
