@@ -6,6 +6,7 @@ DROP TRIGGER IF EXISTS close_engine_action_expired;
 DROP TRIGGER IF EXISTS close_engine_action_closed;
 DROP TRIGGER IF EXISTS close_engine_action_approved;
 DROP TRIGGER IF EXISTS close_engine_action_stamped;
+DROP TRIGGER IF EXISTS close_engine_action_decided;
 DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
 DROP TRIGGER IF EXISTS close_engine_action_deleted;
 DROP TRIGGER IF EXISTS close_engine_closing;

@@ -43,6 +43,16 @@ BEGIN
             ARRAY['SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW']);
     END IF;
     IF TG_OP = 'UPDATE' AND NEW.status IS NOT DISTINCT FROM OLD.status THEN
+        -- Who decided stays, and when. So a second click is no error, and changes neither. An approved_at from before the
+        -- guard may be in no reader's reach: it may be corrected.
+        IF (NEW.approved_by, NEW.approved_at) IS DISTINCT FROM (OLD.approved_by, OLD.approved_at)
+            AND EXISTS (SELECT FROM close_engine.transitions WHERE machine = 'action' AND dest = OLD.status) THEN
+            NEW.approved_by := OLD.approved_by;
+            IF coalesce(OLD.approved_at BETWEEN timestamp '0001-01-01' AND timestamp '9998-12-31 23:59:59.999', true)
+                THEN
+                NEW.approved_at := OLD.approved_at;
+            END IF;
+        END IF;
         RETURN NEW;
     END IF;
     IF NOT EXISTS (SELECT FROM close_engine.transitions

@@ -171,6 +171,25 @@ BEGIN
     DELETE FROM close_engine_context WHERE id = 3;
 END;
 
+-- Who decided stays, and when. So a second click is no error, and changes neither. An approved_at from before the guard
+-- may be in no reader's reach: it may be corrected.
+DROP TRIGGER IF EXISTS close_engine_action_decided;
+CREATE TRIGGER close_engine_action_decided
+AFTER UPDATE ON pending_actions
+WHEN (NEW.approved_by, NEW.approved_at) IS NOT (OLD.approved_by, OLD.approved_at)
+    AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'action' AND dest = OLD.status)
+    AND NOT EXISTS (SELECT 1 FROM close_engine_context WHERE id = 3)
+BEGIN
+    INSERT INTO close_engine_context VALUES (3, '{}');
+    UPDATE pending_actions SET approved_by = OLD.approved_by,
+        approved_at = CASE WHEN OLD.approved_at IS NULL OR (typeof(OLD.approved_at) = 'text'
+                AND date(substr(OLD.approved_at, 1, 10)) IS substr(OLD.approved_at, 1, 10)
+                AND substr(OLD.approved_at, 1, 4) BETWEEN '0001' AND '9998' AND strftime('%s', OLD.approved_at) IS NOT NULL)
+            THEN OLD.approved_at ELSE approved_at END
+    WHERE id = NEW.id;
+    DELETE FROM close_engine_context WHERE id = 3;
+END;
+
 DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
 CREATE TRIGGER close_engine_action_withdrawn
 AFTER UPDATE ON pending_actions

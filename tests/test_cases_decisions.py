@@ -163,3 +163,65 @@ def test_d1_approve_and_reject_agree_with_the_guard(
         assert good.approved_at is not None
         assert message.created_at == message.available_at == good.approved_at
         assert abs(good.approved_at - database_moment()) < MINUTE
+
+
+# -- D4: who decided stays -------------------------------------------------------------------------------------------
+
+#: What the CRM may write with the second click.
+CLICKS: dict[str, dict[str, Any]] = {
+    "somebody else": {"approved_by": "eve"},
+    "somebody else, later": {"approved_by": "eve", "approved_at": "2099-01-01 00:00:00.000"},
+    "nobody": {"approved_by": None, "approved_at": None},
+    "the same, later": {"approved_by": "dana", "approved_at": "2099-01-01 00:00:00.000"},
+}
+
+
+@pytest.mark.parametrize("click", CLICKS)
+@pytest.mark.parametrize("status", ["APPROVED", "REJECTED", "EXPIRED"])
+def test_d4_a_second_click_changes_nothing(foreign: ForeignWriter, status: str, click: str) -> None:
+    """It is no error, as a screen sends it easily, but it rewrote who had approved."""
+    action = drafted(foreign, "SEND_PAYMENT_LINK")
+    write(foreign, action, status=status, approved_by="dana")
+    decided = read(foreign, action, "status", "approved_by", "approved_at")
+    sent = in_the_outbox(foreign)
+    for again in ({"status": status}, {}):
+        write(foreign, action, **again, **CLICKS[click])
+        assert read(foreign, action, "status", "approved_by", "approved_at") == decided
+    assert decided[:2] == (status, "dana")
+    assert in_the_outbox(foreign) == sent
+
+
+@pytest.mark.parametrize("other", ["APPROVED", "REJECTED", "EXPIRED", "PENDING"])
+def test_d4_another_decision_is_refused(foreign: ForeignWriter, other: str) -> None:
+    """It would change more than who decided, so it is an error, whoever writes it."""
+    for status in ("APPROVED", "REJECTED", "EXPIRED"):
+        action = drafted(foreign, id=status)
+        write(foreign, action, status=status, approved_by="dana")
+        if status != other:
+            with pytest.raises(REFUSED, match="close_engine: "):
+                write(foreign, action, status=other, approved_by="eve")
+        assert read(foreign, action, "status", "approved_by") == (status, "dana")
+
+
+def test_d4_a_statement_of_many_rows_decides_only_those_that_wait(foreign: ForeignWriter) -> None:
+    """ "Approve all" names those that are decided already as well; and an approval without a name keeps none."""
+    first, second, third = (drafted(foreign, id=id) for id in ("a1", "a2", "a3"))
+    write(foreign, first, **BY_DANA)
+    write(foreign, second, status="APPROVED")
+    foreign.run("UPDATE pending_actions SET status = 'APPROVED', approved_by = 'eve', draft_message = 'edited'")
+    assert [read(foreign, action, "approved_by") for action in (first, second, third)] == [("dana",), (None,), ("eve",)]
+    assert len(in_the_outbox(foreign)) == 3
+
+
+def test_d4_the_object_of_a_second_click_equals_the_row(conversation_in: ConversationIn) -> None:
+    """Two people click on stale copies, and one saves its copy besides."""
+    conversation = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(conversation, ActionType.SEND_MESSAGE, "Hi")
+    assert isinstance(action, PendingAction)
+    stale = copy_of(action)
+    sent = action.approve(by="dana")
+    stale.approved_by = "eve"
+    stale.save(only=[PendingAction.approved_by])
+    assert stale.approve(by="eve") == sent
+    assert values(stale) == values(copy_of(action)) == values(action)
+    assert stale.approved_by == "dana"
