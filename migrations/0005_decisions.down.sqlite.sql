@@ -1,4 +1,5 @@
 DROP TRIGGER IF EXISTS close_engine_action_insert;
+DROP TRIGGER IF EXISTS close_engine_action_begins;
 DROP TRIGGER IF EXISTS close_engine_action_update;
 DROP TRIGGER IF EXISTS close_engine_action_insert_readable;
 DROP TRIGGER IF EXISTS close_engine_action_update_readable;

@@ -61,6 +61,10 @@ BEGIN
             MESSAGE = 'close_engine: ' || coalesce(NEW.status, 'NULL') || ' is not an action status';
     END IF;
     IF TG_OP = 'INSERT' THEN
+        IF EXISTS (SELECT FROM close_engine.transitions WHERE machine = 'action' AND dest = NEW.status) THEN
+            RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || NEW.id
+                || ' cannot begin as ' || NEW.status || ': insert it as PENDING, then decide it';
+        END IF;
         -- The default or now(): rounded by the column, and local time if the session is not in UTC. Replace it.
         IF NEW.created_at = localtimestamp(3) THEN
             NEW.created_at := least(moment, current_timestamp(3) AT TIME ZONE 'UTC');

@@ -22,6 +22,14 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this is not an action status; the statuses are in close_engine_transitions');
 END;
 
+DROP TRIGGER IF EXISTS close_engine_action_begins;
+CREATE TRIGGER close_engine_action_begins
+BEFORE INSERT ON pending_actions
+WHEN EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'action' AND dest = NEW.status)
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: an action cannot begin with this status: insert it as PENDING, then decide it');
+END;
+
 -- What was there before the guard may be no status. It may become PENDING, and then be decided.
 DROP TRIGGER IF EXISTS close_engine_action_update;
 CREATE TRIGGER close_engine_action_update

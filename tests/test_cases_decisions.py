@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import peewee
 import pytest
 
 import close_engine
@@ -24,6 +25,7 @@ from close_engine.database.binding import current
 from close_engine.database.binding import moment as database_moment
 from tests.foreign import REFUSED, ForeignWriter, moment
 from tests.rows import copy_of
+from tests.test_cases import migrated_again, without_triggers
 from tests.workers import LINK, messages, values
 
 ConversationIn = Callable[..., CloseEngineConversation]
@@ -163,6 +165,47 @@ def test_d1_approve_and_reject_agree_with_the_guard(
         assert good.approved_at is not None
         assert message.created_at == message.available_at == good.approved_at
         assert abs(good.approved_at - database_moment()) < MINUTE
+
+
+# -- D3: an action begins PENDING ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("status", ["APPROVED", "REJECTED", "EXPIRED"])
+def test_d3_an_action_begins_pending(foreign: ForeignWriter, status: str, type: str) -> None:
+    """One that was inserted as APPROVED was never sent, and nothing said so."""
+    with pytest.raises(REFUSED, match=r"close_engine: .* cannot begin .*: insert it as PENDING, then decide it"):
+        drafted(foreign, type, status=status, approved_by="dana", approved_at="2026-01-01 00:00:00.000")
+    assert foreign.run("SELECT id FROM pending_actions") == []
+    drafted(foreign, type, status="PENDING")
+    write(foreign, "a1", status=status, approved_by="dana")
+    assert len(in_the_outbox(foreign)) == (status == "APPROVED")
+
+
+def test_d3_nor_does_one_that_a_model_inserts_begin_otherwise(
+    conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """A writer that uses our models, past submit()."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    draft = {"lead_id": "l", "type": ActionType.SEND_MESSAGE, "draft_message": "Hi"}
+    with pytest.raises(peewee.IntegrityError, match="insert it as PENDING"):
+        PendingAction.create(conversation_id=conversation.id, status=ActionStatus.APPROVED, **draft)
+    assert list(PendingAction.select()) == []
+
+
+def test_d3_what_stood_there_before_hinders_nobody(foreign: ForeignWriter) -> None:
+    """A row that was APPROVED when the guard came is adopted as it is: it can be changed, and no other one cares."""
+    old = drafted(foreign, id="old")
+    without_triggers(foreign, "UPDATE pending_actions SET status = 'APPROVED'")
+    migrated_again(foreign)
+    assert in_the_outbox(foreign) == []
+    write(foreign, old, draft_message="redacted", metadata="{}")
+    new = drafted(foreign, id="new")
+    write(foreign, new, **BY_DANA)
+    assert read(foreign, old, "status", "draft_message") == ("APPROVED", "redacted")
+    assert len(in_the_outbox(foreign)) == 1
+    with pytest.raises(REFUSED):
+        write(foreign, old, status="REJECTED")
 
 
 # -- D4: who decided stays -------------------------------------------------------------------------------------------

@@ -201,8 +201,9 @@ def test_rows_that_prisma_wrote_are_read_as_what_they_say(crm: str) -> None:
              '["q1", "q2"]', '{"niche": "Dächer", "n": 12345678901234567890}', 2, 'https://pay.example.com/é',
              '2026-11-23 16:08:44.921', NULL, NULL, NULL, NULL, '2026-11-23 16:08:44.9', '2026-11-23 16:08:45');
         INSERT INTO pending_actions VALUES
-            ('a1', 'cmwtgnat50006t67dno5f7mbx', 'lead_1', 'SEND_PREVIEW', 'Look: 🚀', 'null', 'EXPIRED', NULL, NULL,
+            ('a1', 'cmwtgnat50006t67dno5f7mbx', 'lead_1', 'SEND_PREVIEW', 'Look: 🚀', 'null', 'PENDING', NULL, NULL,
              '2026-11-24 00:00:00', '2026-11-23 00:00:00.001');
+        UPDATE pending_actions SET status = 'EXPIRED';
         """,
     )
 

@@ -29,12 +29,15 @@ FILL = [
         CASE WHEN n %% 4 = 1 THEN now() END, now()
     FROM generate_series(1, 20000) n
     """,
+    # An action begins PENDING, and deciding 20,000 of them would take long.
+    "ALTER TABLE pending_actions DISABLE TRIGGER zz_close_engine_guard",
     """
     INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, status, expires_at)
     SELECT 'action ' || n, 'conversation ' || n, 'lead ' || n, 'SEND_MESSAGE', 'hello',
         (ARRAY['PENDING', 'APPROVED', 'APPROVED', 'REJECTED', 'EXPIRED'])[1 + n %% 5], now() + interval '1 day'
     FROM generate_series(1, 20000) n
     """,
+    "ALTER TABLE pending_actions ENABLE TRIGGER zz_close_engine_guard",
     """
     INSERT INTO close_engine.outbox
         (conversation_id, topic, body, status, created_at, available_at, leased_by, key, provider_id)
