@@ -41,6 +41,7 @@ from close_engine.database.reading import Rows
 from close_engine.database.transaction import accept_row, atomic
 from close_engine.errors import (
     ActionNotFound,
+    ConditionNotMet,
     ConversationClosed,
     ConversationNotFound,
     InvalidValue,
@@ -48,7 +49,7 @@ from close_engine.errors import (
     StageConflict,
 )
 from close_engine.firing import facts_of, write_fields
-from close_engine.machine import TRIGGERS, decide, decide_action
+from close_engine.machine import LINK_GIVEN, TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
 from close_engine.outbox import OutboxMessage, enqueue, find_by_key, require_words
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
@@ -138,8 +139,9 @@ class PendingAction(BaseModel):
             ActionDecided: it was rejected, or it expired.
             ConversationClosed: its conversation has closed in the meantime.
             ConversationNotFound, ActionNotFound: it was deleted.
+            ConditionNotMet: it is a payment link without a `paymentUrl` in its metadata.
             GuardMissing: nothing would follow from the approval.
-            InvalidValue: an argument cannot be stored.
+            InvalidValue: an argument cannot be stored, or `sendAfter` in its metadata is no time.
         """
         values = {"approved_by": by}
         if message is not None:
@@ -191,9 +193,9 @@ class PendingAction(BaseModel):
         try:
             with atomic(), current().attributed(Provenance(by, reason), write):
                 written = PendingAction.update(status=dest, **values).where(undecided).execute()
-        except peewee.IntegrityError:
-            # The database's guard refused it: it expired, or its conversation closed, while this UPDATE waited.
-            self._refuse_unless_decided(trigger, dest)
+        except peewee.IntegrityError as error:
+            # The guard refused it: it expired or its conversation closed at that moment, or it lacks something.
+            self._refuse_unless_decided(trigger, dest, str(error))
             raise
         if written:
             self._reload()
@@ -206,8 +208,11 @@ class PendingAction(BaseModel):
             raise ActionNotFound(self.id)
         accept_row(self, found)
 
-    def _refuse_unless_decided(self, trigger: str, dest: ActionStatus) -> None:
-        """Reload the row, and raise why the decision came too late; return if the same one was made before."""
+    def _refuse_unless_decided(self, trigger: str, dest: ActionStatus, refusal: str = "") -> None:
+        """Reload the row, and raise why it cannot be decided; return if the same decision was made before.
+
+        `refusal` is what the database's guard said, if it was asked.
+        """
         with atomic():
             # Wait for a concurrent decision: it may have started before the action expired and still commit.
             current().for_update(PendingAction.select(PendingAction.id).where(PendingAction.id == self.id)).execute()
@@ -221,7 +226,14 @@ class PendingAction(BaseModel):
         conversation = CloseEngineConversation.get_or_none(CloseEngineConversation.id == self.conversation_id)
         if conversation is None:
             raise ConversationNotFound(self.conversation_id)
-        raise ConversationClosed(conversation.id, conversation.stage)
+        if conversation.stage in CLOSED_STAGES or not refusal:
+            raise ConversationClosed(conversation.id, conversation.stage)
+        metadata = self.metadata if isinstance(self.metadata, dict) else {}
+        if "sendAfter" in refusal:
+            raise InvalidValue("sendAfter", metadata.get("sendAfter"), "write a time like 2026-01-31T08:00:00.000Z")
+        given = {"payment_link_url": metadata.get("paymentUrl")}
+        if self.type is ActionType.SEND_PAYMENT_LINK and not LINK_GIVEN.is_met(facts_of(conversation, given)):
+            raise ConditionNotMet(conversation.id, "send_payment_link", conversation.stage, LINK_GIVEN.sentence)
 
     def __repr__(self) -> str:
         return f"<PendingAction {self.id}: {self.type} of {self.conversation_id}, {self.status}>"

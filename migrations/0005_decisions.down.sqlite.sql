@@ -4,6 +4,7 @@ DROP TRIGGER IF EXISTS close_engine_action_update;
 DROP TRIGGER IF EXISTS close_engine_action_insert_readable;
 DROP TRIGGER IF EXISTS close_engine_action_update_readable;
 DROP TRIGGER IF EXISTS close_engine_action_expired;
+DROP TRIGGER IF EXISTS close_engine_action_complete;
 DROP TRIGGER IF EXISTS close_engine_action_closed;
 DROP TRIGGER IF EXISTS close_engine_action_approved;
 DROP TRIGGER IF EXISTS close_engine_action_stamped;

@@ -17,6 +17,36 @@ INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('action', 'expire', 'PENDING', 'EXPIRED')
 ON CONFLICT (machine, source, dest) DO UPDATE SET trigger = EXCLUDED.trigger;
 
+-- The moment in metadata.sendAfter, in UTC: what the library writes there, without an offset, and what toISOString() and
+-- other writers of ISO 8601 do, with one. Cut to milliseconds first: the cast would round.
+CREATE OR REPLACE FUNCTION close_engine.send_after(action text, metadata jsonb) RETURNS timestamp without time zone
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    given text := metadata ->> 'sendAfter';
+    at timestamp;
+BEGIN
+    IF given IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF given ~ ('^[0-9]{4}-[0-9]{2}-[0-9]{2}[ T]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]+)?'
+            || '(Z|[+-](0[0-9]|1[0-4]):[0-5][0-9])?$') THEN
+        given := pg_catalog.regexp_replace(given, '(?<=[.][0-9][0-9][0-9])[0-9]+', '');
+        BEGIN
+            at := (given || CASE WHEN given ~ '(Z|[+-][0-9]{2}:[0-9]{2})$' THEN '' ELSE 'Z' END)::timestamptz
+                AT TIME ZONE 'UTC';
+        EXCEPTION WHEN data_exception THEN
+            at := NULL; -- as of 30 February
+        END;
+    END IF;
+    IF coalesce(at < timestamp '0001-01-01' OR at >= timestamp '9999-01-01', true) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || action
+            || ' cannot be approved: its metadata.sendAfter is ' || pg_catalog.left(metadata ->> 'sendAfter', 100)
+            || '; write a time like 2026-01-31T08:00:00.000Z';
+    END IF;
+    RETURN at;
+END
+$body$;
+
 CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -90,6 +120,15 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'check_violation',
             MESSAGE = 'close_engine: action ' || OLD.id || ' has expired';
     END IF;
+    IF NEW.type = 'SEND_PAYMENT_LINK' AND NOT coalesce(NEW.approved_by ~ '[^[:space:]]', false) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || OLD.id
+            || ' cannot be approved: somebody must approve a payment link; write who in approved_by';
+    ELSIF NEW.type = 'SEND_PAYMENT_LINK' AND NOT coalesce(pg_catalog.jsonb_typeof(NEW.metadata -> 'paymentUrl') = 'string'
+            AND NEW.metadata ->> 'paymentUrl' ~ '[^[:space:]]', false) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || OLD.id
+            || ' cannot be approved: a payment link needs its URL; write it in metadata.paymentUrl';
+    END IF;
+    PERFORM close_engine.send_after(OLD.id, NEW.metadata);
     -- Lock the conversation, so that it cannot close between this check and the commit.
     SELECT stage INTO found FROM public.close_engine_conversations WHERE id = NEW.conversation_id FOR NO KEY UPDATE;
     IF coalesce(found, 'deleted') IN ('COMPLETED', 'CLOSED_LOST', 'deleted') THEN
@@ -126,10 +165,7 @@ BEGIN
             NEW.approved_by, NEW.metadata ->> 'submittedBy', 'close_engine:action:' || NEW.id,
             (SELECT pg_catalog.max(h.id) FROM close_engine.history h WHERE h.conversation_id = NEW.conversation_id),
             NEW.approved_at,
-            -- Ignore a sendAfter that is not a timestamp: another writer may have put it there.
-            greatest(NEW.approved_at, CASE WHEN NEW.metadata ->> 'sendAfter'
-                ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]+)?$'
-                THEN pg_catalog.date_trunc('milliseconds', (NEW.metadata ->> 'sendAfter')::timestamp) END)
+            greatest(NEW.approved_at, close_engine.send_after(NEW.id, NEW.metadata))
         FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id
         ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
         RETURN NULL;

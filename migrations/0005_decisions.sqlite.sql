@@ -130,6 +130,26 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this action has expired');
 END;
 
+-- A date that is moved by no days is one of the calendar: 30 February becomes 2 March.
+DROP TRIGGER IF EXISTS close_engine_action_complete;
+CREATE TRIGGER close_engine_action_complete
+BEFORE UPDATE ON pending_actions
+WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: somebody must approve a payment link; write who in approved_by')
+    WHERE NEW.type = 'SEND_PAYMENT_LINK'
+        AND trim(coalesce(NEW.approved_by, ''), ' ' || char(9, 10, 11, 12, 13)) = '';
+    SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: a payment link needs its URL; write it in metadata.paymentUrl')
+    WHERE NEW.type = 'SEND_PAYMENT_LINK' AND (json_type(NEW.metadata, '$.paymentUrl') IS NOT 'text'
+        OR trim(json_extract(NEW.metadata, '$.paymentUrl'), ' ' || char(9, 10, 11, 12, 13)) = '');
+    SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: write its metadata.sendAfter as a time like 2026-01-31T08:00:00.000Z')
+    FROM (SELECT json_extract(NEW.metadata, '$.sendAfter') AS send_after)
+    WHERE send_after IS NOT NULL AND NOT (
+        send_after GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9][ T][0-2][0-9]:[0-9][0-9]:[0-9][0-9]*'
+        AND date(substr(send_after, 1, 10), '+0 days') IS substr(send_after, 1, 10)
+        AND coalesce(strftime('%Y', send_after) BETWEEN '0001' AND '9998', 0));
+END;
+
 DROP TRIGGER IF EXISTS close_engine_action_closed;
 CREATE TRIGGER close_engine_action_closed
 BEFORE UPDATE ON pending_actions

@@ -17,6 +17,8 @@ from close_engine import (
     ActionType,
     AutonomyLevel,
     CloseEngineConversation,
+    ConditionNotMet,
+    InvalidValue,
     PendingAction,
     Stage,
     submit,
@@ -268,3 +270,114 @@ def test_d4_the_object_of_a_second_click_equals_the_row(conversation_in: Convers
     assert stale.approve(by="eve") == sent
     assert values(stale) == values(copy_of(action)) == values(action)
     assert stale.approved_by == "dana"
+
+
+# -- D5: what an approval needs --------------------------------------------------------------------------------------
+
+NOT_SOMEBODY = [None, "", "  ", "\n\t"]
+NOT_A_LINK: list[Any] = [
+    None,
+    {},
+    {"paymentUrl": None},
+    {"paymentUrl": " "},
+    {"paymentUrl": 7},
+    {"paymentUrl": ["x"]},
+    [],
+]
+
+
+@pytest.mark.parametrize("approved_by", NOT_SOMEBODY)
+def test_d5_a_payment_link_is_approved_by_somebody(foreign: ForeignWriter, approved_by: str | None) -> None:
+    """It was sent, and the stage stayed PENDING_APPROVAL with nothing waiting."""
+    action = drafted(foreign, "SEND_PAYMENT_LINK")
+    with pytest.raises(
+        REFUSED, match=r"close_engine: .*somebody must approve a payment link; write who in approved_by"
+    ):
+        write(foreign, action, status="APPROVED", approved_by=approved_by)
+    assert read(foreign, action, "status") == ("PENDING",)
+    write(foreign, action, **BY_DANA)
+    assert len(in_the_outbox(foreign)) == 1
+
+
+@pytest.mark.parametrize("metadata", NOT_A_LINK)
+def test_d5_a_payment_link_has_its_url(foreign: ForeignWriter, metadata: Any) -> None:
+    """For every writer: the CRM gets a sentence, and approve() an error of ours."""
+    action = drafted(foreign, "SEND_PAYMENT_LINK", metadata=None if metadata is None else json.dumps(metadata))
+    with pytest.raises(
+        REFUSED, match=r"close_engine: .*a payment link needs its URL; write it in metadata[.]paymentUrl"
+    ):
+        write(foreign, action, **BY_DANA)
+    with pytest.raises(ConditionNotMet, match="a payment link URL must be given"):
+        PendingAction.get_by_id(action).approve(by="dana")
+    assert read(foreign, action, "status") == ("PENDING",)
+    assert in_the_outbox(foreign) == []
+    write(foreign, action, **BY_DANA, metadata=json.dumps({"paymentUrl": LINK}))
+    assert len(in_the_outbox(foreign)) == 1
+
+
+@pytest.mark.parametrize("type", ["SEND_MESSAGE", "SEND_PREVIEW"])
+def test_d5_other_drafts_need_neither(foreign: ForeignWriter, type: str) -> None:
+    """A text is a text without anything else."""
+    write(foreign, drafted(foreign, type, metadata=None), status="APPROVED")
+    assert len(in_the_outbox(foreign)) == 1
+
+
+def test_d5_a_link_that_lacks_something_can_be_rejected(foreign: ForeignWriter) -> None:
+    """Only an approval sends it."""
+    action = drafted(foreign, "SEND_PAYMENT_LINK", metadata='{"sendAfter": "tomorrow"}')
+    write(foreign, action, status="REJECTED")
+    assert read(foreign, action, "status") == ("REJECTED",)
+
+
+SEND_AFTER = {
+    "2999-01-31T08:00:00.000Z": "2999-01-31 08:00:00.000",  # as toISOString() writes it
+    "2999-01-31T08:00:00Z": "2999-01-31 08:00:00.000",
+    "2999-01-31T08:00:00.999999Z": "2999-01-31 08:00:00.999",
+    "2999-01-31T23:59:59.9999999+05:30": "2999-01-31 18:29:59.999",
+    "2999-01-31T20:00:00.5-08:00": "2999-02-01 04:00:00.500",
+    "2999-01-31 08:00:00+14:00": "2999-01-30 18:00:00.000",
+    "2999-01-31 08:00:00.123": "2999-01-31 08:00:00.123",  # as this library writes it
+}
+
+
+@pytest.mark.parametrize("given", SEND_AFTER)
+@pytest.mark.parametrize("type", TYPES)
+def test_d5_send_after_is_understood_as_other_languages_write_it(foreign: ForeignWriter, given: str, type: str) -> None:
+    """What JavaScript wrote was ignored, and the text sent at once."""
+    action = drafted(foreign, type, metadata=json.dumps({"paymentUrl": LINK, "sendAfter": given}))
+    if foreign.is_postgres:
+        foreign.run("SET timezone = 'America/New_York'; SET datestyle = 'SQL, DMY'")
+    write(foreign, action, **BY_DANA)
+    if foreign.is_postgres:
+        foreign.run("RESET ALL")
+    ((_, available_at),) = in_the_outbox(foreign)
+    assert available_at == moment(SEND_AFTER[given])
+
+
+def test_d5_a_moment_that_is_over_delays_nothing(foreign: ForeignWriter) -> None:
+    """With its offset it is an hour ago, although its hour and minute are yet to come."""
+    given = (datetime.now(timezone(timedelta(hours=12))) - HOUR).isoformat(timespec="milliseconds")
+    write(foreign, drafted(foreign, metadata=json.dumps({"sendAfter": given})), **BY_DANA)
+    ((created_at, available_at),) = in_the_outbox(foreign)
+    assert available_at == created_at
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("tomorrow", "", 7, 1767225600000, ["a"], {}, True, "now", "2460000.5", "2999-01-31", "2999-02-30T08:00:00Z"),
+        *("2999-13-01T00:00:00Z", "2999-01-31T08:00Z", "2999-01-31T08:00:00+2", "+012999-01-31T08:00:00.000Z"),
+        *("9999-01-31T08:00:00Z", "0000-01-31T08:00:00Z", "2999-01-31T08:00:00.Z", "2999-01-31T30:00:00Z", "infinity"),
+    ],
+)
+def test_d5_a_send_after_that_nobody_understands_is_refused(foreign: ForeignWriter, given: Any) -> None:
+    """It was ignored, and the text sent at once. The draft waits until it is mended."""
+    action = drafted(foreign, metadata=json.dumps({"sendAfter": given}))
+    with pytest.raises(REFUSED, match=r"close_engine: .*metadata.sendAfter.* a time like 2026-01-31T08:00:00.000Z"):
+        write(foreign, action, **BY_DANA)
+    with pytest.raises(InvalidValue, match=r"sendAfter cannot be .*write a time like 2026-01-31T08:00:00.000Z"):
+        PendingAction.get_by_id(action).approve(by="dana")
+    assert read(foreign, action, "status") == ("PENDING",)
+    assert in_the_outbox(foreign) == []
+    write(foreign, action, **BY_DANA, metadata=json.dumps({"sendAfter": None}))
+    assert len(in_the_outbox(foreign)) == 1

@@ -63,7 +63,7 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
-    guards = (("close_engine_conversations", 13), ("pending_actions", 14))
+    guards = (("close_engine_conversations", 13), ("pending_actions", 16))
 
     row_lock = ""  # SQLite has one writer at a time
 
