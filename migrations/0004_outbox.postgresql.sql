@@ -107,6 +107,9 @@ $body$;
 CREATE OR REPLACE FUNCTION close_engine.announce_message() RETURNS trigger
 LANGUAGE plpgsql AS $body$
 BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.outbox'::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.outbox');
+    END IF;
     PERFORM pg_catalog.pg_notify('close_engine_outbox'::text, ''::text);
     RETURN NULL;
 END
