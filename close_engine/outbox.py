@@ -746,7 +746,8 @@ def _as_read(field: Any, row: str = "") -> str:
 _COLUMNS = ", ".join(map(_as_read, _READ))
 _CALL_CLAIM = (
     f"SELECT {', '.join(_as_read(field, '(c.message).') for field in _READ)}, c.lead_id "
-    "FROM {claim}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) c"
+    "FROM {claim}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) "
+    "AS c (message {outbox}, lead_id text)"
 )
 
 

@@ -50,10 +50,11 @@ CREATE UNIQUE INDEX IF NOT EXISTS outbox_provider_id_key
     ON close_engine.outbox (provider_id) WHERE provider_id IS NOT NULL;
 
 -- Claims messages: the statement is the one of `outbox.claiming`. It is in a function, whose plan is kept, because to
--- plan it takes longer than to run it.
+-- plan it takes longer than to run it. Each record is a message and its lead. Were the message's type declared, the table
+-- could not be dropped without the function.
 CREATE OR REPLACE FUNCTION close_engine.claim(
     most integer, seconds double precision, worker text, topics text[], suspects boolean
-) RETURNS TABLE (message close_engine.outbox, lead_id text)
+) RETURNS SETOF record
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $body$
 #variable_conflict use_column
 DECLARE

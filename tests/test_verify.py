@@ -458,11 +458,8 @@ ON_POSTGRESQL = {
         [f"The database refuses expire from PENDING to EXPIRED, which the machine allows: {AGAIN}"],
     ),
     "a table from which messages are sent": (
-        "DROP TABLE {outbox} CASCADE",
-        [
-            f"The table {{outbox}} is missing: restore it from a backup, or {AGAIN[:-1]}, empty.",
-            f"The function close_engine.claim() is missing: {AGAIN}",
-        ],
+        "DROP TABLE {outbox}",
+        [f"The table {{outbox}} is missing: restore it from a backup, or {AGAIN[:-1]}, empty."],
     ),
     "the trigger on the actions": (
         "DROP TRIGGER zz_close_engine_guard ON pending_actions",

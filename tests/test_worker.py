@@ -787,7 +787,7 @@ def test_an_error_that_no_waiting_helps_against_ends_it(postgres: peewee.Databas
     submit(opened(), ActionType.SEND_MESSAGE, "Hello!")
 
     with pytest.raises(peewee.ProgrammingError, match="outbox"):
-        worker_with(lambda message: postgres.execute_sql("DROP TABLE close_engine.outbox CASCADE") and None).run()
+        worker_with(lambda message: postgres.execute_sql("DROP TABLE close_engine.outbox") and None).run()
 
     assert told() == [("INFO", "started"), ("ERROR", "recording failed")]
 
