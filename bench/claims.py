@@ -44,7 +44,7 @@ REFILL_JOBS = """
 
 
 def measure(server: Server, *, quick: bool) -> Iterator[Table]:
-    conversations, rounds = (20, 1) if quick else (400, 5)
+    conversations, rounds = (20, 1) if quick else (400, 3)
     workers = (1, 2) if quick else (1, 2, 4)
     ours_database, jobs = server.migrated("claims_ours"), server.copy("template0", "claims_procrastinate")
     fill(server, ours_database, conversations, stages=["QUALIFYING"])
