@@ -23,7 +23,7 @@ import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
 from close_engine.database.dialect import Dialect
-from close_engine.database.fields import clean_text, milliseconds
+from close_engine.database.fields import UtcDateTimeField, clean_text, milliseconds
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
@@ -164,6 +164,10 @@ def now() -> datetime:
     return milliseconds(moment)
 
 
+#: Reads a time as both databases return it.
+_A_TIME = UtcDateTimeField[datetime]()
+
+
 def moment() -> datetime:
     """Return the current moment by the database's clock: timezone-aware UTC with milliseconds.
 
@@ -177,8 +181,8 @@ def moment() -> datetime:
         if sqlstate(error) in ("3F000", "42883") or "no such table" in str(error):
             raise GuardMissing("close_engine_conversations") from error
         raise
-    at = datetime.fromisoformat(found) if isinstance(found, str) else found
-    return at.replace(tzinfo=timezone.utc)
+    at: datetime = _A_TIME.python_value(found)
+    return at
 
 
 #: The classes of SQLSTATEs that pass: no connection, a transaction to repeat, no resources, the server is going away.
