@@ -725,6 +725,8 @@ def _claim(limit: int, seconds: float, worker: str, topics: list[str] | None, su
 
 
 _READ = OutboxMessage._meta.sorted_fields
+#: The times that the claim writes, so that Python can read them.
+_CLAIM_TIMES = (OutboxMessage.available_at, OutboxMessage.leased_at)
 
 
 def _as_read(field: Any, row: str = "") -> str:
@@ -735,10 +737,7 @@ def _as_read(field: Any, row: str = "") -> str:
     column = f'{row}"{field.column_name}"'
     if isinstance(field, JsonField):
         return f"CAST({column} AS TEXT)"
-    if isinstance(field, UtcDateTimeField) and field.name not in (
-        "available_at",
-        "leased_at",
-    ):  # the claim writes those
+    if isinstance(field, UtcDateTimeField) and all(field is not time for time in _CLAIM_TIMES):
         return f"CASE WHEN {column} >= '0001-01-01' AND {column} < '9999-01-01' THEN {column} END"
     return column
 
