@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from types import ModuleType
@@ -72,6 +72,9 @@ Sender = Callable[[OutboxMessage], "str | None"]
 
 #: Why a worker polls, though the database has notices.
 _UNHEARD = f"it does not hear its own notice, as through PgBouncer: name a URL of the server itself in {LISTEN}"
+
+#: The most senders of one worker: each has a thread and a connection.
+MOST_SENDERS = 1000
 
 #: The longest that a thread can wait on every platform, and then some.
 LONGEST = timedelta(days=30)
@@ -174,8 +177,8 @@ class Worker:
         sweep: Callable[[], sweeps.Swept] | None = sweeps.sweep,
         sweep_every: timedelta = timedelta(minutes=1),
     ) -> None:
-        if not 1 <= concurrency <= 1000:
-            raise InvalidValue("concurrency", concurrency, "it must be at least 1 and at most 1000")
+        if not 1 <= concurrency <= MOST_SENDERS:
+            raise InvalidValue("concurrency", concurrency, f"it must be at least 1 and at most {MOST_SENDERS}")
         if topics is not None and (isinstance(topics, str) or not topics):
             raise InvalidValue("topics", topics, "it must be a list of at least one topic")
         for option, duration in {"lease": lease, "idle": idle, "sweep_every": sweep_every}.items():
@@ -427,8 +430,8 @@ class _Shift:
         while not self._over.is_set():
             is_new = True
             try:
-                self._notices = notices = Notices(self._listens_on)
-                try:
+                with closing(Notices(self._listens_on)) as notices:
+                    self._notices = notices
                     _connect()
                     are_heard = notices.are_heard()
                     _disconnect()  # others may need it
@@ -442,8 +445,6 @@ class _Shift:
                     while not self._over.is_set():
                         if notices.wait():
                             self._announce()
-                finally:
-                    notices.close()
             except (peewee.PeeweeException, MaxConnectionsExceeded) as error:
                 self._note_wakes(first_line(error))
                 _drop_connection()

@@ -23,7 +23,7 @@ from close_engine.cli.terminal import cell, console, table
 from close_engine.database.binding import current, moment
 from close_engine.database.fields import clean_text
 from close_engine.errors import ConfigurationError
-from close_engine.worker import Worker, load_module, load_sender
+from close_engine.worker import MOST_SENDERS, Worker, load_module, load_sender
 
 outbox_commands = typer.Typer(invoke_without_command=True)
 
@@ -147,7 +147,10 @@ def worker(
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(metavar="NUMBER", max=1000, help="How many messages to send at once, at most 1000.")
+        int,
+        typer.Option(
+            metavar="NUMBER", max=MOST_SENDERS, help=f"How many messages to send at once, at most {MOST_SENDERS}."
+        ),
     ] = 4,
     topic: Annotated[
         list[str] | None,
