@@ -31,6 +31,9 @@ from bench.report import Table, milliseconds, per_second
 from bench.rounds import interleave, measured_itself, median, percentile
 from bench.server import Server
 
+#: Seconds after which a worker has recorded the last message and waits again.
+REST = 0.02
+
 #: The trigger that notifies.
 TRIGGER = "ALTER TABLE close_engine.outbox {verb} TRIGGER close_engine_announce_insert"
 
@@ -78,18 +81,14 @@ def we_wait(url: str, *, notices: bool = True) -> Iterator[Callable[[], float]]:
     """Start a worker, and yield a function that submits a message and returns the seconds until it is sent."""
     database = close_engine.connect(url)
     conversation = close_engine.CloseEngineConversation.get_by_id(conversation_id(1))
+
+    def submit() -> None:
+        close_engine.bind(database)
+        close_engine.submit(conversation, "SEND_MESSAGE", "Hello!")
+
     with waiting_process(our_worker, url) as calls:
-
-        def once() -> float:
-            # A worker that polls is met at any moment of its pause.
-            time.sleep(0.02 if notices else random.random())
-            close_engine.bind(database)
-            close_engine.submit(conversation, "SEND_MESSAGE", "Hello!")
-            committed = time.monotonic()
-            called: float = calls.recv()
-            return called - committed
-
-        yield once
+        # A worker that polls is met at any moment of its pause.
+        yield lambda: until_called(submit, calls, pause=REST if notices else random.random())
     database.close()
 
 
@@ -97,16 +96,16 @@ def we_wait(url: str, *, notices: bool = True) -> Iterator[Callable[[], float]]:
 def procrastinate_waits(url: str) -> Iterator[Callable[[], float]]:
     """Start procrastinate's worker, and yield a function that defers a job and returns the seconds until it runs."""
     with procrastinate_app(url).open() as app, waiting_process(their_worker, url) as calls:
-        job = app.configure_task("arrive")
+        yield partial(until_called, app.configure_task("arrive").defer, calls)
 
-        def once() -> float:
-            time.sleep(0.02)
-            job.defer()
-            committed = time.monotonic()
-            called: float = calls.recv()
-            return called - committed
 
-        yield once
+def until_called(put_in: Callable[[], object], calls: Any, pause: float = REST) -> float:
+    """Put a message in after a pause, and return the seconds from its commit to the call."""
+    time.sleep(pause)
+    put_in()
+    committed = time.monotonic()
+    called: float = calls.recv()
+    return called - committed
 
 
 @contextmanager
