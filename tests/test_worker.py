@@ -714,9 +714,11 @@ class Door:
 
     def shut(self) -> None:
         execute(self.server, f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS false")
-        # One that was just refused may be there for a moment, and is gone before it is ended.
-        ended = "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE datname = %s"
-        until(lambda: not query(self.server, ended, (1000 * LIMIT, self.name)), "nobody is in the database")
+        # Those who are in it now, because it may be opened again meanwhile. One that was refused may be gone by then.
+        there = query(self.server, "SELECT pid FROM pg_stat_activity WHERE datname = %s", (self.name,))
+        ended = "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE pid = ANY (%s)"
+        pids = [pid for (pid,) in there]
+        until(lambda: not query(self.server, ended, (1000 * LIMIT, pids)), "they are out of the database")
 
     def open(self) -> None:
         execute(self.server, f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS true")
