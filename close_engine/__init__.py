@@ -12,7 +12,7 @@ from close_engine.approvals import (
     pending_actions,
     submit,
 )
-from close_engine.conversations import Answer, CloseEngineConversation, locked, open_conversation
+from close_engine.conversations import Answer, CloseEngineConversation, Takeover, locked, open_conversation
 from close_engine.database.binding import Tables, bind
 from close_engine.database.provenance import ProvenanceArguments
 from close_engine.database.transaction import atomic
@@ -20,6 +20,7 @@ from close_engine.database.url import connect
 from close_engine.errors import (
     ActionDecided,
     ActionNotFound,
+    ActionSuperseded,
     AfterCommitError,
     CannotBeSent,
     CloseEngineError,
@@ -28,6 +29,7 @@ from close_engine.errors import (
     ConversationClosed,
     ConversationCompleted,
     ConversationNotFound,
+    ConversationTakenOver,
     GuardMissing,
     InvalidValue,
     KeyReused,
@@ -44,6 +46,7 @@ from close_engine.errors import (
     Snooze,
     StageAssignmentRefused,
     StageConflict,
+    TextOfAnotherLead,
     TransactionFailed,
     TransitionNotAllowed,
     TransitionRefused,
@@ -52,7 +55,7 @@ from close_engine.errors import (
     UserNotFound,
 )
 from close_engine.hooks import Hook, after_commit, on_enter, on_exit
-from close_engine.inbox import InboxEntry, Received, receive, record_payment
+from close_engine.inbox import InboxEntry, Payment, Received, receive, record_payment, surplus_payments
 from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Condition, Facts, Stamp, Transition
 from close_engine.models import Client, Lead, StageChange, User
 from close_engine.outbox import OutboxMessage
@@ -64,6 +67,7 @@ from close_engine.stages import (
     ActionType,
     AutonomyLevel,
     EntryPoint,
+    IfLeadWrites,
     MessageStatus,
     Stage,
 )
@@ -77,6 +81,7 @@ __all__ = [
     "ActionDecided",
     "ActionNotFound",
     "ActionStatus",
+    "ActionSuperseded",
     "ActionType",
     "ACTIVE_STAGES",
     "after_commit",
@@ -98,6 +103,7 @@ __all__ = [
     "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
+    "ConversationTakenOver",
     "GuardMissing",
     "DEFAULT_EXPIRY",
     "EntryPoint",
@@ -105,6 +111,7 @@ __all__ = [
     "Facts",
     "FindingSender",
     "Hook",
+    "IfLeadWrites",
     "InboxEntry",
     "InvalidValue",
     "KeyReused",
@@ -126,6 +133,7 @@ __all__ = [
     "outbox",
     "OutboxMessage",
     "PartlyLoaded",
+    "Payment",
     "PaymentUnmatched",
     "pending_actions",
     "PendingAction",
@@ -147,9 +155,12 @@ __all__ = [
     "stall_silent",
     "Stamp",
     "submit",
+    "surplus_payments",
     "sweep",
     "Swept",
     "Tables",
+    "Takeover",
+    "TextOfAnotherLead",
     "TransactionFailed",
     "Transition",
     "TransitionNotAllowed",

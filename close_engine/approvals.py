@@ -41,18 +41,21 @@ from close_engine.database.reading import Rows
 from close_engine.database.transaction import accept_row, atomic
 from close_engine.errors import (
     ActionNotFound,
+    ActionSuperseded,
     ConditionNotMet,
     ConversationClosed,
     ConversationNotFound,
+    ConversationTakenOver,
     InvalidValue,
     KeyReused,
+    MessageNotFound,
     StageConflict,
 )
 from close_engine.firing import facts_of, write_fields
 from close_engine.machine import LINK_GIVEN, TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
-from close_engine.outbox import OutboxMessage, enqueue, find_by_key, require_words
-from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, Stage
+from close_engine.outbox import OutboxMessage, enqueue, find_by_key, require_words, strictest_level
+from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, IfLeadWrites, Stage
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
 
@@ -138,7 +141,9 @@ class PendingAction(BaseModel):
         Raises:
             ActionDecided: it was rejected, or it expired.
             ConversationClosed: its conversation has closed in the meantime.
+            ActionSuperseded: the lead has written since it was drafted.
             ConversationNotFound, ActionNotFound: it was deleted.
+            MessageNotFound: it was approved before, and its message was cleared away since.
             ConditionNotMet: it is a payment link without a `paymentUrl` in its metadata.
             GuardMissing: nothing would follow from the approval.
             InvalidValue: an argument cannot be stored, or `sendAfter` in its metadata is no time.
@@ -147,9 +152,12 @@ class PendingAction(BaseModel):
         if message is not None:
             values["draft_message"] = require_words("message", message)
         self._decide("approve", ActionStatus.APPROVED, by, values)
-        sent: OutboxMessage = OutboxMessage.get(
-            (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == own_key("action", self.id))
+        key = own_key("action", self.id)
+        sent: OutboxMessage | None = OutboxMessage.get_or_none(
+            (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == key)
         )
+        if sent is None:
+            raise MessageNotFound(key)
         return sent
 
     def reject(self, by: str, reason: str | None = None) -> None:
@@ -167,8 +175,7 @@ class PendingAction(BaseModel):
         """
         values: dict[str, Any] = {"approved_by": by}
         if reason is not None:
-            added = dump_json({"rejectionReason": clean_text("reason", reason)})
-            values["metadata"] = SQL(current().dialect.merged_mapping("metadata"), [added])
+            values["metadata"] = _with(rejectionReason=clean_text("reason", reason))
         self._decide("reject", ActionStatus.REJECTED, by, values, reason)
 
     def _decide(
@@ -226,6 +233,8 @@ class PendingAction(BaseModel):
         conversation = CloseEngineConversation.get_or_none(CloseEngineConversation.id == self.conversation_id)
         if conversation is None:
             raise ConversationNotFound(self.conversation_id)
+        if "has written since" in refusal:
+            raise ActionSuperseded(self.id)
         if conversation.stage in CLOSED_STAGES or not refusal:
             raise ConversationClosed(conversation.id, conversation.stage)
         metadata = self.metadata if isinstance(self.metadata, dict) else {}
@@ -264,6 +273,57 @@ def pending_actions(
     return query if type is None else query.where(PendingAction.type == type)
 
 
+_WAITING = "SELECT a.id, {rule} FROM pending_actions a WHERE a.conversation_id = %s AND a.status = 'PENDING' {lock}"
+
+
+def supersede(conversation_id: str, text_id: int) -> list[str]:
+    """Expire the drafts that wait, because the lead has written; mark those that stay.
+
+    What somebody decides at this moment is passed over: the trigger that approves looks again, once it holds the
+    conversation. Whoever calls this holds the conversation.
+
+    Args:
+        conversation_id: str, the conversation.
+        text_id: int, id of the text in the inbox.
+
+    Returns:
+        list of str, ids of those that expired.
+    """
+    binding = current()
+    rule = if_lead_writes("a.type", "a.metadata")
+    query = _WAITING.replace("{rule}", rule).replace("{lock}", binding.dialect.skip_locked("a"))
+    waiting = dict(binding.execute(query, (conversation_id,)).fetchall())
+    expired = sorted(action_id for action_id, rule in waiting.items() if rule == IfLeadWrites.WITHDRAW)
+    expire_superseded(expired, text_id)
+    if kept := sorted(waiting.keys() - set(expired)):
+        PendingAction.update(metadata=_with(leadWroteSince=text_id)).where(PendingAction.id.in_(kept)).execute()
+    return expired
+
+
+def expire_superseded(action_ids: list[str], text_id: int) -> None:
+    """Expire drafts that a text of the lead has superseded. Whoever calls this holds them."""
+    if not action_ids:
+        return
+    provenance, write = (
+        Provenance("close_engine", "the lead has written since"),
+        Write("expire", None, stored_time(moment())),
+    )
+    with current().attributed(provenance, write):
+        update = PendingAction.update(status=ActionStatus.EXPIRED, metadata=_with(supersededBy=text_id))
+        update.where(PendingAction.id.in_(action_ids)).execute()
+
+
+def if_lead_writes(type: str, metadata: str) -> str:
+    """Return the SQL that says what becomes of an action if the lead writes, from its columns of these names."""
+    said = current().dialect.json_text(metadata, "ifLeadWrites")
+    return f"COALESCE({said}, CASE {type} WHEN 'SEND_MESSAGE' THEN 'withdraw' ELSE 'send' END)"
+
+
+def _with(**added: Any) -> SQL:
+    """Return an expression for the metadata with something added."""
+    return SQL(current().dialect.merged_mapping("metadata"), [dump_json(added)])
+
+
 def submit(
     conversation: CloseEngineConversation,
     type: ActionType,
@@ -275,11 +335,14 @@ def submit(
     actor: str | None = None,
     policy: Policy = needs_approval,
     expires_after: timedelta | None = DEFAULT_EXPIRY,
+    if_lead_writes: IfLeadWrites | None = None,
 ) -> OutboxMessage | PendingAction:
     """Submit a draft: to the outbox, or to a human for approval first, depending on the autonomy level.
 
-    A payment link that waits for approval moves the conversation to PENDING_APPROVAL. Of two drafts written from the
-    same state of a conversation, one is submitted and the other is a conflict.
+    The level is the stricter one of the conversation's and of its lead's. A payment link that waits for approval moves
+    the conversation to PENDING_APPROVAL. Of two drafts written from the same state of a conversation, one is submitted
+    and the other is a conflict. In a conversation that a human has taken over, only that human's drafts are let in, and
+    each is approved at once.
 
     Args:
         conversation: as it was when the draft was written.
@@ -291,12 +354,15 @@ def submit(
         actor: who wrote the draft, for the history.
         policy: decides whether a human must approve it first.
         expires_after: how long it can be approved; None means for ever.
+        if_lead_writes: whether to `withdraw` or to `send` it if the lead writes before it leaves. The default is to
+            withdraw a SEND_MESSAGE, and to send the others.
 
     Returns:
         the message in the outbox, or the PendingAction.
 
     Raises:
         ConversationClosed: it is COMPLETED or CLOSED_LOST.
+        ConversationTakenOver: a human has taken it over, and `actor` is somebody else.
         TransitionNotAllowed: a preview or a payment link cannot be sent from this stage.
         ConditionNotMet: the payment link has no URL.
         KeyReused: the key was used for something of another type.
@@ -307,14 +373,23 @@ def submit(
     require_words("draft", draft)
     provenance = Provenance(actor, key=key)
     details = clean_json("metadata", dict(metadata or {}))
+    if if_lead_writes is not None:
+        details["ifLeadWrites"] = str(OutboxMessage.if_lead_writes.clean(if_lead_writes))
     with atomic():
         if first := _find_submitted(conversation, key, type):
             return first
-        waits = policy(conversation.autonomy_level, type)
+        takeover = conversation.takeover()
+        if takeover is not None and provenance.actor != takeover.taken_by:
+            raise ConversationTakenOver(conversation.id, takeover.taken_by)
+        level = strictest_level(conversation)
+        waits = policy(level, type)
         trigger = _trigger_behind(conversation, type, details)
         # In the other stages the link waits too, but moves nothing: another one is waiting, or it is sent again.
         asks_for_approval = (
-            waits and type is ActionType.SEND_PAYMENT_LINK and conversation.may("request_approval").allowed
+            waits
+            and takeover is None
+            and type is ActionType.SEND_PAYMENT_LINK
+            and conversation.may("request_approval").allowed
         )
         action_id = _action_id(conversation, key)
         try:
@@ -326,9 +401,9 @@ def submit(
             if first := _find_submitted(conversation, key, type):
                 return first
             raise
-        if not waits:
+        if not waits and takeover is None:
             # If the level requires approval, then the caller's own policy let it through.
-            approved_by = "policy" if needs_approval(conversation.autonomy_level, type) else None
+            approved_by = "policy" if needs_approval(level, type) else None
             return enqueue(
                 conversation,
                 type,
@@ -339,6 +414,7 @@ def submit(
                 trigger=trigger,
                 approved_by=approved_by,
                 submitted_by=provenance.actor,
+                if_lead_writes=if_lead_writes,
             )
         if provenance.actor is not None:
             details["submittedBy"] = provenance.actor
@@ -348,7 +424,7 @@ def submit(
                 if isinstance(send_after, timedelta)
                 else OutboxMessage.available_at.clean(send_after)
             )
-        return PendingAction.create(
+        action = PendingAction.create(
             id=action_id,
             conversation_id=conversation.id,
             lead_id=conversation.lead_id,
@@ -357,6 +433,7 @@ def submit(
             metadata=details,
             expires_at=None if expires_after is None else moment() + expires_after,
         )
+        return action if takeover is None else action.approve(by=takeover.taken_by)
 
 
 def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, details: Mapping[str, Any]) -> str | None:
@@ -377,7 +454,7 @@ def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, det
 def _find_submitted(
     conversation: CloseEngineConversation, key: str | None, type: ActionType
 ) -> OutboxMessage | PendingAction | None:
-    """Find what was already submitted under this key.
+    """Find what was already submitted under this key: the action, or the message, or the action that it has become.
 
     Raises:
         KeyReused: the key was used for something of another type.
@@ -387,7 +464,13 @@ def _find_submitted(
     action: PendingAction | None = PendingAction.get_or_none(PendingAction.id == _action_id(conversation, key))
     if action is not None and action.type is not type:
         raise KeyReused(conversation.id, key, action.type, type)
-    return action or find_by_key(conversation.id, key, type)
+    if action is not None:
+        return action
+    message = find_by_key(conversation.id, key, type)
+    if message is None or message.action_id is None:
+        return message
+    became: PendingAction | None = PendingAction.get_or_none(PendingAction.id == message.action_id)
+    return became or message
 
 
 def _action_id(conversation: CloseEngineConversation, key: str | None) -> str:

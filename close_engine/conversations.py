@@ -47,8 +47,10 @@ from close_engine.database.provenance import Provenance, ProvenanceArguments, Wr
 from close_engine.database.reading import Rows, is_unreadable
 from close_engine.database.transaction import accept, accept_row, atomic, remember
 from close_engine.errors import (
+    ConversationClosed,
     ConversationCompleted,
     ConversationNotFound,
+    ConversationTakenOver,
     InvalidValue,
     LeadHasNoPhone,
     LeadNotFound,
@@ -65,12 +67,12 @@ from close_engine.firing import (
 )
 from close_engine.machine import allowed_triggers, decide
 from close_engine.models import BaseModel, Lead, StageChange, User
-from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, EntryPoint, Stage
+from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, AutonomyLevel, EntryPoint, Stage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Answer", "CloseEngineConversation", "locked", "open_conversation"]
+__all__ = ["Answer", "CloseEngineConversation", "Takeover", "locked", "open_conversation", "open_under"]
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,80 @@ class CloseEngineConversation(WithoutStage, BaseModel):
                 del values["updated_at"]
             accept(self, {name: getattr(written, name) for name in values})
 
+    # -- who leads it --------------------------------------------------------------------------------------------
+
+    def take_over(self, by: str = "owner", *, until: timedelta | datetime | None = None) -> Takeover:
+        """Have a human lead the conversation: nobody else's drafts are let in, and what waits of theirs is withdrawn.
+
+        What the human submits, with `actor` as named here, leaves without further approval. Sweeps leave the
+        conversation alone. If the same human has it already, only `until` is changed.
+
+        Args:
+            by: who takes it over.
+            until: timedelta or datetime with a timezone, when the AI leads again by itself; None: when it is handed
+                back.
+
+        Returns:
+            the Takeover.
+
+        Raises:
+            ConversationTakenOver: another human has it.
+            ConversationClosed: it is COMPLETED or CLOSED_LOST.
+            ConversationNotFound: it was deleted.
+            InvalidValue: `by` is empty, or `until` has no timezone.
+        """
+        if not clean_text("by", by).strip():
+            raise InvalidValue("by", by, "it must say who takes the conversation over")
+        dialect = current().dialect
+        ends: Any = None if until is None or isinstance(until, timedelta) else Takeover.until.clean(until)
+        if isinstance(until, timedelta):
+            ends = SQL(dialect.sql("{later}"), [until.total_seconds()])
+        with locked(self.id) as conversation:
+            if conversation.stage in CLOSED_STAGES:
+                raise ConversationClosed(self.id, conversation.stage)
+            before = conversation.takeover()
+            if before is not None and before.taken_by != by:
+                raise ConversationTakenOver(self.id, before.taken_by)
+            if before is not None:
+                Takeover.update(until=ends).where(Takeover.id == before.id).execute()
+            else:
+                moment = SQL(dialect.sql("{moment}"))
+                mine = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
+                Takeover.update(handed_back_at=moment).where(mine).execute()  # its time was up
+                Takeover.insert(conversation_id=self.id, taken_by=by, taken_at=moment, until=ends).execute()
+                conversation.reload()  # a payment link that waited may have been withdrawn
+                write_fields(conversation, {}, "take_over()")
+            accept_row(self, conversation)
+            taken = self.takeover()
+        assert taken is not None
+        return taken
+
+    def hand_back(self, by: str = "owner") -> None:
+        """Have the AI lead the conversation again. If nobody has taken it over, nothing is changed.
+
+        Args:
+            by: who hands it back.
+
+        Raises:
+            ConversationNotFound: it was deleted.
+            InvalidValue: `by` is empty.
+        """
+        if not clean_text("by", by).strip():
+            raise InvalidValue("by", by, "it must say who hands the conversation back")
+        with locked(self.id) as conversation:
+            mine = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
+            back = {"handed_back_by": by, "handed_back_at": SQL(current().dialect.sql("{moment}"))}
+            Takeover.update(back).where(mine).execute()
+            write_fields(conversation, {}, "hand_back()")
+            accept_row(self, conversation)
+
+    def takeover(self) -> Takeover | None:
+        """Return the takeover that lasts, by the database's clock; None if nobody has taken the conversation over."""
+        lasts = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
+        lasts &= Takeover.until.is_null() | (Takeover.until > SQL(current().dialect.moment))
+        found: Takeover | None = Takeover.get_or_none(lasts)
+        return found
+
     # -- questions -----------------------------------------------------------------------------------------------
 
     def may(
@@ -417,6 +493,33 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return 1
 
 
+class Takeover(BaseModel):
+    """A human leads a conversation, or did.
+
+    Attributes:
+        taken_by: who.
+        taken_at: datetime, since when.
+        until: datetime, when it ends by itself; None if it does not.
+        handed_back_by: who handed it back; None if its time was up.
+        handed_back_at: datetime, when; None as long as nobody did.
+    """
+
+    id: Any = peewee.BigAutoField()
+    conversation_id = TextField[str]()
+    taken_by = TextField[str]()
+    taken_at = UtcDateTimeField[datetime]()
+    until = UtcDateTimeField["datetime | None"](null=True)
+    handed_back_by = TextField["str | None"](null=True)
+    handed_back_at = UtcDateTimeField["datetime | None"](null=True)
+
+    class Meta:
+        table_name = "takeovers"
+        own_table = "takeovers"
+
+
+Takeover.add_index(Takeover.conversation_id, unique=True, where=Takeover.handed_back_at.is_null())
+
+
 @cache
 def _select_by_id(dialect: Dialect) -> str:
     meta = CloseEngineConversation._meta
@@ -481,12 +584,18 @@ def open_conversation(
         GuardMissing: the database would not record the opening.
         InvalidValue: an argument cannot be stored.
     """
+    return open_under(lead, entry_point, rep, Provenance(actor, reason, metadata, key))
+
+
+def open_under(
+    lead: Lead | str, entry_point: EntryPoint, rep: User | str | None, provenance: Provenance
+) -> CloseEngineConversation:
+    """Open a conversation as `open_conversation` does, also under a key of the library's."""
     lead_id = lead.id if isinstance(lead, Lead) else lead
     if isinstance(lead, Lead):
         del lead.close_conversation  # a query may have loaded along that there is none
     rep_id = rep.id if isinstance(rep, User) else rep
     entry_point = CloseEngineConversation.entry_point.clean(entry_point)
-    provenance = Provenance(actor, reason, metadata, key)
     for_update = current().for_update
     with atomic():
         # Lock the conversation before its lead, as all code here does: another order could deadlock.
@@ -500,7 +609,7 @@ def open_conversation(
         if row is None:
             raise LeadNotFound(lead_id)
         if conversation is not None:
-            if _opened_by(conversation, key):
+            if _opened_by(conversation, provenance.key):
                 return conversation
             if conversation.stage is Stage.COMPLETED:
                 raise ConversationCompleted(conversation.id, lead_id)
@@ -518,7 +627,7 @@ def open_conversation(
         else:
             conversation = _insert(row, entry_point, rep_id, provenance)
             if conversation is None:  # another writer, which did not lock the lead, was first
-                return open_conversation(lead, entry_point, rep, key, actor=actor, reason=reason, metadata=metadata)
+                return open_under(lead, entry_point, rep, provenance)
         Lead.update(close_entry_point=entry_point).where(Lead.id == lead_id).execute()
         if isinstance(lead, Lead):
             accept(lead, {"close_entry_point": entry_point})

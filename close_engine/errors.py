@@ -23,12 +23,15 @@
         LeadHasNoPhone
         ConversationCompleted
         ConversationClosed
+        ConversationTakenOver
+        ActionSuperseded
         ActionDecided
         CannotBeSent
         Snooze
         LeaseLost
         MessageNotDead
         ProviderIdTaken
+        TextOfAnotherLead
         PaymentUnmatched
         TransactionFailed
         AfterCommitError
@@ -424,6 +427,38 @@ class ConversationClosed(CloseEngineError):
         )
 
 
+class ConversationTakenOver(CloseEngineError):
+    """A human leads the conversation, so nobody else's drafts are let in.
+
+    Attributes:
+        conversation_id: the conversation.
+        taken_by: who leads it.
+    """
+
+    def __init__(self, conversation_id: str, taken_by: str) -> None:
+        self.conversation_id = conversation_id
+        self.taken_by = taken_by
+        super().__init__(
+            f"Conversation {conversation_id!r} was taken over by {taken_by!r}: only they can submit or take it over, "
+            "until it is handed back (hand_back())."
+        )
+
+
+class ActionSuperseded(CloseEngineError):
+    """The lead has written since the pending action was drafted, so it cannot be approved.
+
+    Attributes:
+        action_id: the action.
+    """
+
+    def __init__(self, action_id: str) -> None:
+        self.action_id = action_id
+        super().__init__(
+            f"Action {action_id!r} was drafted before the lead's last text and cannot be approved: read what the lead "
+            "wrote, and submit a new draft."
+        )
+
+
 class ActionDecided(CloseEngineError):
     """Somebody already decided otherwise on the pending action, or it expired.
 
@@ -508,6 +543,25 @@ class ProviderIdTaken(CloseEngineError):
         super().__init__(
             f"The provider's id {provider_id!r} belongs to message {first} and cannot be given to message "
             f"{message_id}: pass on the id that the provider returned for this very message."
+        )
+
+
+class TextOfAnotherLead(CloseEngineError):
+    """The key of an inbound text was used for a text of another lead; nothing is recorded.
+
+    Attributes:
+        key: the key.
+        lead_id: the lead whose text it was to be.
+        first: id of the lead whose text has it.
+    """
+
+    def __init__(self, key: str, lead_id: str, first: str) -> None:
+        self.key = key
+        self.lead_id = lead_id
+        self.first = first
+        super().__init__(
+            f"The key {key!r} belongs to a text of lead {first!r} and cannot be used for one of lead {lead_id!r}: pass "
+            "the provider's own id of each text."
         )
 
 

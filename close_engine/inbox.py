@@ -1,13 +1,13 @@
 """Inbound texts and payments, each processed once, no matter how often its webhook is retried.
 
-    received = receive(lead, key="SM123", text="Yes, let's go!")
+    received = receive(lead, key="SM123", text="Yes, let's go!", open=EntryPoint.SMS_REPLY)
     if received.answer:
         draft_a_reply(received.conversation)
 
-    record_payment(lead, key="evt_1")                   # completes the conversation; the second time changes nothing
+    record_payment(lead, key="pi_1", amount=90000, currency="USD")      # completes the conversation, once
 
-Both lock the conversation's row, so neither fails with a conflict. Both write the row, so a reply that was drafted
-before is a conflict when it is submitted.
+Both lock the conversation's row, so neither fails with a conflict. A text supersedes the replies that were drafted
+before it and still wait. Both write the row, so a reply that is being drafted is a conflict when it is submitted.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from typing import Any
 
 import peewee
 
-from close_engine.conversations import CloseEngineConversation
+from close_engine.approvals import PendingAction, supersede
+from close_engine.conversations import CloseEngineConversation, open_under
 from close_engine.database.binding import current, now
-from close_engine.database.fields import TextField, UtcDateTimeField, clean_text, stored_time
+from close_engine.database.fields import JsonField, TextField, UtcDateTimeField, clean_json, clean_text, stored_time
 from close_engine.database.provenance import Provenance
+from close_engine.database.reading import Rows
 from close_engine.database.transaction import atomic
-from close_engine.errors import LeadNotFound, PaymentUnmatched, UnreadableRow
+from close_engine.errors import InvalidValue, LeadNotFound, PaymentUnmatched, TextOfAnotherLead, UnreadableRow
 from close_engine.firing import change_stage, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
-from close_engine.stages import ACTIVE_STAGES, Stage
+from close_engine.outbox import OutboxMessage
+from close_engine.stages import ACTIVE_STAGES, EntryPoint, Stage
 
-__all__ = ["InboxEntry", "Received", "receive", "record_payment"]
+__all__ = ["InboxEntry", "Payment", "Received", "receive", "record_payment", "surplus_payments"]
 
 
 class InboxEntry(BaseModel):
@@ -40,6 +43,11 @@ class InboxEntry(BaseModel):
         key: the provider's id of the text or payment.
         conversation_id: the lead's conversation; None if there was none.
         body: the text; None for a payment.
+        amount: int, what was paid, in the smallest unit of the currency; None if it was not said.
+        currency: str, the currency's code of three letters.
+        is_surplus: whether the conversation had been paid for already.
+        metadata: what else was given with it.
+        result: what `receive()` did: the ids of what it wrote.
     """
 
     id: Any = peewee.BigAutoField()
@@ -48,6 +56,11 @@ class InboxEntry(BaseModel):
     lead_id = TextField[str]()
     conversation_id = TextField["str | None"](null=True)
     body = TextField["str | None"](null=True)
+    amount: Any = peewee.BigIntegerField(null=True)
+    currency = TextField["str | None"](null=True)
+    is_surplus: Any = peewee.BooleanField(default=False, constraints=[peewee.SQL("DEFAULT false")])
+    metadata = JsonField(null=True)
+    result = JsonField(null=True)
     received_at = UtcDateTimeField[datetime](default=now)
 
     class Meta:
@@ -56,76 +69,166 @@ class InboxEntry(BaseModel):
 
 
 InboxEntry.add_index(InboxEntry.kind, InboxEntry.key, unique=True)
-InboxEntry.add_index(InboxEntry.conversation_id, unique=True, where=InboxEntry.kind == "payment")
+InboxEntry.add_index(InboxEntry.conversation_id, InboxEntry.id, where=InboxEntry.kind == "text")
+InboxEntry.add_index(
+    InboxEntry.conversation_id, unique=True, where=(InboxEntry.kind == "payment") & ~InboxEntry.is_surplus
+)
+InboxEntry.add_index(InboxEntry.id, where=InboxEntry.is_surplus)
 
 
 @dataclass(frozen=True)
 class Received:
-    """The result of `receive()`.
+    """The result of `receive()`. The same text again has the same result.
 
     Attributes:
         conversation: the lead's conversation as it is now; None if the lead has none.
         duplicate: whether this key was processed before, so that nothing was changed.
+        opened: the StageChange that opened or reopened the conversation; None if it was open.
         resumed: the StageChange that resumed a stalled conversation; None if it was not stalled.
+        superseded: tuple of the OutboxMessages and PendingActions that were drafted before the text and will not leave.
+        taken_over_by: who leads the conversation instead of the AI; None if nobody does.
     """
 
     conversation: CloseEngineConversation | None
     duplicate: bool = False
+    opened: StageChange | None = None
     resumed: StageChange | None = None
+    superseded: tuple[OutboxMessage | PendingAction, ...] = ()
+    taken_over_by: str | None = None
 
     @property
     def answer(self) -> bool:
-        """Whether the text needs an answer: it is new, and the lead's conversation is active."""
-        return not self.duplicate and self.conversation is not None and self.conversation.stage in ACTIVE_STAGES
+        """Whether you are to answer the text: it is new, the conversation is active, and nobody has taken it over."""
+        is_active = self.conversation is not None and self.conversation.stage in ACTIVE_STAGES
+        return is_active and not self.duplicate and self.taken_over_by is None
 
 
-def receive(lead: Lead | str, key: str, text: str, *, actor: str | None = None) -> Received:
-    """Process an inbound text once: the lead no longer counts as silent, and a stalled conversation is resumed.
+def receive(
+    lead: Lead | str,
+    key: str,
+    text: str,
+    *,
+    open: EntryPoint | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    actor: str | None = None,
+) -> Received:
+    """Process an inbound text once: it is our turn now, and a stalled conversation is resumed.
+
+    Replies that were drafted before the text and still wait are superseded, unless they were submitted with
+    `if_lead_writes="send"`: messages are withdrawn, pending actions expire. Other drafts that wait for approval stay; their
+    metadata says `leadWroteSince`.
 
     Args:
         lead: the lead who wrote it, or its id.
         key: the provider's id of the text. The same id again changes nothing.
         text: what it says; stored in the inbox.
-        actor: for the history, if the conversation is resumed; `lead:<id>` by default.
+        open: EntryPoint, to open the lead's conversation if there is none, or to reopen it if it is CLOSED_LOST.
+        metadata: whatever else is to be stored in the inbox.
+        actor: for the history, if the conversation is opened or resumed; `lead:<id>` by default.
 
     Returns:
-        the conversation, and whether to answer in it.
+        the conversation, what has changed in it, and whether to answer.
 
     Raises:
         LeadNotFound: there is no such lead.
+        LeadHasNoPhone: the conversation was to be opened, and the lead has no phone number. Nothing is recorded.
+        TextOfAnotherLead: the key was used for a text of another lead. Nothing is recorded.
         UnreadableRow: Python cannot read the lead's conversation. The text is in the inbox all the same, and the lead
             no longer counts as silent. Correct the row, then answer by hand: the same key again is a duplicate.
-        InvalidValue: the key or the text cannot be stored.
+        InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor or f"lead:{lead_id}", "the lead wrote", key=key)
-    clean_text("text", text)
+    details = None if metadata is None else clean_json("metadata", dict(metadata))
+    entry = _Entry("text", key, lead_id, clean_text("text", text), metadata=details)
     try:
         with atomic():
-            return _receive(lead_id, key, text, provenance)
+            return _receive(entry, open, provenance)
     except UnreadableRow:
         model = CloseEngineConversation
         with atomic():
             conversation_id = model.select(model.id).where(model.lead == lead_id).scalar()
-            _add_entry("text", key, lead_id, conversation_id, text)
-            _no_longer_silent(conversation_id)
+            entry_id = entry.add(conversation_id)
+            if entry_id is not None and conversation_id is not None:
+                _no_longer_silent(conversation_id)
+                _supersede(conversation_id, entry_id)
         raise
 
 
-def _receive(lead_id: str, key: str, text: str, provenance: Provenance) -> Received:
-    conversation = _lock_conversation(lead_id)
-    if conversation is None and not Lead.select().where(Lead.id == lead_id).exists():
-        raise LeadNotFound(lead_id)
-    if not _add_entry("text", key, lead_id, None if conversation is None else conversation.id, text):
-        return Received(conversation, duplicate=True)
-    if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
+def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> Received:
+    conversation = _lock_conversation(entry.lead_id)
+    if conversation is None and not Lead.select().where(Lead.id == entry.lead_id).exists():
+        raise LeadNotFound(entry.lead_id)
+    entry_id = entry.add(None if conversation is None else conversation.id)
+    if entry_id is None:
+        return _repeated(entry, conversation)
+    change = None
+    if open is not None and (conversation is None or conversation.stage is Stage.CLOSED_LOST):
+        conversation = open_under(entry.lead_id, open, None, provenance.under("text"))
+        change = conversation.history()[-1]
+    elif conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
         return Received(conversation)
-    if conversation.stage is Stage.STALLED:
-        resumed = change_stage(conversation, "resume", {}, provenance.under("text"))
-        return Received(conversation, resumed=resumed)
-    write_fields(conversation, {}, "receive()")
+    elif conversation.stage is Stage.STALLED:
+        change = change_stage(conversation, "resume", {}, provenance.under("text"))
+    else:
+        write_fields(conversation, {}, "receive()")
     _no_longer_silent(conversation.id)
-    return Received(conversation)
+    superseded = _supersede(conversation.id, entry_id)
+    _keep_result(entry_id, conversation, change, superseded)
+    return _result(conversation, change, superseded)
+
+
+def _result(
+    conversation: CloseEngineConversation,
+    change: StageChange | None,
+    superseded: tuple[OutboxMessage | PendingAction, ...],
+    duplicate: bool = False,
+) -> Received:
+    resumed = change is not None and change.trigger == "resume"
+    takeover = conversation.takeover()
+    return Received(
+        conversation,
+        duplicate,
+        opened=None if resumed else change,
+        resumed=change if resumed else None,
+        superseded=superseded,
+        taken_over_by=None if takeover is None else takeover.taken_by,
+    )
+
+
+def _keep_result(
+    entry_id: int,
+    conversation: CloseEngineConversation,
+    change: StageChange | None,
+    superseded: tuple[OutboxMessage | PendingAction, ...],
+) -> None:
+    """Store what was done, so that a repetition returns it."""
+    done: dict[str, Any] = {}
+    if change is not None:
+        done["change"] = change.id
+    if superseded:
+        done["messages"] = [each.id for each in superseded if isinstance(each, OutboxMessage)]
+        done["actions"] = [each.id for each in superseded if isinstance(each, PendingAction)]
+    if done:
+        values = {"conversation_id": conversation.id, "result": done}
+        InboxEntry.update(values).where(InboxEntry.id == entry_id).execute()
+
+
+def _repeated(entry: _Entry, conversation: CloseEngineConversation | None) -> Received:
+    """Return what the first processing of a text returned."""
+    first = entry.first()
+    is_of_this_lead = first.lead_id == entry.lead_id
+    # After a merge, the texts of the lead that is gone belong to the one that was kept.
+    if not is_of_this_lead and (conversation is None or first.conversation_id != conversation.id):
+        raise TextOfAnotherLead(entry.key, entry.lead_id, first.lead_id)
+    if conversation is None:
+        return Received(None, duplicate=True)
+    done = first.result or {}
+    change = StageChange.get_or_none(StageChange.id == done["change"]) if "change" in done else None
+    messages = OutboxMessage.select().where(OutboxMessage.id.in_(done.get("messages", [])))
+    actions = PendingAction.select().where(PendingAction.id.in_(done.get("actions", [])))
+    superseded = (*messages.order_by(OutboxMessage.id), *actions.order_by(PendingAction.id)) if done else ()
+    return _result(conversation, change, superseded, duplicate=True)
 
 
 def _no_longer_silent(conversation_id: str) -> None:
@@ -133,44 +236,112 @@ def _no_longer_silent(conversation_id: str) -> None:
     current().execute(moved_on, (stored_time(now()), conversation_id))
 
 
+_MESSAGES = """UPDATE {outbox} SET status = 'WITHDRAWN', last_error = 'the lead has written since'
+    WHERE conversation_id = %s AND status = 'PENDING' AND leased_by IS NULL AND if_lead_writes = 'withdraw'
+    RETURNING id"""
+
+
+def _supersede(conversation_id: str, entry_id: int) -> tuple[OutboxMessage | PendingAction, ...]:
+    """Withdraw what was drafted before a text, and waits; return it. Whoever calls this holds the conversation."""
+    withdrawn = [row[0] for row in current().execute(_MESSAGES, (conversation_id,)).fetchall()]
+    expired = supersede(conversation_id, entry_id)
+    if not withdrawn and not expired:
+        return ()
+    messages = OutboxMessage.select().readable().where(OutboxMessage.id.in_(withdrawn)).order_by(OutboxMessage.id)
+    actions = PendingAction.select().readable().where(PendingAction.id.in_(expired)).order_by(PendingAction.id)
+    return (*messages, *actions)
+
+
+@dataclass(frozen=True)
+class Payment:
+    """The result of `record_payment()`. The same payment again has the same result.
+
+    Attributes:
+        conversation: CloseEngineConversation, as it is now: COMPLETED.
+        completed: the StageChange that completed it, whether this payment did or something before it.
+        surplus: whether it had been paid for already: somebody should look at this payment.
+        duplicate: whether this key was processed before, so that nothing was changed.
+    """
+
+    conversation: CloseEngineConversation
+    completed: StageChange
+    surplus: bool = False
+    duplicate: bool = False
+
+
 def record_payment(
-    lead: Lead | str, key: str, *, actor: str | None = None, metadata: Mapping[str, Any] | None = None
-) -> StageChange:
+    lead: Lead | str,
+    key: str,
+    *,
+    amount: int | None = None,
+    currency: str | None = None,
+    actor: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Payment:
     """Complete the lead's conversation, from any stage, because the lead paid.
+
+    Money is never refused: a further payment is recorded as surplus, and shown on the board.
 
     Args:
         lead: the lead who paid, or its id.
-        key: the provider's id of the payment. The same id again returns the first result and changes nothing.
+        key: what the provider calls the payment, and not one of its events: with Stripe, the payment intent. The same
+            key again returns the first result and changes nothing.
+        amount: int, what was paid, in the smallest unit of the currency.
+        currency: str, the currency's code of three letters.
         actor, metadata: for the history.
 
     Returns:
-        the StageChange that completed it.
+        the Payment.
 
     Raises:
-        PaymentUnmatched: the lead does not exist, has no conversation, was never sent a payment link, or has already
-            paid under another key; or the key was used for another lead's payment. Nothing is recorded: look at the
-            payment, then try again or refund it.
+        PaymentUnmatched: the lead does not exist, has no conversation, or was never sent a payment link; or the key was
+            used for another lead's payment. Nothing is recorded: look at the payment, then try again or refund it.
         UnreadableRow: Python cannot read the lead's conversation. Nothing is recorded: correct the row, then try again.
-        InvalidValue: an argument cannot be stored.
+        InvalidValue: an argument makes no sense or cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor, None, metadata, key)
+    amount, currency = _money(amount, currency)
+    entry = _Entry("payment", key, lead_id, amount=amount, currency=currency, metadata=provenance.metadata)
     with atomic():
         conversation = _lock_conversation(lead_id)
         if conversation is None:
             raise PaymentUnmatched(lead_id, key, "the lead has no close conversation")
-        first: InboxEntry | None = InboxEntry.get_or_none(
-            (InboxEntry.kind == "payment") & (InboxEntry.conversation_id == conversation.id)
-        )
-        if first is not None and first.key != key:
-            raise PaymentUnmatched(lead_id, key, f"its conversation was already paid with payment {first.key!r}")
-        if not _add_entry("payment", key, lead_id, conversation.id) and first is None:
-            raise PaymentUnmatched(lead_id, key, "this key was already used for the payment of another conversation")
-        if conversation.stage is Stage.COMPLETED:
-            return _completion(conversation)
+        is_completed = conversation.stage is Stage.COMPLETED
+        is_surplus = is_completed and _has_payment(conversation)
+        entry_id = entry.add(conversation.id, is_surplus)
+        if entry_id is None:
+            first = entry.first()
+            if first.conversation_id != conversation.id:
+                raise PaymentUnmatched(
+                    lead_id, key, "this key was already used for the payment of another conversation"
+                )
+            return Payment(conversation, _completion(conversation), bool(first.is_surplus), duplicate=True)
+        if is_completed:
+            return Payment(conversation, _completion(conversation), is_surplus)
         if conversation.payment_link_sent_at is None:
             raise PaymentUnmatched(lead_id, key, "no payment link was sent to the lead")
-        return change_stage(conversation, "complete", {}, provenance.under("payment"))
+        return Payment(conversation, change_stage(conversation, "complete", {}, provenance.under("payment")))
+
+
+def surplus_payments() -> Rows[InboxEntry]:
+    """Return a `readable()` query for the payments of conversations that had been paid for already, oldest first."""
+    return InboxEntry.select().readable().where(InboxEntry.is_surplus).order_by(InboxEntry.id)
+
+
+def _money(amount: int | None, currency: str | None) -> tuple[int | None, str | None]:
+    """Check what was paid.
+
+    Raises:
+        InvalidValue: it is no amount of money.
+    """
+    if amount is None and currency is None:
+        return None, None
+    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount < 2**63:
+        raise InvalidValue("amount", amount, "it must be a whole number of the currency's smallest unit, such as cents")
+    if not (isinstance(currency, str) and len(currency) == 3 and currency.isascii() and currency.isalpha()):
+        raise InvalidValue("currency", currency, "it must be a code of three letters, such as USD")
+    return amount, currency.upper()
 
 
 def _lock_conversation(lead_id: str) -> CloseEngineConversation | None:
@@ -180,17 +351,40 @@ def _lock_conversation(lead_id: str) -> CloseEngineConversation | None:
     return conversation
 
 
-def _add_entry(kind: str, key: str, lead_id: str, conversation_id: str | None, body: str | None = None) -> bool:
-    """Add an entry to the inbox. Return False if its key is already there."""
-    entry = {
-        "kind": kind,
-        "key": key,
-        "lead_id": lead_id,
-        "conversation_id": conversation_id,
-        "body": body,
-    }
-    insert = InboxEntry.insert(entry).on_conflict(action="nothing", conflict_target=[InboxEntry.kind, InboxEntry.key])
-    return bool(insert.as_rowcount().execute())
+@dataclass(frozen=True)
+class _Entry:
+    """What came in, before it is stored."""
+
+    kind: str
+    key: str
+    lead_id: str
+    body: str | None = None
+    amount: int | None = None
+    currency: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+    def add(self, conversation_id: str | None, is_surplus: bool = False) -> int | None:
+        """Store it, and return the id of its entry; None if its key is already there."""
+        values = {
+            **vars(self),
+            "conversation_id": conversation_id,
+            "is_surplus": is_surplus,
+            "received_at": peewee.SQL(current().dialect.sql("{moment}")),
+        }
+        insert = InboxEntry.insert(values)
+        insert = insert.on_conflict(action="nothing", conflict_target=[InboxEntry.kind, InboxEntry.key])
+        rows = list(insert.returning(InboxEntry.id).tuples().execute())
+        return rows[0][0] if rows else None
+
+    def first(self) -> InboxEntry:
+        """Return the entry that has its key."""
+        found: InboxEntry = InboxEntry.get((InboxEntry.kind == self.kind) & (InboxEntry.key == self.key))
+        return found
+
+
+def _has_payment(conversation: CloseEngineConversation) -> bool:
+    paid = (InboxEntry.kind == "payment") & (InboxEntry.conversation_id == conversation.id) & ~InboxEntry.is_surplus
+    return InboxEntry.select().where(paid).exists()
 
 
 def _completion(conversation: CloseEngineConversation) -> StageChange:

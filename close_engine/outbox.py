@@ -36,6 +36,7 @@ from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
     ConversationClosed,
     ConversationNotFound,
+    ConversationTakenOver,
     InvalidValue,
     KeyReused,
     LeaseLost,
@@ -48,8 +49,8 @@ from close_engine.errors import (
 )
 from close_engine.hooks import Hook, on_enter
 from close_engine.machine import TRIGGERS
-from close_engine.models import BaseModel, StageChange
-from close_engine.stages import CLOSED_STAGES, ActionType, MessageStatus, Stage
+from close_engine.models import BaseModel, Lead, StageChange
+from close_engine.stages import CLOSED_STAGES, ActionType, AutonomyLevel, IfLeadWrites, MessageStatus, Stage
 
 __all__ = [
     "DeadLine",
@@ -96,6 +97,11 @@ class OutboxMessage(BaseModel):
         status: MessageStatus.
         send_key: str, the idempotency key to pass to the provider: the same at every attempt to send this message, and
             no other message of any database has it.
+        action_id: str, id of the PendingAction that it was, and that somebody approved; of a WITHDRAWN message, of the
+            one that it became, because a human must see it first. None if no human has seen it.
+        level: AutonomyLevel at which it was judged that no human need see it.
+        if_lead_writes: IfLeadWrites, what becomes of it if the lead writes before it leaves; None of other effects.
+        after_text: int, id of the lead's last text in the inbox when the message was drafted; 0 if there was none.
         after_change: int, id of the conversation's newest history row when the message was put in.
         available_at: datetime before which it cannot be claimed: the end of a delay, of a pause after an error, or of
             its lease. Of a DEAD message, when it was given up.
@@ -121,6 +127,10 @@ class OutboxMessage(BaseModel):
     submitted_by = TextField["str | None"](null=True)
     key = TextField["str | None"](null=True)
     send_key = TextField[str](constraints=[peewee.SQL("DEFAULT (gen_random_uuid())::text")])
+    action_id = TextField["str | None"](null=True)
+    level = EnumField["AutonomyLevel | None"](AutonomyLevel, null=True)
+    if_lead_writes = EnumField["IfLeadWrites | None"](IfLeadWrites, null=True)
+    after_text: Any = peewee.BigIntegerField(null=True)
     after_change: Any = peewee.BigIntegerField(null=True)
     status = EnumField[MessageStatus](
         MessageStatus, default=MessageStatus.PENDING, constraints=[peewee.SQL("DEFAULT 'PENDING'")]
@@ -447,6 +457,7 @@ def enqueue(
     trigger: str | None = None,
     approved_by: str | None = None,
     submitted_by: str | None = None,
+    if_lead_writes: IfLeadWrites | None = None,
     max_attempts: int = MAX_ATTEMPTS,
 ) -> OutboxMessage:
     """Put a message into the outbox, in the caller's transaction if one is open.
@@ -461,6 +472,7 @@ def enqueue(
         trigger: str, the trigger to fire when the message is marked sent.
         approved_by: str, who approved it.
         submitted_by: str, who drafted it.
+        if_lead_writes: IfLeadWrites, of a text: see `submit`.
         max_attempts: int, how often it may be tried.
 
     Returns:
@@ -469,6 +481,7 @@ def enqueue(
     Raises:
         ConversationNotFound: there is no such conversation.
         ConversationClosed: it is a text, and the conversation is COMPLETED or CLOSED_LOST.
+        ConversationTakenOver: it is a text, and a human other than `submitted_by` has taken the conversation over.
         KeyReused: the key was used for a message of another topic.
         UnknownTrigger: there is no such trigger.
         InvalidValue: an argument makes no sense or cannot be stored.
@@ -488,9 +501,26 @@ def enqueue(
         trigger=trigger,
         approved_by=approved_by,
         submitted_by=submitted_by,
+        if_lead_writes=if_lead_writes or _IF_LEAD_WRITES.get(topic),
         key=Provenance(key=key).key,
         max_attempts=max_attempts,
     )
+
+
+#: What becomes of a text by default if the lead writes.
+_IF_LEAD_WRITES: Mapping[str, IfLeadWrites] = {
+    ActionType.SEND_MESSAGE: IfLeadWrites.WITHDRAW,
+    ActionType.SEND_PREVIEW: IfLeadWrites.SEND,
+    ActionType.SEND_PAYMENT_LINK: IfLeadWrites.SEND,
+}
+
+
+def strictest_level(conversation: CloseEngineConversation) -> AutonomyLevel:
+    """Return the stricter one of the levels of a conversation and of its lead. A word that is no level is the strictest."""
+    of_lead = Lead.select(Lead.autonomy_level.cast("TEXT").alias("word")).where(Lead.id == conversation.lead_id)
+    known = list(AutonomyLevel)
+    word = of_lead.scalar()
+    return max(conversation.autonomy_level, AutonomyLevel(word) if word in known else known[-1], key=known.index)
 
 
 def _enqueue(conversation_id: str, send_after: timedelta | datetime | None, **values: Any) -> OutboxMessage:
@@ -502,14 +532,31 @@ def _enqueue(conversation_id: str, send_after: timedelta | datetime | None, **va
     with locked(conversation_id) as conversation:
         if key is not None and (first := find_by_key(conversation_id, key, topic)) is not None:
             return first
-        if topic in TEXTS and conversation.stage in CLOSED_STAGES:
-            raise ConversationClosed(conversation_id, conversation.stage)
+        if topic in TEXTS:
+            _refuse_text(conversation, values["submitted_by"])
+            fresh["level"] = strictest_level(conversation)
+            fresh["after_text"] = peewee.SQL(current().dialect.sql(_LAST_TEXT), [conversation_id])
         newest = StageChange.select(current().dialect.function("max", StageChange.id))
         newest = newest.where(StageChange.conversation_id == conversation_id)
         insert = OutboxMessage.insert({**fresh, "after_change": newest, "created_at": _moment(), "available_at": due})
         (message,) = insert.returning(OutboxMessage).execute()
     made: OutboxMessage = message
     return made
+
+
+#: The id of the lead's last text.
+_LAST_TEXT = (
+    "COALESCE((SELECT i.id FROM {inbox} i WHERE i.kind = 'text' AND i.conversation_id = %s "
+    "ORDER BY i.id DESC LIMIT 1), 0)"
+)
+
+
+def _refuse_text(conversation: CloseEngineConversation, submitted_by: str | None) -> None:
+    if conversation.stage in CLOSED_STAGES:
+        raise ConversationClosed(conversation.id, conversation.stage)
+    takeover = conversation.takeover()
+    if takeover is not None and takeover.taken_by != submitted_by:
+        raise ConversationTakenOver(conversation.id, takeover.taken_by)
 
 
 def find_by_key(conversation_id: str, key: str, topic: str) -> OutboxMessage | None:
@@ -591,6 +638,17 @@ def may_leave(message: str = "o") -> str:
                     WHERE h.conversation_id = {message}.conversation_id AND h.id > {message}.after_change
                         AND h.dest IN ('COMPLETED', 'CLOSED_LOST') LIMIT 1) IS NOT NULL
                     THEN 'the conversation closed, and was opened again, after this was put in'
+                WHEN {message}.if_lead_writes = 'withdraw' AND (SELECT i.id FROM {{inbox}} i
+                    WHERE i.kind = 'text' AND i.conversation_id = {message}.conversation_id
+                        AND i.id > {message}.after_text LIMIT 1) IS NOT NULL
+                    THEN 'the lead has written since'
+                WHEN (SELECT t.id FROM {{takeovers}} t
+                    WHERE t.conversation_id = {message}.conversation_id AND t.handed_back_at IS NULL
+                        AND (t.until IS NULL OR t.until > {{moment}})
+                        AND t.taken_by <> COALESCE({message}.submitted_by, '')
+                        AND t.taken_by <> COALESCE({message}.approved_by, '')
+                    LIMIT 1) IS NOT NULL
+                    THEN 'a human has taken over'
                 ELSE '' END
             FROM close_engine_conversations c WHERE c.id = {message}.conversation_id
         ), 'the conversation is deleted'), '') END"""

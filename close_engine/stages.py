@@ -19,13 +19,14 @@ __all__ = [
     "ActionType",
     "AutonomyLevel",
     "EntryPoint",
+    "IfLeadWrites",
     "MessageStatus",
     "Stage",
 ]
 
 
 class Word(str, Enum):
-    """An enum that is stored as text: the name of each member is its value, and is what `str()` returns."""
+    """An enum that is stored as text: the value of each member is what `str()` returns."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -85,6 +86,13 @@ class ActionType(Word):
     SEND_PAYMENT_LINK = "SEND_PAYMENT_LINK"
     SEND_MESSAGE = "SEND_MESSAGE"
     SEND_PREVIEW = "SEND_PREVIEW"
+
+
+class IfLeadWrites(Word):
+    """What becomes of a draft if the lead writes before it leaves."""
+
+    WITHDRAW = "withdraw"
+    SEND = "send"
 
 
 class ActionStatus(Word):

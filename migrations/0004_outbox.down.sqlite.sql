@@ -1,2 +1,4 @@
 DROP TABLE close_engine_outbox;
 DROP TABLE close_engine_inbox;
+DROP TABLE close_engine_drafts;
+DROP TABLE close_engine_takeovers;

@@ -1,4 +1,5 @@
--- The outbox holds the messages to send, and the inbox records what was received already.
+-- The outbox holds the messages to send, the inbox what was received already. Drafts say what whoever wrote a pending action
+-- knew, and takeovers which conversations a human leads.
 --
 -- Prisma does not see these tables. The partial indexes cover only the messages that still wait, so they stay small no
 -- matter how many were sent.
@@ -14,6 +15,10 @@ CREATE TABLE IF NOT EXISTS close_engine_outbox (
     submitted_by TEXT,
     "key" TEXT,
     send_key TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
+    action_id TEXT,
+    level TEXT,
+    if_lead_writes TEXT,
+    after_text INTEGER,
     after_change INTEGER,
     status TEXT NOT NULL DEFAULT 'PENDING',
     created_at TEXT NOT NULL,
@@ -56,9 +61,35 @@ CREATE TABLE IF NOT EXISTS close_engine_inbox (
     lead_id TEXT NOT NULL,
     conversation_id TEXT,
     body TEXT,
+    amount INTEGER,
+    currency TEXT,
+    is_surplus INTEGER NOT NULL DEFAULT 0,
+    metadata TEXT,
+    result TEXT,
     received_at TEXT NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_key_key ON close_engine_inbox (kind, "key");
--- A conversation has at most one payment.
-CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_conversation_id_key
-    ON close_engine_inbox (conversation_id) WHERE kind = 'payment';
+-- What a draft knew is compared with the last text of its conversation.
+CREATE INDEX IF NOT EXISTS close_engine_inbox_text_idx ON close_engine_inbox (conversation_id, id) WHERE kind = 'text';
+-- A conversation has at most one payment that completes it.
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_payment_key
+    ON close_engine_inbox (conversation_id) WHERE kind = 'payment' AND NOT is_surplus;
+CREATE INDEX IF NOT EXISTS close_engine_inbox_surplus_idx ON close_engine_inbox (id) WHERE is_surplus;
+
+-- The last text of the lead when an action was put in, as long as the action waits.
+CREATE TABLE IF NOT EXISTS close_engine_drafts (
+    action_id TEXT NOT NULL PRIMARY KEY,
+    after_text INTEGER NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS close_engine_takeovers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation_id TEXT NOT NULL,
+    taken_by TEXT NOT NULL,
+    taken_at TEXT NOT NULL,
+    until TEXT,
+    handed_back_by TEXT,
+    handed_back_at TEXT
+);
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_takeovers_conversation_id_key
+    ON close_engine_takeovers (conversation_id) WHERE handed_back_at IS NULL;

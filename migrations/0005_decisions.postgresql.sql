@@ -2,7 +2,8 @@
 -- transaction, no matter who writes.
 --
 -- The actions are a second, small machine in close_engine.transitions: PENDING to APPROVED, REJECTED or EXPIRED.
--- Approving puts the message into the outbox, once. Rejecting, expiring or deleting the last pending payment link
+-- Approving puts the message into the outbox, once; a reply that is older than the lead's last words cannot be approved.
+-- Rejecting, expiring or deleting the last pending payment link
 -- returns the conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting
 -- texts are withdrawn and its drafts expire.
 --
@@ -47,6 +48,23 @@ BEGIN
 END
 $body$;
 
+-- The id of the newest text of the lead; 0 if there is none. What a draft knew is compared with it, never a clock.
+CREATE OR REPLACE FUNCTION close_engine.last_text(conversation text) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    RETURN coalesce((SELECT pg_catalog.max(i.id) FROM close_engine.inbox i
+        WHERE i.kind = 'text' AND i.conversation_id = conversation), 0);
+END
+$body$;
+
+-- What becomes of a draft if the lead writes: only a reply is withdrawn, unless whoever wrote it said otherwise.
+CREATE OR REPLACE FUNCTION close_engine.if_lead_writes(type text, metadata jsonb) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    RETURN coalesce(metadata ->> 'ifLeadWrites', CASE type WHEN 'SEND_MESSAGE' THEN 'withdraw' ELSE 'send' END);
+END
+$body$;
+
 CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -65,6 +83,8 @@ BEGIN
     ) AS changed (name, at, was) WHERE changed.at IS DISTINCT FROM changed.was;
     IF NEW.metadata IS DISTINCT FROM OLD.metadata THEN
         PERFORM close_engine.require_readable('metadata of action ' || NEW.id, NEW.metadata);
+        PERFORM close_engine.require_word('metadata.ifLeadWrites of action ' || NEW.id, NEW.metadata ->> 'ifLeadWrites',
+            ARRAY['withdraw', 'send']);
     END IF;
     -- A type from before the guard hinders no write but the approval: nobody would send its message.
     IF NEW.type IS DISTINCT FROM OLD.type
@@ -135,6 +155,13 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || OLD.id
             || ' cannot be approved: its conversation is ' || coalesce(found, 'deleted');
     END IF;
+    -- Nor can the lead write now. What they wrote while this waited for the conversation has superseded the draft.
+    IF close_engine.if_lead_writes(NEW.type, NEW.metadata) = 'withdraw'
+        AND close_engine.last_text(NEW.conversation_id)
+            > (SELECT d.after_text FROM close_engine.drafts d WHERE d.action_id = OLD.id) THEN
+        RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || OLD.id
+            || ' cannot be approved: the lead has written since it was drafted; submit a new draft';
+    END IF;
     RETURN NEW;
 END
 $body$;
@@ -156,13 +183,14 @@ BEGIN
     END IF;
     IF NEW.status = 'APPROVED' THEN
         INSERT INTO close_engine.outbox
-            (conversation_id, topic, body, payload, trigger, approved_by, submitted_by, key, after_change, created_at,
-             available_at)
+            (conversation_id, topic, body, payload, trigger, approved_by, submitted_by, key, action_id, if_lead_writes,
+             after_text, after_change, created_at, available_at)
         SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
             CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
                 WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
                 WHEN c.stage = 'INITIATED' THEN 'start_qualifying' END,
             NEW.approved_by, NEW.metadata ->> 'submittedBy', 'close_engine:action:' || NEW.id,
+            NEW.id, close_engine.if_lead_writes(NEW.type, NEW.metadata), close_engine.last_text(NEW.conversation_id),
             (SELECT pg_catalog.max(h.id) FROM close_engine.history h WHERE h.conversation_id = NEW.conversation_id),
             NEW.approved_at,
             greatest(NEW.approved_at, close_engine.send_after(NEW.id, NEW.metadata))
@@ -233,14 +261,15 @@ BEGIN
 END
 $body$;
 
--- Keep one deadline for each pending action that expires.
-CREATE OR REPLACE FUNCTION close_engine.follow_expiry() RETURNS trigger
+-- Keep, for each pending action, what it knew, and a deadline if it expires.
+CREATE OR REPLACE FUNCTION close_engine.follow_draft() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
     END IF;
     IF TG_OP = 'TRUNCATE' THEN
+        DELETE FROM close_engine.drafts;
         DELETE FROM close_engine.deadlines WHERE trigger = 'expire';
         -- Nothing waits any more.
         UPDATE public.close_engine_conversations SET stage = 'PREVIEW_SENT' WHERE stage = 'PENDING_APPROVAL';
@@ -250,10 +279,19 @@ BEGIN
         AND (NEW.id, NEW.status, NEW.expires_at) IS NOT DISTINCT FROM (OLD.id, OLD.status, OLD.expires_at) THEN
         RETURN NULL;
     END IF;
+    -- In an INSERT, OLD is NULL; in a DELETE, NEW.
+    IF NEW.status = 'PENDING' AND OLD.status IS DISTINCT FROM 'PENDING' THEN
+        INSERT INTO close_engine.drafts (action_id, after_text)
+        VALUES (NEW.id, close_engine.last_text(NEW.conversation_id))
+        ON CONFLICT (action_id) DO UPDATE SET after_text = EXCLUDED.after_text;
+    ELSIF OLD.status = 'PENDING' AND NEW.status IS DISTINCT FROM 'PENDING' THEN
+        DELETE FROM close_engine.drafts WHERE action_id = OLD.id;
+    ELSIF NEW.id <> OLD.id THEN
+        UPDATE close_engine.drafts SET action_id = NEW.id WHERE action_id = OLD.id;
+    END IF;
     IF TG_OP <> 'INSERT' THEN
         DELETE FROM close_engine.deadlines WHERE trigger = 'expire' AND subject_id = OLD.id;
     END IF;
-    -- In a DELETE, NEW is NULL.
     IF NEW.status = 'PENDING' AND NEW.expires_at IS NOT NULL THEN
         INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('expire', NEW.id, NEW.expires_at)
         ON CONFLICT (trigger, subject_id) DO UPDATE SET at = EXCLUDED.at;
@@ -262,21 +300,61 @@ BEGIN
 END
 $body$;
 
+-- A text that a human must see first, since its level has become stricter, does not leave: it becomes an action.
+CREATE OR REPLACE FUNCTION close_engine.ask_human() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.outbox'::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.outbox');
+    END IF;
+    INSERT INTO public.pending_actions
+        (id, conversation_id, lead_id, type, draft_message, metadata, created_at, expires_at)
+    SELECT NEW.action_id, c.id, c.lead_id, NEW.topic, coalesce(NEW.body, ''),
+        CASE pg_catalog.jsonb_typeof(NEW.payload) WHEN 'object' THEN NEW.payload ELSE '{}' END
+            || pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
+                'submittedBy', NEW.submitted_by, 'ifLeadWrites', NEW.if_lead_writes)),
+        NEW.available_at, NEW.available_at + interval '1 day'
+    FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id;
+    RETURN NULL;
+END
+$body$;
+
+-- A human takes over: what others have drafted and waits is withdrawn.
+CREATE OR REPLACE FUNCTION close_engine.follow_takeover() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.takeovers'::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.takeovers');
+    END IF;
+    UPDATE close_engine.outbox SET status = 'WITHDRAWN', last_error = 'a human has taken over'
+    WHERE conversation_id = NEW.conversation_id AND status = 'PENDING' AND leased_by IS NULL
+        AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+        AND NEW.taken_by NOT IN (coalesce(submitted_by, ''), coalesce(approved_by, ''));
+    -- Skip actions that another transaction is deciding.
+    UPDATE public.pending_actions SET status = 'EXPIRED',
+        metadata = CASE pg_catalog.jsonb_typeof(metadata) WHEN 'object' THEN metadata ELSE '{}' END
+            || pg_catalog.jsonb_build_object('takenOverBy', NEW.taken_by)
+    WHERE id IN (SELECT id FROM public.pending_actions WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
+        AND coalesce(metadata ->> 'submittedBy', '') <> NEW.taken_by FOR UPDATE SKIP LOCKED);
+    RETURN NULL;
+END
+$body$;
+
 -- Nobody may attach these functions to a table of their own.
 REVOKE EXECUTE ON FUNCTION
     close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting(),
-    close_engine.follow_expiry() FROM PUBLIC;
+    close_engine.follow_draft(), close_engine.ask_human(), close_engine.follow_takeover() FROM PUBLIC;
 
--- These triggers name no column: the CRM could not alter it any more. The expiry comes first (aa), so that a trigger
--- that changes the action again has the last word.
-CREATE OR REPLACE TRIGGER aa_close_engine_expiry AFTER INSERT OR UPDATE OR DELETE ON public.pending_actions
-    FOR EACH ROW EXECUTE FUNCTION close_engine.follow_expiry();
+-- These triggers name no column: the CRM could not alter it any more. What the action knew comes first (aa), so that a
+-- trigger that changes the action again has the last word.
+CREATE OR REPLACE TRIGGER aa_close_engine_draft AFTER INSERT OR UPDATE OR DELETE ON public.pending_actions
+    FOR EACH ROW EXECUTE FUNCTION close_engine.follow_draft();
 CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.guard_action();
 CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE OR DELETE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_decision();
 CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.pending_actions
-    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.follow_expiry();
+    FOR EACH STATEMENT EXECUTE FUNCTION close_engine.follow_draft();
 -- PostgreSQL prepares the WHEN condition again for every statement, so keep it short. It lets some rows through for
 -- which the function does nothing.
 CREATE OR REPLACE TRIGGER zz_close_engine_closing AFTER UPDATE ON public.close_engine_conversations
@@ -287,7 +365,18 @@ CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON public.close_engi
 CREATE OR REPLACE TRIGGER zz_close_engine_emptied AFTER TRUNCATE ON public.close_engine_conversations
     FOR EACH STATEMENT EXECUTE FUNCTION close_engine.withdraw_waiting();
 
--- Whatever happened while there were no triggers, bring the deadlines and the outbox up to the rows.
+CREATE OR REPLACE TRIGGER close_engine_ask_human AFTER UPDATE ON close_engine.outbox FOR EACH ROW
+    WHEN (NEW.action_id IS NOT NULL AND OLD.action_id IS NULL)
+    EXECUTE FUNCTION close_engine.ask_human();
+CREATE OR REPLACE TRIGGER close_engine_takeover AFTER INSERT ON close_engine.takeovers
+    FOR EACH ROW EXECUTE FUNCTION close_engine.follow_takeover();
+
+-- Whatever happened while there were no triggers, bring the drafts, the deadlines and the outbox up to the rows.
+DELETE FROM close_engine.drafts d WHERE NOT EXISTS (
+    SELECT FROM public.pending_actions a WHERE a.id = d.action_id AND a.status = 'PENDING');
+INSERT INTO close_engine.drafts (action_id, after_text)
+SELECT a.id, close_engine.last_text(a.conversation_id) FROM public.pending_actions a WHERE a.status = 'PENDING'
+ON CONFLICT DO NOTHING;
 DELETE FROM close_engine.deadlines d WHERE d.trigger = 'expire' AND NOT EXISTS (
     SELECT FROM public.pending_actions a WHERE a.id = d.subject_id AND a.status = 'PENDING' AND a.expires_at = d.at);
 INSERT INTO close_engine.deadlines (trigger, subject_id, at)

@@ -2,7 +2,8 @@
 -- transaction, no matter who writes.
 --
 -- The actions are a second, small machine in close_engine_transitions: PENDING to APPROVED, REJECTED or EXPIRED.
--- Approving puts the message into the outbox, once. Rejecting, expiring or deleting the last pending payment link
+-- Approving puts the message into the outbox, once; a reply that is older than the lead's last words cannot be approved.
+-- Rejecting, expiring or deleting the last pending payment link
 -- returns the conversation from PENDING_APPROVAL to PREVIEW_SENT. When a conversation closes or is deleted, its waiting
 -- texts are withdrawn and its drafts expire.
 --
@@ -51,6 +52,8 @@ BEFORE INSERT ON pending_actions
 BEGIN
     SELECT RAISE(ABORT, 'close_engine: type must be one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW')
     WHERE NEW.type NOT IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW');
+    SELECT RAISE(ABORT, 'close_engine: metadata.ifLeadWrites must be one of withdraw, send')
+    WHERE json_valid(NEW.metadata) AND json_extract(NEW.metadata, '$.ifLeadWrites') NOT IN ('withdraw', 'send');
 
     SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
     FROM (SELECT NEW.created_at AS value, NULL AS was
@@ -90,6 +93,9 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: type must be one of SEND_PAYMENT_LINK, SEND_MESSAGE, SEND_PREVIEW')
     WHERE NEW.type NOT IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW')
         AND (NEW.type IS NOT OLD.type OR NEW.status = 'APPROVED' AND OLD.status IS NOT 'APPROVED');
+    SELECT RAISE(ABORT, 'close_engine: metadata.ifLeadWrites must be one of withdraw, send')
+    WHERE NEW.metadata IS NOT OLD.metadata AND json_valid(NEW.metadata)
+        AND json_extract(NEW.metadata, '$.ifLeadWrites') NOT IN ('withdraw', 'send');
 
     SELECT RAISE(ABORT, 'close_engine: a time must be a text like 2026-01-31 23:59:59.123, and before the year 9999')
     FROM (SELECT NEW.created_at AS value, OLD.created_at AS was
@@ -160,6 +166,20 @@ BEGIN
     SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: its conversation is closed or deleted');
 END;
 
+-- What a draft knew is compared with the newest text of the lead, never a clock. Only a reply is withdrawn if the lead writes,
+-- unless whoever wrote it said otherwise.
+DROP TRIGGER IF EXISTS close_engine_action_superseded;
+CREATE TRIGGER close_engine_action_superseded
+BEFORE UPDATE ON pending_actions
+WHEN NEW.status = 'APPROVED' AND OLD.status = 'PENDING'
+    AND coalesce(json_extract(NEW.metadata, '$.ifLeadWrites'),
+        CASE NEW.type WHEN 'SEND_MESSAGE' THEN 'withdraw' ELSE 'send' END) = 'withdraw'
+    AND (SELECT max(id) FROM close_engine_inbox WHERE kind = 'text' AND conversation_id = NEW.conversation_id)
+        > (SELECT after_text FROM close_engine_drafts WHERE action_id = OLD.id)
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: the lead has written since it was drafted; submit a new draft');
+END;
+
 DROP TRIGGER IF EXISTS close_engine_action_approved;
 CREATE TRIGGER close_engine_action_approved
 AFTER UPDATE ON pending_actions
@@ -168,13 +188,17 @@ BEGIN
     -- strftime() rounds text with more than three decimals, but moments are cut, never rounded. So remove the extra digits
     -- first.
     INSERT INTO close_engine_outbox
-        (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", after_change, created_at,
-         available_at)
+        (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", action_id, if_lead_writes,
+         after_text, after_change, created_at, available_at)
     SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
         CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
             WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
             WHEN stage = 'INITIATED' THEN 'start_qualifying' END,
         NEW.approved_by, json_extract(NEW.metadata, '$.submittedBy'), 'close_engine:action:' || NEW.id,
+        NEW.id, coalesce(json_extract(NEW.metadata, '$.ifLeadWrites'),
+            CASE NEW.type WHEN 'SEND_MESSAGE' THEN 'withdraw' ELSE 'send' END),
+        coalesce((SELECT max(i.id) FROM close_engine_inbox i
+            WHERE i.kind = 'text' AND i.conversation_id = NEW.conversation_id), 0),
         (SELECT max(h.id) FROM close_engine_history h WHERE h.conversation_id = NEW.conversation_id), approved_at,
         max(approved_at, coalesce(
             strftime('%Y-%m-%d %H:%M:%f', CASE WHEN send_after GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
@@ -298,22 +322,34 @@ BEGIN
     WHERE conversation_id = OLD.id AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK';
 END;
 
--- Keep one deadline for each pending action that expires. Other triggers may have changed the action again, so read it.
+-- Keep, for each pending action, what it knew, and a deadline if it expires. Other triggers may have changed the action
+-- again, so read it.
 DROP TRIGGER IF EXISTS close_engine_action_opened;
 CREATE TRIGGER close_engine_action_opened
 AFTER INSERT ON pending_actions
 BEGIN
+    INSERT OR REPLACE INTO close_engine_drafts (action_id, after_text)
+    SELECT id, coalesce((SELECT max(i.id) FROM close_engine_inbox i
+        WHERE i.kind = 'text' AND i.conversation_id = NEW.conversation_id), 0)
+    FROM pending_actions WHERE id = NEW.id AND status = 'PENDING';
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id = NEW.id;
     INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
     SELECT 'expire', id, expires_at FROM pending_actions
     WHERE id = NEW.id AND status = 'PENDING' AND expires_at IS NOT NULL;
 END;
 
-DROP TRIGGER IF EXISTS close_engine_action_expiry;
-CREATE TRIGGER close_engine_action_expiry
+DROP TRIGGER IF EXISTS close_engine_action_changed;
+CREATE TRIGGER close_engine_action_changed
 AFTER UPDATE ON pending_actions
 WHEN (NEW.id, NEW.status, NEW.expires_at) IS NOT (OLD.id, OLD.status, OLD.expires_at)
 BEGIN
+    UPDATE close_engine_drafts SET action_id = NEW.id WHERE action_id = OLD.id AND NEW.id <> OLD.id;
+    INSERT OR IGNORE INTO close_engine_drafts (action_id, after_text)
+    SELECT id, coalesce((SELECT max(i.id) FROM close_engine_inbox i
+        WHERE i.kind = 'text' AND i.conversation_id = NEW.conversation_id), 0)
+    FROM pending_actions WHERE id = NEW.id AND status = 'PENDING' AND OLD.status <> 'PENDING';
+    DELETE FROM close_engine_drafts
+    WHERE action_id = NEW.id AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE id = NEW.id AND status = 'PENDING');
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id IN (OLD.id, NEW.id);
     INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
     SELECT 'expire', id, expires_at FROM pending_actions
@@ -324,10 +360,47 @@ DROP TRIGGER IF EXISTS close_engine_action_gone;
 CREATE TRIGGER close_engine_action_gone
 AFTER DELETE ON pending_actions
 BEGIN
+    DELETE FROM close_engine_drafts WHERE action_id = OLD.id;
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND subject_id = OLD.id;
 END;
 
--- Whatever happened while there were no triggers, bring the deadlines and the outbox up to the rows.
+-- A text that a human must see first, since its level has become stricter, does not leave: it becomes an action.
+DROP TRIGGER IF EXISTS close_engine_ask_human;
+CREATE TRIGGER close_engine_ask_human
+AFTER UPDATE ON close_engine_outbox
+WHEN NEW.action_id IS NOT NULL AND OLD.action_id IS NULL
+BEGIN
+    INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, metadata, created_at, expires_at)
+    SELECT NEW.action_id, c.id, c.lead_id, NEW.topic, coalesce(NEW.body, ''),
+        json_patch(json_patch(CASE json_type(NEW.payload) WHEN 'object' THEN NEW.payload ELSE '{}' END,
+                json_object('submittedBy', NEW.submitted_by)),
+            json_object('ifLeadWrites', NEW.if_lead_writes)),
+        NEW.available_at, strftime('%Y-%m-%d %H:%M:%f', NEW.available_at, '+1 day')
+    FROM close_engine_conversations c WHERE c.id = NEW.conversation_id;
+END;
+
+-- A human takes over: what others have drafted and waits is withdrawn.
+DROP TRIGGER IF EXISTS close_engine_takeover;
+CREATE TRIGGER close_engine_takeover
+AFTER INSERT ON close_engine_takeovers
+BEGIN
+    UPDATE close_engine_outbox SET status = 'WITHDRAWN', last_error = 'a human has taken over'
+    WHERE conversation_id = NEW.conversation_id AND status = 'PENDING' AND leased_by IS NULL
+        AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+        AND NEW.taken_by NOT IN (coalesce(submitted_by, ''), coalesce(approved_by, ''));
+    UPDATE pending_actions SET status = 'EXPIRED',
+        metadata = json_set(CASE json_type(metadata) WHEN 'object' THEN metadata ELSE '{}' END, '$.takenOverBy', NEW.taken_by)
+    WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
+        AND coalesce(json_extract(metadata, '$.submittedBy'), '') <> NEW.taken_by;
+END;
+
+-- Whatever happened while there were no triggers, bring the drafts, the deadlines and the outbox up to the rows.
+DELETE FROM close_engine_drafts WHERE NOT EXISTS (
+    SELECT 1 FROM pending_actions a WHERE a.id = action_id AND a.status = 'PENDING');
+INSERT OR IGNORE INTO close_engine_drafts (action_id, after_text)
+SELECT a.id, coalesce((SELECT max(i.id) FROM close_engine_inbox i
+    WHERE i.kind = 'text' AND i.conversation_id = a.conversation_id), 0)
+FROM pending_actions a WHERE a.status = 'PENDING';
 DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire' AND NOT EXISTS (
     SELECT 1 FROM pending_actions a WHERE a.id = subject_id AND a.status = 'PENDING' AND a.expires_at = at);
 INSERT OR IGNORE INTO close_engine_deadlines ("trigger", subject_id, at)

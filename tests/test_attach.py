@@ -181,7 +181,7 @@ def test_the_rights_that_the_page_grants_are_enough_and_no_more(url: str, roles:
     action.approve(by="dana")
     outbox.claim(10)[0].sent("SM2")
     assert close_engine.receive(lead, key="SM3", text="Thank you!").answer
-    assert close_engine.record_payment(lead, key="evt_1").dest is Stage.COMPLETED
+    assert close_engine.record_payment(lead, key="evt_1").completed.dest is Stage.COMPLETED
     close_engine.sweep()
     assert rep.close_engine_conversations.count() == 1
     for forbidden in (

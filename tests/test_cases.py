@@ -1311,7 +1311,7 @@ def test_e7_nor_does_a_text_resume_or_a_payment_complete(
         close_engine.record_payment(asked.lead_id, "evt_1")
     bring_back(foreign)
     assert close_engine.receive(stalled.lead_id, "SM1", "Hello").resumed
-    assert close_engine.record_payment(asked.lead_id, "evt_1").dest is Stage.COMPLETED
+    assert close_engine.record_payment(asked.lead_id, "evt_1").completed.dest is Stage.COMPLETED
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["alone", "in a transaction"])

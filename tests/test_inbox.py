@@ -124,12 +124,12 @@ def test_there_is_nothing_to_answer_where_there_is_no_conversation(database: pee
 def test_the_same_text_again_changes_nothing(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     for stage in (Stage.QUALIFYING, Stage.STALLED):
         conversation = conversation_in(stage)
-        receive(conversation.lead_id, f"SM {stage}", "hello")
+        first = receive(conversation.lead_id, f"SM {stage}", "hello")
         copy_of(conversation).stall()
         close_engine_clock.move(HOUR)
         before = values(copy_of(conversation)), triggers(conversation), entries()
         again = receive(conversation.lead_id, f"SM {stage}", "hello")
-        assert (again.duplicate, again.answer, again.resumed) == (True, False, None)
+        assert (again.duplicate, again.answer, again.resumed) == (True, False, first.resumed)
         assert values(again.conversation) == values(copy_of(conversation))
         assert (values(copy_of(conversation)), triggers(conversation), entries()) == before
 
@@ -138,7 +138,7 @@ def test_a_text_and_a_payment_may_have_the_same_key(conversation_in: Conversatio
     conversation = conversation_in(Stage.PAYMENT_SENT)
     conversation.stall()
     assert receive(conversation.lead_id, "1", "paid!").resumed
-    assert record_payment(conversation.lead_id, "1").dest is Stage.COMPLETED
+    assert record_payment(conversation.lead_id, "1").completed.dest is Stage.COMPLETED
 
 
 def test_an_unknown_lead_is_an_error(database: peewee.Database) -> None:
@@ -194,7 +194,7 @@ def test_a_payment_completes_from_every_stage_after_a_link_was_sent(
         if stage is Stage.COMPLETED:
             continue
         conversation = paid_link(conversation_in(stage))
-        change = record_payment(conversation.lead, f"evt {stage}", actor="stripe", metadata={"amount": 499})
+        change = record_payment(conversation.lead, f"evt {stage}", actor="stripe", metadata={"amount": 499}).completed
         row = copy_of(conversation)
         assert (row.stage, row.completed_at) == (Stage.COMPLETED, change.created_at)
         assert values(change) == values(row.history()[-1])
@@ -207,10 +207,14 @@ def test_the_same_payment_again_returns_the_first_result_and_changes_nothing(
     conversation_in: ConversationIn, close_engine_clock: MovableClock
 ) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
-    first = record_payment(conversation.lead_id, "evt_1")
+    first = record_payment(conversation.lead_id, "evt_1", amount=90000, currency="usd")
     before = values(copy_of(conversation)), entries()
     close_engine_clock.move(HOUR)
-    assert values(record_payment(conversation.lead_id, "evt_1", actor="again")) == values(first)
+    again = record_payment(conversation.lead_id, "evt_1", actor="again")
+    assert values(again.completed) == values(first.completed)
+    assert (first.duplicate, again.duplicate, again.surplus) == (False, True, False)
+    paid = InboxEntry.get(InboxEntry.kind == "payment")
+    assert (paid.amount, paid.currency, paid.is_surplus) == (90000, "USD", False)
     assert (values(copy_of(conversation)), entries()) == before
 
 
@@ -218,9 +222,9 @@ def test_the_payment_behind_a_conversation_that_was_completed_by_hand_is_taken(c
     conversation = conversation_in(Stage.COMPLETED)
     first = conversation.history()[-1]
     for _ in range(2):
-        assert values(record_payment(conversation.lead_id, "evt_1")) == values(first)
-    with pytest.raises(PaymentUnmatched, match="already paid with payment 'evt_1'"):
-        record_payment(conversation.lead_id, "evt_2")
+        payment = record_payment(conversation.lead_id, "evt_1")
+        assert (values(payment.completed), payment.surplus) == (values(first), False)
+    assert record_payment(conversation.lead_id, "evt_2").surplus
 
 
 def unmatched(lead_id: str, key: str, why: str) -> None:
@@ -241,10 +245,12 @@ def test_a_payment_that_matches_nothing_is_a_clear_error(conversation_in: Conver
     assert values(copy_of(conversation)) == values(conversation)
 
 
-def test_a_second_payment_under_another_key_is_a_clear_error(conversation_in: ConversationIn) -> None:
+def test_a_payment_of_no_money_is_refused(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
-    record_payment(conversation.lead_id, "evt_1")
-    unmatched(conversation.lead_id, "evt_2", "its conversation was already paid with payment 'evt_1'")
+    for amount, currency in ((1, None), (None, "USD"), (-1, "USD"), (1.5, "USD"), (True, "USD"), (1, "US"), (1, "€€€")):
+        with pytest.raises(InvalidValue):
+            record_payment(conversation.lead_id, "evt_1", amount=amount, currency=currency)
+    assert entries() == []
 
 
 @pytest.mark.parametrize("stage", [Stage.PAYMENT_SENT, Stage.COMPLETED, Stage.PREVIEW_SENT])
@@ -259,7 +265,7 @@ def test_a_payment_that_was_unmatched_can_be_recorded_once_it_matches(conversati
     conversation = conversation_in(Stage.PREVIEW_SENT)
     unmatched(conversation.lead_id, "evt_1", "no payment link was sent to the lead")
     conversation.send_payment_link(LINK)
-    assert record_payment(conversation.lead_id, "evt_1").dest is Stage.COMPLETED
+    assert record_payment(conversation.lead_id, "evt_1").completed.dest is Stage.COMPLETED
 
 
 def test_a_payment_that_cannot_be_stored_is_refused(conversation_in: ConversationIn) -> None:
@@ -280,7 +286,7 @@ def test_payments_and_texts_that_are_rolled_back_can_come_again(conversation_in:
         transaction.rollback()
     assert entries() == []
     assert receive(conversation.lead_id, "SM1", "paid").answer
-    assert record_payment(conversation.lead_id, "evt_1").dest is Stage.COMPLETED
+    assert record_payment(conversation.lead_id, "evt_1").completed.dest is Stage.COMPLETED
 
 
 # -- races -------------------------------------------------------------------------------------------------------------
@@ -306,16 +312,16 @@ def test_of_many_deliveries_of_one_text_one_is_processed(postgres: peewee.Databa
 def test_of_many_deliveries_of_one_payment_one_is_processed_and_all_return_it(postgres: peewee.Database) -> None:
     conversation = opened(Stage.PAYMENT_SENT)
     results = race([lambda: record_payment(conversation.lead_id, "evt_1")] * 8, behind=held(conversation))
-    assert len({result.id for result in results}) == 1
+    assert len({result.completed.id for result in results}) == 1
     assert triggers(conversation).count("complete") == 1
 
 
-def test_of_two_payments_of_one_lead_at_once_one_is_unmatched(postgres: peewee.Database) -> None:
+def test_of_several_payments_of_one_lead_at_once_one_completes_and_the_others_are_surplus(postgres: peewee.Database) -> None:
     for _ in range(5):
         conversation = opened(Stage.PAYMENT_SENT)
         payments = [lambda k=key, i=conversation.lead_id: record_payment(i, f"{i} {k}") for key in range(4)]
         results = race(payments, behind=held(conversation))
-        assert sorted(type(result) is PaymentUnmatched for result in results) == [False] + [True] * 3
+        assert sorted(result.surplus for result in results) == [False] + [True] * 3
 
 
 def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversation(postgres: peewee.Database) -> None:
@@ -334,7 +340,7 @@ def test_neither_fails_with_a_conflict_while_others_fire_on_the_same_conversatio
     def pay() -> StageChange:
         for _ in range(10):
             copy_of(conversation).record(data={"n": 1})
-        return record_payment(conversation.lead_id, "evt_1")
+        return record_payment(conversation.lead_id, "evt_1").completed
 
     *others, paid = race([lambda n=number: write(n) for number in range(3)] + [fire, fire, pay])
     assert others == [None] * 5

@@ -51,6 +51,11 @@ FILL = [
     SELECT (ARRAY['text', 'payment'])[1 + n %% 2], 'key ' || n, 'lead ' || n, 'conversation ' || n, 'hello', now()
     FROM generate_series(1, 20000) n
     """,
+    """
+    INSERT INTO close_engine.takeovers (conversation_id, taken_by, taken_at, handed_back_at)
+    SELECT 'taken over ' || n, 'owner', now(), CASE WHEN n %% 2 = 0 THEN now() END
+    FROM generate_series(1, 20000) n
+    """,
     "ANALYZE",
 ]
 

@@ -160,6 +160,10 @@ class Dialect:
         """Return an expression that merges a mapping into a JSON column, key by key."""
         raise NotImplementedError
 
+    def json_text(self, column: str, key: str) -> str:
+        """Return an expression for the text under a key of a JSON column; NULL if there is none."""
+        raise NotImplementedError
+
     def prepare(self, database: peewee.Database) -> None:
         """Set up what every connection of this database needs. Called once."""
 

@@ -446,6 +446,9 @@ class Postgres(Dialect):
     def merged_mapping(self, column: str) -> str:
         return f"CASE pg_catalog.jsonb_typeof({column}) WHEN 'object' THEN {column} ELSE '{{}}' END || %s::jsonb"
 
+    def json_text(self, column: str, key: str) -> str:
+        return f"{column} ->> '{key}'"
+
     def has_failed(self, database: peewee.Database) -> bool:
         # The driver knows without a round trip. 3 is libpq's PQTRANS_INERROR.
         return bool(database.connection().info.transaction_status == 3)

@@ -63,7 +63,7 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
-    guards = (("close_engine_conversations", 13), ("pending_actions", 16))
+    guards = (("close_engine_conversations", 13), ("pending_actions", 17))
 
     row_lock = ""  # SQLite has one writer at a time
 
@@ -161,6 +161,9 @@ class Sqlite(Dialect):
         return f"close_engine_merge({column}, ?)"
 
     merged_mapping = merged_list
+
+    def json_text(self, column: str, key: str) -> str:
+        return f"json_extract({column}, '$.{key}')"
 
     def prepare(self, database: peewee.Database) -> None:
         database.register_function(_merge_json, "close_engine_merge", 2)  # type: ignore[attr-defined]

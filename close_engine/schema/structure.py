@@ -50,6 +50,7 @@ class Helper:
 _HELPERS = {
     "created": Helper(("table_name", "column_name", "identity")),
     "deadlines": Helper(("trigger", "subject_id", "at"), ("trigger", "at")),
+    "drafts": Helper(("action_id", "after_text")),
     "transitions": Helper(("machine", "trigger", "source", "dest")),
 }
 _SQLITE_HELPERS = {"clock": Helper(("at",)), "context": Helper(("id", "context"))}
@@ -202,7 +203,7 @@ def _trigger_problems(catalog: Catalog, schema: str | None, table: str) -> Itera
         return
     found, here = catalog.triggers(table, schema), catalog.schema()
     ours = [each for each in scripts.triggers() if each.table == table]
-    so = "so the table is not guarded" if schema is None else "so workers are not woken"
+    so = "so the table is not guarded" if schema is None else "so nothing follows from what is written there"
     for expected in ours:
         trigger, named = found.get(expected.name), f"The trigger {expected.name} on {table}"
         statement = catalog.printed_trigger(expected.statement.replace("public.", f"{here}.", 1))
