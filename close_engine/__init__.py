@@ -36,6 +36,7 @@ from close_engine.errors import (
     LeadHasNoPhone,
     LeadNotFound,
     LeaseLost,
+    MessageCleared,
     MessageNotDead,
     MessageNotFound,
     NotFound,
@@ -71,7 +72,15 @@ from close_engine.stages import (
     MessageStatus,
     Stage,
 )
-from close_engine.sweeps import Swept, expire_actions, lose_stalled, release_leases, stall_silent, sweep
+from close_engine.sweeps import (
+    Swept,
+    expire_actions,
+    lose_stalled,
+    release_leases,
+    stall_silent,
+    supersede_drafts,
+    sweep,
+)
 from close_engine.version import __version__
 from close_engine.worker import FindingSender, Sender, Worker
 
@@ -121,6 +130,7 @@ __all__ = [
     "LeaseLost",
     "locked",
     "lose_stalled",
+    "MessageCleared",
     "MessageNotDead",
     "MessageNotFound",
     "MessageStatus",
@@ -155,6 +165,7 @@ __all__ = [
     "stall_silent",
     "Stamp",
     "submit",
+    "supersede_drafts",
     "surplus_payments",
     "sweep",
     "Swept",

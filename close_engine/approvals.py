@@ -48,7 +48,7 @@ from close_engine.errors import (
     ConversationTakenOver,
     InvalidValue,
     KeyReused,
-    MessageNotFound,
+    MessageCleared,
     StageConflict,
 )
 from close_engine.firing import facts_of, write_fields
@@ -143,7 +143,7 @@ class PendingAction(BaseModel):
             ConversationClosed: its conversation has closed in the meantime.
             ActionSuperseded: the lead has written since it was drafted.
             ConversationNotFound, ActionNotFound: it was deleted.
-            MessageNotFound: it was approved before, and its message was cleared away since.
+            MessageCleared: it was approved before, and its message was cleared away since.
             ConditionNotMet: it is a payment link without a `paymentUrl` in its metadata.
             GuardMissing: nothing would follow from the approval.
             InvalidValue: an argument cannot be stored, or `sendAfter` in its metadata is no time.
@@ -157,7 +157,7 @@ class PendingAction(BaseModel):
             (OutboxMessage.conversation_id == self.conversation_id) & (OutboxMessage.key == key)
         )
         if sent is None:
-            raise MessageNotFound(key)
+            raise MessageCleared(self.id)
         return sent
 
     def reject(self, by: str, reason: str | None = None) -> None:

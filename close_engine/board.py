@@ -26,8 +26,9 @@ from typing import Any
 import peewee
 
 from close_engine.approvals import PendingAction, pending_actions
-from close_engine.conversations import CloseEngineConversation
+from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
+from close_engine.inbox import surplus_payments
 from close_engine.models import StageChange
 from close_engine.outbox import CLAIMABLE, OutboxMessage
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
@@ -109,6 +110,8 @@ class Pipeline:
         outbox: OutboxLine.
         unreadable: int, number of conversations and drafts that are left out, because Python does not know their stage
             or type, or cannot read their times; `close_engine.verify` lists them.
+        taken_over: int, number of conversations that a human has taken over.
+        surplus: int, number of payments of conversations that had been paid for already: `surplus_payments` lists them.
     """
 
     at: datetime
@@ -116,6 +119,8 @@ class Pipeline:
     approvals: list[ApprovalLine]
     outbox: OutboxLine
     unreadable: int
+    taken_over: int
+    surplus: int
 
 
 def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
@@ -130,7 +135,8 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
     at = moment()
     stages, strange = _stage_lines(at)
     approvals, unreadable = _approval_lines(at)
-    return Pipeline(at, stages, approvals, outbox_line(hanging_after), strange + unreadable)
+    taken_over, surplus = current().count(Takeover.lasting()), current().count(surplus_payments().order_by())
+    return Pipeline(at, stages, approvals, outbox_line(hanging_after), strange + unreadable, taken_over, surplus)
 
 
 def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:

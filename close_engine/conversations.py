@@ -366,9 +366,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
     def takeover(self) -> Takeover | None:
         """Return the takeover that lasts, by the database's clock; None if nobody has taken the conversation over."""
-        lasts = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
-        lasts &= Takeover.until.is_null() | (Takeover.until > SQL(current().dialect.moment))
-        found: Takeover | None = Takeover.get_or_none(lasts)
+        found: Takeover | None = Takeover.lasting().where(Takeover.conversation_id == self.id).first()
         return found
 
     # -- questions -----------------------------------------------------------------------------------------------
@@ -515,6 +513,12 @@ class Takeover(BaseModel):
     class Meta:
         table_name = "takeovers"
         own_table = "takeovers"
+
+    @classmethod
+    def lasting(cls) -> Rows[Takeover]:
+        """Return a query for those that last, by the database's clock."""
+        goes_on = cls.until.is_null() | (cls.until > SQL(current().dialect.moment))
+        return cls.select().where(cls.handed_back_at.is_null() & goes_on)
 
 
 Takeover.add_index(Takeover.conversation_id, unique=True, where=Takeover.handed_back_at.is_null())

@@ -20,6 +20,7 @@
             UserNotFound
             ActionNotFound
             MessageNotFound
+            MessageCleared
         LeadHasNoPhone
         ConversationCompleted
         ConversationClosed
@@ -378,6 +379,21 @@ class MessageNotFound(NotFound):
     def __init__(self, message_id: int | str) -> None:
         self.message_id = message_id
         super().__init__(f"There is no message {message_id!r} in the outbox.")
+
+
+class MessageCleared(NotFound):
+    """The action was approved before, and its message is no longer in the outbox: somebody has cleared it away.
+
+    Attributes:
+        action_id: the action.
+    """
+
+    def __init__(self, action_id: str) -> None:
+        self.action_id = action_id
+        super().__init__(
+            f"Action {action_id!r} was approved before, and its message has been cleared away from the outbox since: "
+            "there is nothing more to do."
+        )
 
 
 class LeadHasNoPhone(CloseEngineError):

@@ -30,7 +30,7 @@ from close_engine.errors import InvalidValue, LeadNotFound, PaymentUnmatched, Te
 from close_engine.firing import change_stage, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.outbox import OutboxMessage
-from close_engine.stages import ACTIVE_STAGES, EntryPoint, Stage
+from close_engine.stages import ACTIVE_STAGES, ActionType, EntryPoint, Stage
 
 __all__ = ["InboxEntry", "Payment", "Received", "receive", "record_payment", "surplus_payments"]
 
@@ -115,8 +115,8 @@ def receive(
     """Process an inbound text once: it is our turn now, and a stalled conversation is resumed.
 
     Replies that were drafted before the text and still wait are superseded, unless they were submitted with
-    `if_lead_writes="send"`: messages are withdrawn, pending actions expire. Other drafts that wait for approval stay; their
-    metadata says `leadWroteSince`.
+    `if_lead_writes="send"`: messages are withdrawn, pending actions expire. Other drafts that wait for approval stay;
+    their metadata says `leadWroteSince`.
 
     Args:
         lead: the lead who wrote it, or its id.
@@ -162,19 +162,28 @@ def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> 
     entry_id = entry.add(None if conversation is None else conversation.id)
     if entry_id is None:
         return _repeated(entry, conversation)
-    change = None
+    is_first, change = conversation is None, None
     if open is not None and (conversation is None or conversation.stage is Stage.CLOSED_LOST):
-        conversation = open_under(entry.lead_id, open, None, provenance.under("text"))
-        change = conversation.history()[-1]
-    elif conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
+        under = provenance.under("text")
+        conversation = open_under(entry.lead_id, open, None, under)
+        mine = (StageChange.conversation_id == conversation.id) & (StageChange.key == under.key)
+        change = StageChange.get_or_none(mine)
+        if change is None:  # another text has opened it at the same moment
+            conversation = _lock_conversation(entry.lead_id)
+    if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
         return Received(conversation)
-    elif conversation.stage is Stage.STALLED:
+    if conversation.stage is Stage.STALLED:
         change = change_stage(conversation, "resume", {}, provenance.under("text"))
-    else:
+    elif change is None:
         write_fields(conversation, {}, "receive()")
     _no_longer_silent(conversation.id)
     superseded = _supersede(conversation.id, entry_id)
-    _keep_result(entry_id, conversation, change, superseded)
+    if any(each.type is ActionType.SEND_PAYMENT_LINK for each in superseded if isinstance(each, PendingAction)):
+        conversation.reload()  # nothing may be left that it waits for in PENDING_APPROVAL
+    done = _ids(change, superseded)
+    if done or is_first:
+        kept = {"conversation_id": conversation.id, "result": done or None}
+        InboxEntry.update(kept).where(InboxEntry.id == entry_id).execute()
     return _result(conversation, change, superseded)
 
 
@@ -196,22 +205,15 @@ def _result(
     )
 
 
-def _keep_result(
-    entry_id: int,
-    conversation: CloseEngineConversation,
-    change: StageChange | None,
-    superseded: tuple[OutboxMessage | PendingAction, ...],
-) -> None:
-    """Store what was done, so that a repetition returns it."""
+def _ids(change: StageChange | None, superseded: tuple[OutboxMessage | PendingAction, ...]) -> dict[str, Any]:
+    """Say what was done, so that a repetition returns it."""
     done: dict[str, Any] = {}
     if change is not None:
         done["change"] = change.id
     if superseded:
         done["messages"] = [each.id for each in superseded if isinstance(each, OutboxMessage)]
         done["actions"] = [each.id for each in superseded if isinstance(each, PendingAction)]
-    if done:
-        values = {"conversation_id": conversation.id, "result": done}
-        InboxEntry.update(values).where(InboxEntry.id == entry_id).execute()
+    return done
 
 
 def _repeated(entry: _Entry, conversation: CloseEngineConversation | None) -> Received:

@@ -516,7 +516,7 @@ _IF_LEAD_WRITES: Mapping[str, IfLeadWrites] = {
 
 
 def strictest_level(conversation: CloseEngineConversation) -> AutonomyLevel:
-    """Return the stricter one of the levels of a conversation and of its lead. A word that is no level is the strictest."""
+    """Return the stricter level of a conversation's and its lead's. A word that is no level is the strictest."""
     of_lead = Lead.select(Lead.autonomy_level.cast("TEXT").alias("word")).where(Lead.id == conversation.lead_id)
     known = list(AutonomyLevel)
     word = of_lead.scalar()

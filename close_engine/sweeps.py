@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 from close_engine import hooks
+from close_engine.approvals import expire_superseded, if_lead_writes
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, moment
 from close_engine.database.fields import stored_time
@@ -28,7 +29,16 @@ from close_engine.machine import TRIGGERS
 from close_engine.outbox import MAX_UNREPORTED
 from close_engine.stages import ACTIVE_STAGES
 
-__all__ = ["ACTOR", "Swept", "expire_actions", "lose_stalled", "release_leases", "stall_silent", "sweep"]
+__all__ = [
+    "ACTOR",
+    "Swept",
+    "expire_actions",
+    "lose_stalled",
+    "release_leases",
+    "stall_silent",
+    "supersede_drafts",
+    "sweep",
+]
 
 #: How long a lead is silent before its conversation stalls, …
 STALL_AFTER = timedelta(hours=72)
@@ -51,12 +61,14 @@ class Swept:
         lost: list of str, ids of the conversations that were closed as lost.
         expired: list of str, ids of the pending actions that expired.
         released: list of int, ids of the messages whose lease had run out.
+        superseded: list of str, ids of the pending actions that the lead's words had superseded.
     """
 
-    stalled: list[str]
-    lost: list[str]
-    expired: list[str]
-    released: list[int]
+    stalled: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    expired: list[str] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    superseded: list[str] = field(default_factory=list)
 
 
 class _Due(NamedTuple):
@@ -93,6 +105,12 @@ _EXPIRED = """
     WHERE d."trigger" = 'expire' AND d.at <= %s AND a.status = 'PENDING' AND a.expires_at <= %s
     ORDER BY d.at LIMIT %s {lock}
 """
+_STALE = """
+    SELECT a.id FROM {drafts} d JOIN pending_actions a ON a.id = d.action_id
+    WHERE a.status = 'PENDING' AND {rule} = 'withdraw' AND EXISTS (SELECT 1 FROM {inbox} i
+        WHERE i.kind = 'text' AND i.conversation_id = a.conversation_id AND i.id > d.after_text)
+    ORDER BY a.id LIMIT %s {lock}
+"""
 _RUN_OUT = """
     SELECT o.id FROM {outbox} o
     WHERE o.status = 'PENDING' AND o.leased_by IS NOT NULL AND o.available_at <= %s
@@ -113,7 +131,9 @@ def sweep(*, stall_after: timedelta = STALL_AFTER, lose_after: timedelta = LOSE_
     Raises:
         InvalidValue: a timedelta is negative or too long.
     """
-    return Swept(stall_silent(stall_after), lose_stalled(lose_after), expire_actions(), release_leases())
+    return Swept(
+        stall_silent(stall_after), lose_stalled(lose_after), expire_actions(), release_leases(), supersede_drafts()
+    )
 
 
 def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[str]:
@@ -188,6 +208,33 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
 
     due = _Due(_EXPIRED, (at, at), lock=("a",))
     return _in_batches(due, batch, expire, (provenance, Write("expire", None, at)))
+
+
+def supersede_drafts(*, batch: int = 1000) -> list[str]:
+    """Expire the drafts that the lead's words have superseded, and that somebody was deciding on when they came.
+
+    Args:
+        batch: int, how many to change in one transaction.
+
+    Returns:
+        list of str, ids of the actions.
+
+    Raises:
+        InvalidValue: the batch is less than 1.
+        GuardMissing: the database would not record the changes.
+    """
+    last_text = (
+        "SELECT a.id, (SELECT i.id FROM {inbox} i WHERE i.kind = 'text' AND i.conversation_id = a.conversation_id "
+        "ORDER BY i.id DESC LIMIT 1) FROM pending_actions a WHERE a.id IN {these} ORDER BY a.id"
+    )
+
+    def supersede(held: list[str]) -> list[str]:
+        for action_id, text_id in _execute(last_text, these=held):
+            expire_superseded([action_id], text_id)
+        return held
+
+    stale = _STALE.replace("{rule}", if_lead_writes("a.type", "a.metadata"))
+    return _in_batches(_Due(stale, (), lock=("a",)), batch, supersede)
 
 
 def release_leases(*, batch: int = 1000) -> list[int]:

@@ -1838,7 +1838,7 @@ def test_e1_after_a_reset_nothing_of_the_old_life_leaves(reset_url: str) -> None
 
     assert outbox.claim(limit=10) == []
     assert [message.status for message in OutboxMessage.select()] == [MessageStatus.WITHDRAWN] * 2
-    assert close_engine.sweep() == Swept([], [], [], [])
+    assert close_engine.sweep() == Swept()
     assert query(reset_url, "SELECT * FROM close_engine.deadlines") == []
 
 

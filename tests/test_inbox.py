@@ -247,7 +247,16 @@ def test_a_payment_that_matches_nothing_is_a_clear_error(conversation_in: Conver
 
 def test_a_payment_of_no_money_is_refused(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
-    for amount, currency in ((1, None), (None, "USD"), (-1, "USD"), (1.5, "USD"), (True, "USD"), (1, "US"), (1, "€€€")):
+    wrong: list[tuple[Any, Any]] = [
+        (1, None),
+        (None, "USD"),
+        (-1, "USD"),
+        (1.5, "USD"),
+        (True, "USD"),
+        (1, "US"),
+        (1, "€€€"),
+    ]
+    for amount, currency in wrong:
         with pytest.raises(InvalidValue):
             record_payment(conversation.lead_id, "evt_1", amount=amount, currency=currency)
     assert entries() == []
@@ -316,7 +325,9 @@ def test_of_many_deliveries_of_one_payment_one_is_processed_and_all_return_it(po
     assert triggers(conversation).count("complete") == 1
 
 
-def test_of_several_payments_of_one_lead_at_once_one_completes_and_the_others_are_surplus(postgres: peewee.Database) -> None:
+def test_of_several_payments_of_one_lead_at_once_one_completes_and_the_others_are_surplus(
+    postgres: peewee.Database,
+) -> None:
     for _ in range(5):
         conversation = opened(Stage.PAYMENT_SENT)
         payments = [lambda k=key, i=conversation.lead_id: record_payment(i, f"{i} {k}") for key in range(4)]

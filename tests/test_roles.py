@@ -30,8 +30,8 @@ WORKER = [
     "GRANT SELECT, INSERT, UPDATE ON close_engine_conversations, pending_actions TO {role}",
     "GRANT USAGE ON SCHEMA close_engine TO {role}",
     "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
-    "GRANT INSERT ON close_engine.inbox, close_engine.outbox TO {role}",
-    "GRANT UPDATE ON close_engine.outbox, close_engine.deadlines TO {role}",
+    "GRANT INSERT ON close_engine.inbox, close_engine.outbox, close_engine.takeovers TO {role}",
+    "GRANT UPDATE ON close_engine.inbox, close_engine.outbox, close_engine.takeovers, close_engine.deadlines TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.
@@ -183,6 +183,8 @@ def work() -> None:
     reopened.reload()
     assert reopened.stage is Stage.QUALIFYING
     close_engine.submit(reopened, ActionType.SEND_MESSAGE, "Are you there?")
+    reopened.take_over(by="Ann")
+    reopened.hand_back(by="Ann")
     reopened.stall()
     assert close_engine.receive("lead STALLED", "SM3", "Hi").resumed
     assert close_engine.record_payment("lead PAYMENT_SENT", "pay 1")
@@ -204,9 +206,9 @@ RIGHTS = [
     *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
     *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
     "USAGE ON SCHEMA close_engine",
-    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "outbox", "inbox")),
-    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox")),
-    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "deadlines")),
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "outbox", "inbox", "takeovers")),
+    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers")),
+    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "deadlines")),
 ]
 
 

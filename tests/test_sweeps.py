@@ -357,10 +357,10 @@ def test_one_sweep_does_all_of_it(conversation_in: ConversationIn, close_engine_
     action = submit(silent, ActionType.SEND_MESSAGE, "hello")
     outbox.enqueue(silent, "tell_the_rep")
     message = claimed()
-    assert sweep() == Swept([], [], [], [])
+    assert sweep() == Swept()
     close_engine_clock.move(WEEK + SECOND)
     assert sweep() == Swept(stalled=[silent.id], lost=[stalled.id], expired=[action.id], released=[message.id])
-    assert sweep() == Swept([], [], [], [])
+    assert sweep() == Swept()
     assert copy_of(silent).stage is Stage.STALLED
     assert_consistent()
 

@@ -292,7 +292,7 @@ def test_the_others_are_swept(
     try:
         stalled = close_engine.stall_silent(batch=batch)
         expired = close_engine.expire_actions(batch=batch)
-        assert close_engine.sweep() == close_engine.Swept([], [], [], [])
+        assert close_engine.sweep() == close_engine.Swept()
     finally:
         if hook is not None:
             hook.remove()

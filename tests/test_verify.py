@@ -706,7 +706,8 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
 
 def test_every_trigger_and_function_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
     catalog = current().dialect.catalog(database)
-    places = (None, TABLE), (None, "pending_actions"), current().dialect.own_table("outbox")
+    own_table = current().dialect.own_table
+    places = (None, TABLE), (None, "pending_actions"), own_table("outbox"), own_table("takeovers")
     there = {(table, name) for schema, table in places for name in catalog.triggers(table, schema)}
 
     assert {(trigger.table, trigger.name) for trigger in scripts.triggers()} == there
@@ -750,7 +751,7 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         assert close_engine.verify() == [
             f"This role may not read the sequence close_engine.{table}_id_seq, so it is not checked: "
             f"have its owner GRANT SELECT ON SEQUENCE close_engine.{table}_id_seq."
-            for table in ("history", "outbox", "inbox")
+            for table in ("history", "takeovers", "outbox", "inbox")
         ]
         execute(postgres_url, f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA close_engine TO {reader}")
         assert close_engine.verify() == []

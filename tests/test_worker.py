@@ -51,7 +51,7 @@ from tests.servers import PrivateServer, execute
 from tests.waiting import LIMIT, Running, until
 
 ConversationIn = Callable[..., CloseEngineConversation]
-NOTHING = Swept([], [], [], [])
+NOTHING = Swept()
 
 
 def worker_with(send: Callable[[OutboxMessage], Any] | FindingSender, **options: Any) -> Worker:

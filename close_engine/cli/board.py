@@ -41,6 +41,10 @@ def render(board: Pipeline) -> RenderableType:
         parts += ["", "~ approximate, >= at least: estimated from a sample"]
     if board.unreadable:
         parts += ["", f"Left out, because they cannot be read: {board.unreadable:,}. close-engine verify lists them."]
+    if board.taken_over:
+        parts += ["", f"Taken over by humans: {board.taken_over:,}."]
+    if board.surplus:
+        parts += ["", f"Payments of what was paid for already: {board.surplus:,}. Look at them: surplus_payments()."]
     return Group(*parts)
 
 

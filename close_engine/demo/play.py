@@ -217,8 +217,11 @@ class Demo:
 
     def pay(self, role: Role) -> None:
         """Record a payment, as reported by the payment provider."""
+        key = f"payment-{role.number}"
         self._sometimes_twice(
-            "payment", lambda: record_payment(role.lead, key=f"payment-{role.number}", actor="payments")
+            "payment",
+            lambda: record_payment(role.lead, key, amount=90000, currency="USD", actor="payments"),
+            lambda first, again: again.duplicate and not again.surplus,
         )
 
     def _waiting_action(self, role: Role) -> PendingAction:
