@@ -837,7 +837,7 @@ def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:
         topics: sequence of str, only messages with these topics.
     """
     only, names = _of_topics(topics)
-    found = peewee.SQL(current().dialect.sql(f"(SELECT o.id FROM {{outbox}} o WHERE {CLAIMABLE}{only})"), names)
+    found = peewee.SQL(current().sql(f"(SELECT o.id FROM {{outbox}} o WHERE {CLAIMABLE}{only})"), names)
     query = OutboxMessage.select().readable().where(OutboxMessage.id.in_(found))
     return list(query.order_by(OutboxMessage.available_at, OutboxMessage.id))
 
@@ -984,13 +984,13 @@ def _steady() -> float:
 
 
 def _moment() -> peewee.SQL:
-    return peewee.SQL(current().dialect.sql("{moment}"))
+    return peewee.SQL(current().sql("{moment}"))
 
 
 def _moment_after(wait: timedelta | datetime | None) -> Any:
     """Return the moment after a duration by the database's clock, a moment that is given, or the moment now."""
     if isinstance(wait, timedelta):
-        return peewee.SQL(current().dialect.sql("{later}"), [wait.total_seconds()])
+        return peewee.SQL(current().sql("{later}"), [wait.total_seconds()])
     return _moment() if wait is None else OutboxMessage.available_at.clean(wait)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -33,6 +34,7 @@ from close_engine import (
     StageChange,
 )
 from close_engine.approvals import PendingAction
+from close_engine.database.binding import current
 from close_engine.schema import directory, downgrade, migration_sql, repair, rows_at_stake, status
 from close_engine.testing import bring_to
 from tests.crm import AFTER, everything, query, restore
@@ -832,6 +834,71 @@ def test_a_file_is_whole_and_its_comments_hold_nothing_that_is_replaced(file: Pa
     assert sqlite3.complete_statement(text)
     comments = "".join(re.findall(r"--.*", text))
     assert [name for name in ("public.", '"leads"', '"users"', "%") if name in comments] == []
+
+
+# Names that would break a statement if they were put into it as they are, or before what else is replaced.
+ODD_NAMES = [
+    "Lead",
+    'Lead"s',
+    "100% {leads}",
+    "%s",
+    "public.leads",
+    "a;\nb",
+    '"leads"',
+    "select",
+    "leads--",
+    "$body$",
+    "l'",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_script_takes_the_crms_name_of_its_table_of_leads(
+    empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    """Of the environment, too, where nothing but Peewee's own runner is at work."""
+    copied = shutil.copy(directory() / f"{script}.py", tmp_path)
+    probe = "CREATE TABLE found AS SELECT phone, '%' AS percent FROM \"leads\" WHERE id = 'lead_2';\n"
+    (tmp_path / "probe.sqlite.sql").write_text(probe)
+    (tmp_path / "probe.postgresql.sql").write_text(
+        "CREATE FUNCTION probe() RETURNS TABLE (phone text, percent text) LANGUAGE sql AS $body$\n"
+        "SELECT phone, '%' FROM public.\"leads\" WHERE id = 'lead_2'\n$body$;\n"
+        "CREATE TABLE found AS SELECT * FROM public.probe(); DROP FUNCTION probe();"
+    )
+    run = runpy.run_path(str(copied))["run"]
+    quoted = '"' + name.replace('"', '""') + '"'
+    query(empty_url, f"{CRM}; ALTER TABLE leads RENAME TO {quoted}")
+    with bound(empty_url, leads=name) as database:
+        run(database, "probe")
+        assert database.execute_sql("SELECT * FROM found").fetchall() == [("+1556", "%")]
+        database.execute_sql("DROP TABLE found")
+
+        del database.close_engine_tables  # type: ignore[attr-defined]
+        monkeypatch.setenv("CLOSE_ENGINE_LEADS_TABLE", name)
+        run(database, "probe")
+        assert database.execute_sql("SELECT * FROM found").fetchall() == [("+1556", "%")]
+
+
+def test_the_scripts_run_their_files_in_the_same_way() -> None:
+    runs = {
+        re.findall(r"^def run.*?^def up", (directory() / f"{script}.py").read_text(), re.M | re.S)[0]
+        for script in SCRIPTS[1:]
+    }
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_statement_of_the_library_takes_that_name_too(crm_url: str, name: str) -> None:
+    quoted = '"' + name.replace('"', '""') + '"'
+    query(crm_url, f"ALTER TABLE leads RENAME TO {quoted}")
+    with bound(crm_url, leads=name):
+        close_engine.migrate()
+        assert close_engine.verify() == []
+        found = (
+            current().execute("SELECT l.id, {moment} IS NULL FROM {leads} l WHERE l.phone = %s", ["+1556"]).fetchall()
+        )
+        assert [row[0] for row in found] == ["lead_2"]
 
 
 # -- the lock ------------------------------------------------------------------------------------------------------

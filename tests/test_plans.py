@@ -210,7 +210,7 @@ def test_no_statement_reads_a_table_on_postgresql(filled: str, monkeypatch: pyte
 def claiming() -> str:
     """The statement that claims, as the function has it."""
     only = "\n        AND (topics IS NULL OR o.topic = ANY (topics)) AND (suspects OR NOT " + outbox.SUSPECT + ")"
-    return current().dialect.sql(outbox.claiming(current().dialect, "most", "worker", only, "message"))
+    return current().sql(outbox.claiming(current().dialect, "most", "worker", only, "message"))
 
 
 def test_the_function_that_claims_has_the_statement_that_claims(postgres: peewee.Database) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine.database.dialect import Dialect
+from close_engine.database.dialect import Dialect, identifier
 from close_engine.database.fields import UtcDateTimeField, clean_text, milliseconds
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
@@ -76,9 +76,15 @@ class Binding:
     clock: Callable[[], datetime]
     dialect: Dialect
 
+    def sql(self, text: str) -> str:
+        """Translate a statement as `Dialect.sql` does, and `{leads}` to the CRM's name of its table of leads."""
+        # The name goes in last, because it may hold anything, also braces.
+        leads = self.dialect.escaped(identifier(self.tables.leads))
+        return leads.join(map(self.dialect.sql, text.split("{leads}")))
+
     def execute(self, text: str, parameters: Sequence[Any] = ()) -> Any:
-        """Run a statement that is written as `Dialect.sql` takes it, and return its cursor."""
-        return self.database.execute_sql(self.dialect.sql(text), parameters)
+        """Run a statement that is written as `sql` takes it, and return its cursor."""
+        return self.database.execute_sql(self.sql(text), parameters)
 
     def for_update(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         """Inside a transaction, make a query lock the rows that it finds against every other writer."""

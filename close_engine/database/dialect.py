@@ -13,7 +13,12 @@ from close_engine.database.catalog import Catalog
 from close_engine.database.provenance import Provenance, Write
 from close_engine.errors import GuardMissing
 
-__all__ = ["Dialect"]
+__all__ = ["Dialect", "identifier"]
+
+
+def identifier(name: str) -> str:
+    """Quote a name for SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 class Dialect:

@@ -11,6 +11,7 @@ from close_engine import approvals, inbox  # noqa: F401 - defines more models to
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog
+from close_engine.database.dialect import identifier
 from close_engine.database.fields import EnumField, JsonField, UtcDateTimeField, why_unreadable
 from close_engine.machine import TRIGGERS, Stamp
 from close_engine.models import BaseModel, Lead, StageChange, User
@@ -20,7 +21,6 @@ from close_engine.schema.problems import (
     Problem,
     current_catalog,
     fetch,
-    identifier,
     key_column,
     literal,
     own_columns,
@@ -244,7 +244,7 @@ def _stamp_problems() -> Iterator[Problem]:
                     f"In {rows_of(CloseEngineConversation, count, repr(example))}, the stage is {stage} and {column} "
                     "is empty",
                     f"set it, or {REPAIR}, which takes it from the history",
-                    mend=binding.dialect.sql(
+                    mend=binding.sql(
                         f"UPDATE close_engine_conversations SET {column} = coalesce((SELECT h.created_at FROM "
                         "{history} h WHERE h.conversation_id = close_engine_conversations.id "
                         f"AND h.dest = '{stage}' ORDER BY h.id DESC LIMIT 1), updated_at) WHERE {missing}"
@@ -270,7 +270,7 @@ def _deadline_problems() -> Iterator[Problem]:
         )
         for count, example in found:
             yield Problem(
-                f"For {rows_of(model, count, repr(example))}, {current().dialect.sql('{deadlines}')} has no row "
+                f"For {rows_of(model, count, repr(example))}, {current().sql('{deadlines}')} has no row "
                 f"{trigger}, so no sweep finds it",
                 f"{REPAIR}, which adds it",
                 again=True,

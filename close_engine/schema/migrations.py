@@ -26,11 +26,12 @@ import peewee
 from playhouse.migrations import MigrationError
 
 from close_engine.database.binding import Binding, current
+from close_engine.database.dialect import identifier
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue, SchemaError, first_line
 from close_engine.models import BaseModel
 from close_engine.schema.checks import checks, lost, other_crm
-from close_engine.schema.problems import Problem, current_catalog, identifier, literal, table_name
+from close_engine.schema.problems import Problem, current_catalog, literal, table_name
 from close_engine.schema.scripts import pending, runner, status
 from close_engine.schema.structure import CRM_COLUMNS
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog, Column
+from close_engine.database.dialect import identifier
 from close_engine.models import BaseModel
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "Problem",
     "current_catalog",
     "fetch",
-    "identifier",
     "key_column",
     "literal",
     "own_columns",
@@ -81,7 +81,7 @@ def own_columns(table: str) -> dict[str, Column]:
 def fetch(sql: str, values: Sequence[Any] = (), model: type[BaseModel] | None = None) -> list[tuple[Any, ...]]:
     """Run a query in which {history} is a table of the library, and <table> the one of the model."""
     binding = current()
-    text = binding.dialect.sql(sql)
+    text = binding.sql(sql)
     if model is not None:
         # After the translation: the name of a CRM's table may hold anything, also braces.
         text = text.replace("<table>", binding.dialect.escaped(quoted_table(model)))
@@ -110,11 +110,6 @@ def key_column(model: type[BaseModel]) -> str:
 def quoted_table(model: type[BaseModel]) -> str:
     """Return the name of a model's table with its schema, for SQL."""
     return ".".join(map(identifier, filter(None, (model._meta.schema, model._meta.table_name))))
-
-
-def identifier(name: str) -> str:
-    """Quote a name for SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:

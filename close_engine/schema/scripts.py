@@ -25,12 +25,14 @@ import peewee
 from playhouse.migrations import Runner
 
 from close_engine.database.binding import Binding, current
+from close_engine.database.dialect import identifier
 from close_engine.errors import SchemaError, first_line
 
 __all__ = [
     "MigrationStatus",
     "ScriptFunction",
     "ScriptTrigger",
+    "as_run",
     "directory",
     "functions",
     "pending",
@@ -62,7 +64,7 @@ class ScriptTrigger:
     Attributes:
         schema: str, the schema of its table; None if that is the CRM's.
         table: str, the table it is on, without the schema.
-        statement: str, the CREATE TRIGGER statement as it runs.
+        statement: str, the CREATE TRIGGER statement as it stands in the file; `as_run` translates it.
     """
 
     name: str
@@ -76,7 +78,7 @@ class ScriptFunction:
     """A function that a migration makes.
 
     Attributes:
-        body: str, as the database stores it. `public.` stands for the CRM's schema.
+        body: str, as it stands in the file; `as_run` translates it to what the database stores.
         protected: bool, whether it runs with its owner's rights and a fixed search_path.
         revoked: bool, whether nobody but its owner may execute it.
     """
@@ -183,6 +185,12 @@ def functions() -> Iterator[ScriptFunction]:
         for found in _FUNCTION.finditer(text):
             protected = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp" in found["header"]
             yield ScriptFunction(found["name"], found["body"], protected, found["name"] in revoked)
+
+
+def as_run(text: str, schema: str) -> str:
+    """Return SQL of a file as its script runs it: with the CRM's schema, and the CRM's name of its table of leads."""
+    there = {"public.": f"{schema}.", '"leads"': identifier(current().tables.leads)}
+    return re.sub('public[.]|"leads"', lambda name: there[name[0]], text)
 
 
 @cache

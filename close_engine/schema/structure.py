@@ -186,7 +186,7 @@ def _helper_problems(catalog: Catalog) -> Iterator[Problem]:
     helpers = _HELPERS if catalog.exact else _HELPERS | _SQLITE_HELPERS
     for table, helper in helpers.items():
         schema, name = current().dialect.own_table(table)
-        found, shown = catalog.columns(name, schema), current().dialect.sql(f"{{{table}}}")
+        found, shown = catalog.columns(name, schema), current().sql(f"{{{table}}}")
         if not found:
             yield Problem(f"The table {shown} is missing", AGAIN, again=True)
         elif not found.keys() >= set(helper.columns):
@@ -206,7 +206,7 @@ def _trigger_problems(catalog: Catalog, schema: str | None, table: str) -> Itera
     so = "so the table is not guarded" if schema is None else "so nothing follows from what is written there"
     for expected in ours:
         trigger, named = found.get(expected.name), f"The trigger {expected.name} on {table}"
-        statement = catalog.printed_trigger(expected.statement.replace("public.", f"{here}.", 1))
+        statement = catalog.printed_trigger(scripts.as_run(expected.statement, here))
         if trigger is None:
             yield Problem(f"{named} is missing, {so}", AGAIN, again=True)
         elif not trigger.enabled:
@@ -235,8 +235,8 @@ def _function_problems(catalog: Catalog) -> Iterator[Problem]:
         if function is None:
             yield Problem(f"The function {name} is missing", AGAIN, again=True)
             continue
-        if function.body != expected.body.replace("public.", f"{here}."):
-            there = _schema_in(function.body, expected.body)
+        if function.body != scripts.as_run(expected.body, here):
+            there = _schema_in(function.body, scripts.as_run(expected.body, "public"))
             yield Problem(
                 f"The function {name} speaks of the schema {there}, and the CRM's tables are in {here}"
                 if there
@@ -286,6 +286,6 @@ def _transition_problems(catalog: Catalog, machine: str, expected: Iterable[tupl
         yield Problem(
             f"The database allows {trigger} from {source} to {dest}, which the machine refuses",
             f"{REPAIR}, which forbids it",
-            mend=current().dialect.sql('DELETE FROM {transitions} WHERE (machine, "trigger", source, dest) = ')
+            mend=current().sql('DELETE FROM {transitions} WHERE (machine, "trigger", source, dest) = ')
             + f"({', '.join(map(literal, (machine, trigger, source, dest)))})",
         )
