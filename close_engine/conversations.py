@@ -30,7 +30,7 @@ from peewee import SQL
 
 from close_engine import hooks
 from close_engine.columns import StageField, VersionField, WithoutStage, is_row, refuse_stage
-from close_engine.database.binding import current, now
+from close_engine.database.binding import current, moment, now
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import (
     EnumField,
@@ -419,7 +419,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
     @classmethod
     def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> Rows[CloseEngineConversation]:
         """Return a `readable()` query for the conversations that have been in this stage for longer than that."""
-        cutoff = now() - duration
+        cutoff = moment() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)
         )
@@ -649,19 +649,19 @@ def _insert(
     lead: Lead, entry_point: EntryPoint, rep_id: str | None, provenance: Provenance
 ) -> CloseEngineConversation | None:
     """Insert a new conversation, or return None if the lead has got one in the meantime."""
-    moment = now()
+    at = now()
     conversation = CloseEngineConversation(
         lead=lead,
         rep=rep_id,
         entry_point=entry_point,
         autonomy_level=lead.autonomy_level,
-        created_at=moment,
-        updated_at=moment,
+        created_at=at,
+        updated_at=at,
     )
     insert = CloseEngineConversation.insert(conversation.__data__).on_conflict(
         action="nothing", conflict_target=[CloseEngineConversation.lead]
     )
-    with current().attributed(provenance, Write("open", conversation.id, stored_time(moment))):
+    with current().attributed(provenance, Write("open", conversation.id, stored_time(at))):
         if not insert.as_rowcount().execute():
             return None
     conversation = CloseEngineConversation.get_by_id(conversation.id)

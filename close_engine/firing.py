@@ -11,6 +11,7 @@ nobody has changed it since it was loaded. The database adds the history row, an
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -58,7 +59,7 @@ class Assignment(NamedTuple):
 
     Attributes:
         column: the column's name.
-        sql: an expression. Each %s is a parameter, and {history} stands for the history's table.
+        sql: an expression. Each %s is a parameter, {history} stands for the history's table, {moment} for now.
         parameters: tuple of values, as the database stores them.
     """
 
@@ -162,14 +163,12 @@ def assigned_by(transition: Transition, at: str, given: Mapping[str, Any]) -> li
 
     Args:
         transition: a row of the table.
-        at: the moment of the change, as the database stores it.
+        at: the new `updated_at`, as the database stores it. Every other moment is the database's own.
         given: the arguments of the trigger, by name.
     """
     assignments = [_STAGE[transition.dest], Assignment("updated_at", "%s", (at,))]
     for column, stamp in transition.stamps.items():
-        if stamp is Stamp.NOW:
-            assignments.append(Assignment(column, "%s", (at,)))
-        elif stamp is Stamp.GIVEN:
+        if stamp is Stamp.GIVEN:
             assignments.append(Assignment(column, "%s", (clean_text(column, given[column]),)))
         else:
             assignments.append(_assigned_without_value(column, stamp))
@@ -178,7 +177,7 @@ def assigned_by(transition: Transition, at: str, given: Mapping[str, Any]) -> li
 
 @cache
 def _assigned_without_value(column: str, stamp: Stamp) -> Assignment:
-    return Assignment(column, f'"{column}" + 1' if stamp is Stamp.INCREMENTED else "NULL")
+    return Assignment(column, {Stamp.NOW: "{moment}", Stamp.INCREMENTED: f'"{column}" + 1'}.get(stamp, "NULL"))
 
 
 def assigned(model: type[CloseEngineConversation], values: Mapping[str, Any]) -> list[Assignment]:
@@ -194,7 +193,7 @@ def _write(
     provenance: Provenance,
     write: Write,
 ) -> tuple[Any, ...] | None:
-    """Run the guarded UPDATE. Return the written columns and the id of the history row, or None if no row matched."""
+    """Run the guarded UPDATE. Return the written columns and the history row's id and moment, or None."""
     binding, key = current(), provenance.key
     shape = tuple([assignment[:2] for assignment in assignments])
     statement = _statement(binding.dialect, conversation._meta.table_name, shape, key is not None)
@@ -237,9 +236,10 @@ def _accept(
     for (column, _, _), value in zip(assignments, row, strict=False):
         values[columns[column].name] = columns[column].python_value(value)
     accept(conversation, values)
+    change_id, at = json.loads(row[-1])
     return StageChange(
         __no_default__=True,
-        id=row[-1],
+        id=change_id,
         conversation_id=conversation.id,
         lead_id=conversation.lead_id,
         trigger=trigger,
@@ -249,7 +249,7 @@ def _accept(
         reason=provenance.reason,
         metadata=provenance.metadata,
         key=provenance.key,
-        created_at=conversation.updated_at,
+        created_at=StageChange.created_at.python_value(at),
     )
 
 

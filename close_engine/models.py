@@ -134,7 +134,8 @@ class StageChange(BaseModel):
             history.
         source: the Stage that was left; None in the first row.
         dest: the Stage that was entered.
-        actor: who did it, as given. If the write bypassed this library, `database:<role>`; on SQLite, `database`.
+        actor: who did it, as given. If the write bypassed this library, `database:<role>`, with
+            ` (login <role>)` if another role had logged in; on SQLite, `database`.
         reason: why, as given.
         metadata: the metadata that was given, as a dict.
         key: the idempotency key that was given.

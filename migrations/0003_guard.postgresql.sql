@@ -90,10 +90,31 @@ BEGIN
 END
 $body$;
 
--- The library puts the context of its write (actor, reason, metadata, key) into a setting. The setting is still there
--- when the caller's next plain UPDATE runs in the same transaction, which must not be recorded under the same actor and
--- key. So the guard uses the context only if the row's id, the trigger and a later `updated_at` match. If the context is
--- of this row, the id of the history row takes its place, so that the library knows that its write was recorded.
+-- The role that writes: the one that was SET, or the one that logged in. In a function with its owner's rights,
+-- current_user is the owner. PostgreSQL inlines these three functions.
+CREATE OR REPLACE FUNCTION close_engine.writer() RETURNS name LANGUAGE sql STABLE AS $body$
+SELECT coalesce(nullif(pg_catalog.current_setting('role'::text), 'none'::text)::name, session_user)
+$body$;
+
+-- The actor of a write that bypasses the library.
+CREATE OR REPLACE FUNCTION close_engine.actor() RETURNS text LANGUAGE sql STABLE AS $body$
+SELECT 'database:'::text || close_engine.writer()::text || CASE WHEN close_engine.writer() = session_user THEN ''::text
+    ELSE ' (login '::text || session_user::text || ')'::text END
+$body$;
+
+-- What the library says of its write (trigger, actor, reason, metadata, key). Anybody can set the setting that it is in,
+-- so only a role that may use this schema is believed. Others are not even looked at: what they wrote may be no JSON.
+CREATE OR REPLACE FUNCTION close_engine.context() RETURNS jsonb LANGUAGE sql STABLE AS $body$
+SELECT CASE WHEN pg_catalog.current_setting('close_engine.context'::text, true) <> ''::text
+        AND pg_catalog.has_schema_privilege(close_engine.writer(), 'close_engine'::text, 'USAGE'::text)
+    THEN pg_catalog.current_setting('close_engine.context'::text, true)::jsonb END
+$body$;
+
+-- The context is still there when the caller's next plain UPDATE runs in the same transaction, which must not be recorded
+-- under the same actor and key. So the guard takes it up only if the row's id, the trigger and a later `updated_at` match.
+-- A sweep writes many rows: its context names no row, but its transaction, so that none can be left behind in a session.
+-- If the context is of this row, the history row's id and moment take its place, so that the library knows that its write
+-- was recorded.
 CREATE OR REPLACE FUNCTION close_engine.guard_conversation() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -202,14 +223,12 @@ BEGIN
         END IF;
         fired := 'adopted';
     END IF;
-    context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
+    context := close_engine.context();
     IF context IS NOT NULL THEN
         ours := context ->> 'id' = NEW.id;
-        IF NOT later OR coalesce(context ->> 'trigger', fired) <> fired OR coalesce(context ->> 'id', NEW.id) <> NEW.id
-            OR (context ->> 'at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
+        IF NOT coalesce(later AND context ->> 'trigger' = fired AND (context ->> 'at')::timestamp = NEW.updated_at
+                AND coalesce(ours, context ->> 'transaction' = pg_catalog.pg_current_xact_id()::text), false) THEN
             context := NULL;
-        ELSE
-            moment := NEW.updated_at;
         END IF;
     END IF;
 
@@ -263,11 +282,12 @@ BEGIN
     INSERT INTO close_engine.history
         (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
     VALUES (NEW.id, NEW.lead_id, fired, CASE WHEN fired <> 'adopted' THEN OLD.stage END, NEW.stage,
-        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        CASE WHEN context IS NULL THEN close_engine.actor() ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment)
     RETURNING id INTO recorded;
     IF ours THEN
-        recorded := pg_catalog.set_config('close_engine.context', recorded, true);
+        recorded := pg_catalog.set_config('close_engine.context', '[' || recorded || ', "'
+            || pg_catalog.to_char(moment, 'YYYY-MM-DD HH24:MI:SS.MS') || '"]', true);
     END IF;
     -- From one active stage to another, the deadline stays.
     IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
@@ -284,9 +304,9 @@ BEGIN
 END
 $body$;
 
--- The id of the history row of the library's write, for the RETURNING of its statement. If the guard did not see the
--- write, the setting still is the context: an error, so that nothing is written.
-CREATE OR REPLACE FUNCTION close_engine.recorded() RETURNS bigint LANGUAGE plpgsql AS $body$
+-- The id and the moment of the history row of the library's write, as JSON, for the RETURNING of its statement. If the
+-- guard did not see the write, the setting still is the context: an error, so that nothing is written.
+CREATE OR REPLACE FUNCTION close_engine.recorded() RETURNS text LANGUAGE plpgsql AS $body$
 DECLARE
     setting text := pg_catalog.current_setting('close_engine.context'::text);
 BEGIN
@@ -309,18 +329,16 @@ BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
     END IF;
-    context := nullif(pg_catalog.current_setting('close_engine.context', true), '')::jsonb;
-    IF coalesce(context ->> 'trigger', 'open') <> 'open' OR coalesce(context ->> 'id', NEW.id) <> NEW.id
-        OR (context ->> 'at')::timestamp IS DISTINCT FROM NEW.updated_at THEN
+    context := close_engine.context();
+    IF NOT coalesce(context ->> 'trigger' = 'open' AND context ->> 'id' = NEW.id
+            AND (context ->> 'at')::timestamp = NEW.updated_at, false) THEN
         context := NULL;
-    ELSE
-        moment := NEW.updated_at;
     END IF;
 
     INSERT INTO close_engine.history
         (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
     VALUES (NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
-        CASE WHEN context IS NULL THEN 'database:' || session_user ELSE context ->> 'actor' END,
+        CASE WHEN context IS NULL THEN close_engine.actor() ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
     DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
     IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN

@@ -160,10 +160,9 @@ BEGIN
     SELECT NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
         CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
         json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
-        CASE WHEN context IS NULL THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE NEW.updated_at END
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     FROM (SELECT (SELECT context FROM close_engine_context
-                  WHERE coalesce(json_extract(context, '$.trigger'), 'open') = 'open'
-                      AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+                  WHERE json_extract(context, '$.trigger') = 'open' AND json_extract(context, '$.id') = NEW.id
                       AND json_extract(context, '$.at') = NEW.updated_at) AS context);
 
     UPDATE close_engine_conversations SET
@@ -204,15 +203,21 @@ BEGIN
     SELECT NEW.id, NEW.lead_id, fired, OLD.stage, NEW.stage,
         CASE WHEN context IS NULL THEN 'database' ELSE json_extract(context, '$.actor') END,
         json_extract(context, '$.reason'), json_extract(context, '$.metadata'), json_extract(context, '$.key'),
-        CASE WHEN context IS NULL THEN coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) ELSE NEW.updated_at END
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     FROM (SELECT t."trigger" AS fired,
               (SELECT context FROM close_engine_context
-               WHERE coalesce(json_extract(context, '$.trigger'), t."trigger") = t."trigger"
+               WHERE json_extract(context, '$.trigger') = t."trigger"
                    AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
                    AND json_extract(context, '$.at') = NEW.updated_at
                    AND NEW.updated_at > OLD.updated_at) AS context
           FROM close_engine_transitions t
           WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage);
+
+    -- If the context is of this row, the history row's id and moment take its place: the library's write was recorded.
+    UPDATE close_engine_context SET context = (
+        SELECT json_array(h.id, h.created_at) FROM close_engine_history h
+        WHERE h.conversation_id = NEW.id ORDER BY h.id DESC LIMIT 1)
+    WHERE id = 1 AND json_extract(context, '$.id') = NEW.id;
 
     -- What was no stage is mended: the history begins anew.
     INSERT INTO close_engine_history (conversation_id, lead_id, "trigger", dest, actor, created_at)

@@ -262,7 +262,9 @@ BEGIN
         'reason', json_extract(context, '$.reason'),
         'metadata', json_object('action_id', NEW.id, 'status', NEW.status))
     FROM (SELECT (SELECT context FROM close_engine_context
-                  WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id) AS context);
+                  WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+                      AND json_extract(context, '$.trigger')
+                          = CASE NEW.status WHEN 'REJECTED' THEN 'reject' ELSE 'expire' END) AS context);
     UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
         updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
     WHERE id = NEW.conversation_id;

@@ -12,6 +12,7 @@ import pytest
 
 import close_engine
 from close_engine import CloseEngineConversation, EntryPoint, Stage, StageChange, StageConflict
+from close_engine.database.binding import moment
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.design import ACTIVE, REASON, STAGES, TRIGGER_BETWEEN, URL
 from tests.foreign import REFUSED, Change, ForeignWriter
@@ -38,9 +39,10 @@ def own(database: peewee.Database) -> ForeignWriter:
 
 def test_who_why_and_under_which_key_reaches_the_row(conversation_in: Factory, foreign: ForeignWriter) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
+    before = moment()
     change = conversation.collect_info(**PROVENANCE)
     assert foreign.history(conversation.id)[-1] == Change("collect_info", "QUALIFYING", "COLLECTING_INFO", *TOLD)
-    assert foreign.recorded_at(conversation.id)[-1] == foreign.row(conversation.id)["updated_at"]
+    assert before <= change.created_at <= moment()
     assert conversation.history()[-1].__data__ == change.__data__
     assert change.metadata == PROVENANCE["metadata"]
     assert repr(change) == f"<StageChange {change.id}: QUALIFYING → COLLECTING_INFO by collect_info>"

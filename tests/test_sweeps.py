@@ -64,7 +64,7 @@ def test_a_lead_is_silent_after_72_hours_to_the_millisecond(
     conversation_in: ConversationIn, close_engine_clock: MovableClock
 ) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    close_engine_clock.now = conversation.updated_at + THREE_DAYS - MILLISECOND
+    close_engine_clock.now = conversation.history()[-1].created_at + THREE_DAYS - MILLISECOND
     assert stall_silent() == []
     assert copy_of(conversation).stage is Stage.QUALIFYING
     moment = milliseconds(close_engine_clock.move(MILLISECOND))
@@ -134,7 +134,7 @@ def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(
 
 def test_another_time_can_be_asked_for(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    close_engine_clock.now = conversation.updated_at + HOUR
+    close_engine_clock.now = conversation.history()[-1].created_at + HOUR
     assert stall_silent(after=HOUR + MILLISECOND) == []
     assert stall_silent(after=HOUR) == [conversation.id]
 

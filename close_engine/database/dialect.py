@@ -104,7 +104,8 @@ class Dialect:
         """Run a guarded update, and give its history row this provenance.
 
         Returns:
-            tuple of the returned columns, followed by the id of the history row; None if no row matched.
+            tuple of the returned columns, followed by the id and the moment of the history row as JSON; None if no row
+            matched.
 
         Raises:
             GuardMissing: the change was not recorded, so it was not made.

@@ -280,6 +280,12 @@ class PostgresCatalog(Catalog):
 #: Local to the transaction (`true`), so that no other client of a connection pool can see it.
 _SET_CONTEXT = "pg_catalog.set_config('close_engine.context'::text, %s::text, true)"
 
+#: With the id of the transaction in it, for a write that the row's id and `updated_at` do not tell from others.
+_SET_CONTEXT_HERE = _SET_CONTEXT.replace(
+    "%s",
+    "(%s::jsonb || pg_catalog.jsonb_build_object('transaction'::text, pg_catalog.pg_current_xact_id()::text))",
+)
+
 
 #: For tests, what makes the database's clock one that shows what a table says, and its own again.
 _CLOCK = """
@@ -413,7 +419,7 @@ class Postgres(Dialect):
     @contextmanager
     def attributed(self, database: peewee.Database, provenance: Provenance, write: Write) -> Iterator[None]:
         firing = ", ".join(_FIRING.format(table=table) for table, _ in self.guards)
-        counted = database.execute_sql(f"SELECT {firing}, {_SET_CONTEXT}", (provenance.context(write),))
+        counted = database.execute_sql(f"SELECT {firing}, {_SET_CONTEXT_HERE}", (provenance.context(write),))
         self.require_guards(counted.fetchone()[:-1])
         try:
             yield

@@ -46,7 +46,7 @@ class Write(NamedTuple):
     Attributes:
         trigger: the trigger that is fired.
         id: id of the row; None for a write of many rows.
-        at: when, as the database stores it; also the new `updated_at` of a conversation.
+        at: when, as the database stores it; of a conversation, the new `updated_at`.
     """
 
     trigger: str

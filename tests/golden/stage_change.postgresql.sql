@@ -63,7 +63,7 @@ RETURNING "stage", "updated_at", close_engine.recorded();
 
 -- send_payment_link
 UPDATE "close_engine_conversations"
-SET "stage" = %s, "updated_at" = %s, "payment_link_url" = %s, "payment_link_sent_at" = %s
+SET "stage" = %s, "updated_at" = %s, "payment_link_url" = %s, "payment_link_sent_at" = (SELECT close_engine.moment())
 WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
@@ -72,7 +72,7 @@ RETURNING "stage", "updated_at", "payment_link_url", "payment_link_sent_at", clo
 
 -- complete
 UPDATE "close_engine_conversations"
-SET "stage" = %s, "updated_at" = %s, "completed_at" = %s
+SET "stage" = %s, "updated_at" = %s, "completed_at" = (SELECT close_engine.moment())
 WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
@@ -81,7 +81,7 @@ RETURNING "stage", "updated_at", "completed_at", close_engine.recorded();
 
 -- stall
 UPDATE "close_engine_conversations"
-SET "stage" = %s, "updated_at" = %s, "stalled_at" = %s
+SET "stage" = %s, "updated_at" = %s, "stalled_at" = (SELECT close_engine.moment())
 WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
@@ -99,7 +99,7 @@ RETURNING "stage", "updated_at", "stalled_at", close_engine.recorded();
 
 -- close_lost
 UPDATE "close_engine_conversations"
-SET "stage" = %s, "updated_at" = %s, "closed_lost_at" = %s, "closed_lost_reason" = %s
+SET "stage" = %s, "updated_at" = %s, "closed_lost_at" = (SELECT close_engine.moment()), "closed_lost_reason" = %s
 WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s

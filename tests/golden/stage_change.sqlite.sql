@@ -56,7 +56,7 @@ RETURNING "stage", "updated_at";
 
 -- send_payment_link
 UPDATE "close_engine_conversations"
-SET "stage" = ?, "updated_at" = ?, "payment_link_url" = ?, "payment_link_sent_at" = ?
+SET "stage" = ?, "updated_at" = ?, "payment_link_url" = ?, "payment_link_sent_at" = (SELECT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
 WHERE "id" = ?
 AND "stage" || '' = ?
 AND "updated_at" = ?
@@ -64,7 +64,7 @@ RETURNING "stage", "updated_at", "payment_link_url", "payment_link_sent_at";
 
 -- complete
 UPDATE "close_engine_conversations"
-SET "stage" = ?, "updated_at" = ?, "completed_at" = ?
+SET "stage" = ?, "updated_at" = ?, "completed_at" = (SELECT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
 WHERE "id" = ?
 AND "stage" || '' = ?
 AND "updated_at" = ?
@@ -72,7 +72,7 @@ RETURNING "stage", "updated_at", "completed_at";
 
 -- stall
 UPDATE "close_engine_conversations"
-SET "stage" = ?, "updated_at" = ?, "stalled_at" = ?
+SET "stage" = ?, "updated_at" = ?, "stalled_at" = (SELECT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')))
 WHERE "id" = ?
 AND "stage" || '' = ?
 AND "updated_at" = ?
@@ -88,7 +88,7 @@ RETURNING "stage", "updated_at", "stalled_at";
 
 -- close_lost
 UPDATE "close_engine_conversations"
-SET "stage" = ?, "updated_at" = ?, "closed_lost_at" = ?, "closed_lost_reason" = ?
+SET "stage" = ?, "updated_at" = ?, "closed_lost_at" = (SELECT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))), "closed_lost_reason" = ?
 WHERE "id" = ?
 AND "stage" || '' = ?
 AND "updated_at" = ?
