@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import peewee
 from peewee import SQL
@@ -335,7 +335,7 @@ def submit(
     actor: str | None = None,
     policy: Policy = needs_approval,
     expires_after: timedelta | None = DEFAULT_EXPIRY,
-    if_lead_writes: IfLeadWrites | None = None,
+    if_lead_writes: IfLeadWrites | Literal["withdraw", "send"] | None = None,
 ) -> OutboxMessage | PendingAction:
     """Submit a draft: to the outbox, or to a human for approval first, depending on the autonomy level.
 

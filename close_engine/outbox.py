@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import peewee
 
@@ -457,7 +457,7 @@ def enqueue(
     trigger: str | None = None,
     approved_by: str | None = None,
     submitted_by: str | None = None,
-    if_lead_writes: IfLeadWrites | None = None,
+    if_lead_writes: IfLeadWrites | Literal["withdraw", "send"] | None = None,
     max_attempts: int = MAX_ATTEMPTS,
 ) -> OutboxMessage:
     """Put a message into the outbox, in the caller's transaction if one is open.
@@ -621,11 +621,23 @@ def _is_text(message: str) -> str:
     return f"{message}.topic IN ({texts})"
 
 
+#: The reason of a text that does not leave, but becomes an action.
+ASK = "a human must approve it first"
+
+
+def _asks(level: str, message: str) -> str:
+    """Return the SQL that says whether a level asks for a human, and is stricter than the one a text was judged at."""
+    return (
+        f"({level} = 'SEMI_AUTO' AND {message}.topic = 'SEND_PAYMENT_LINK' AND {message}.level = 'FULL_AUTO'\n"
+        f"                        OR {level} NOT IN ('FULL_AUTO', 'SEMI_AUTO') AND {message}.level <> 'MANUAL')"
+    )
+
+
 def may_leave(message: str = "o") -> str:
     """Return the SQL that says why a message may not leave any more, or NULL if it may.
 
-    Every claim asks it. It looks at the conversation as it is now, and at what its history has had since the message
-    was put in.
+    Every claim asks it. It looks at the conversation and its lead as they are now, and at what the history and the
+    inbox have had since the message was put in.
 
     Args:
         message: alias of the outbox in the statement.
@@ -649,8 +661,13 @@ def may_leave(message: str = "o") -> str:
                         AND t.taken_by <> COALESCE({message}.approved_by, '')
                     LIMIT 1) IS NOT NULL
                     THEN 'a human has taken over'
+                WHEN {message}.action_id IS NULL
+                    AND ({_asks("l.autonomy_level", message)}
+                    OR {_asks("c.autonomy_level", message)})
+                    THEN '{ASK}'
                 ELSE '' END
-            FROM close_engine_conversations c WHERE c.id = {message}.conversation_id
+            FROM close_engine_conversations c LEFT JOIN {{leads}} l ON l.id = c.lead_id
+            WHERE c.id = {message}.conversation_id
         ), 'the conversation is deleted'), '') END"""
 
 
@@ -692,8 +709,9 @@ def claiming(dialect: Dialect, limit: str, worker: str, only: str, columns: str)
     ORDER BY o.available_at, o.id LIMIT {limit} {dialect.skip_locked("o")}
 )
 UPDATE {{outbox}} AS message SET
-    (status, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
+    (status, action_id, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
         CASE WHEN reason IS NOT NULL THEN 'WITHDRAWN' WHEN over = 1 THEN 'DEAD' ELSE status END,
+        CASE WHEN reason = '{ASK}' THEN 'message:' || send_key ELSE action_id END,
         CASE WHEN reason IS NOT NULL THEN reason
             WHEN leased_by IS NOT NULL THEN 'the lease of ' || leased_by || ' ran out' ELSE last_error END,
         CASE WHEN leased_by IS NOT NULL THEN unreported + 1 ELSE unreported END,

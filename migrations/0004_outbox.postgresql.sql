@@ -87,8 +87,15 @@ WITH next AS (
                         AND t.taken_by <> COALESCE(o.approved_by, '')
                     LIMIT 1) IS NOT NULL
                     THEN 'a human has taken over'
+                WHEN o.action_id IS NULL
+                    AND ((l.autonomy_level = 'SEMI_AUTO' AND o.topic = 'SEND_PAYMENT_LINK' AND o.level = 'FULL_AUTO'
+                        OR l.autonomy_level NOT IN ('FULL_AUTO', 'SEMI_AUTO') AND o.level <> 'MANUAL')
+                    OR (c.autonomy_level = 'SEMI_AUTO' AND o.topic = 'SEND_PAYMENT_LINK' AND o.level = 'FULL_AUTO'
+                        OR c.autonomy_level NOT IN ('FULL_AUTO', 'SEMI_AUTO') AND o.level <> 'MANUAL'))
+                    THEN 'a human must approve it first'
                 ELSE '' END
-            FROM public.close_engine_conversations c WHERE c.id = o.conversation_id
+            FROM public.close_engine_conversations c LEFT JOIN public."leads" l ON l.id = c.lead_id
+            WHERE c.id = o.conversation_id
         ), 'the conversation is deleted'), '') END AS reason,
         CASE WHEN o.leased_by IS NOT NULL
             AND (o.unreported >= 4 OR o.attempts >= o.max_attempts) THEN 1 ELSE 0 END AS over
@@ -103,8 +110,9 @@ WITH next AS (
     ORDER BY o.available_at, o.id LIMIT most FOR NO KEY UPDATE OF o SKIP LOCKED
 )
 UPDATE close_engine.outbox AS message SET
-    (status, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
+    (status, action_id, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
         CASE WHEN reason IS NOT NULL THEN 'WITHDRAWN' WHEN over = 1 THEN 'DEAD' ELSE status END,
+        CASE WHEN reason = 'a human must approve it first' THEN 'message:' || send_key ELSE action_id END,
         CASE WHEN reason IS NOT NULL THEN reason
             WHEN leased_by IS NOT NULL THEN 'the lease of ' || leased_by || ' ran out' ELSE last_error END,
         CASE WHEN leased_by IS NOT NULL THEN unreported + 1 ELSE unreported END,
