@@ -331,18 +331,17 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             before = conversation.takeover()
             if before is not None and before.taken_by != by:
                 raise ConversationTakenOver(self.id, before.taken_by)
+            mine = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
             if before is not None:
-                Takeover.update(until=ends).where(Takeover.id == before.id).execute()
+                Takeover.update(until=ends).where(mine).execute()
             else:
                 moment = SQL(dialect.sql("{moment}"))
-                mine = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
                 Takeover.update(handed_back_at=moment).where(mine).execute()  # its time was up
                 Takeover.insert(conversation_id=self.id, taken_by=by, taken_at=moment, until=ends).execute()
                 conversation.reload()  # a payment link that waited may have been withdrawn
                 write_fields(conversation, {}, "take_over()")
             accept_row(self, conversation)
-            taken = self.takeover()
-        assert taken is not None
+            taken: Takeover = Takeover.get(mine)
         return taken
 
     def hand_back(self, by: str = "owner") -> None:

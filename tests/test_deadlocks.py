@@ -95,7 +95,18 @@ class Worker:
             outbox.requeue(message.give_up("no"))
 
     def receive(self) -> None:
-        receive(self.conversation().lead_id, self.key(), "hello")
+        receive(self.conversation().lead_id, self.key(), "hello", open=self.random.choice([None, EntryPoint.SMS_REPLY]))
+
+    def take_over(self) -> None:
+        until = timedelta(milliseconds=self.random.randrange(100))
+        self.conversation().take_over(by=self.name, until=until)
+
+    def hand_back(self) -> None:
+        self.conversation().hand_back(by=self.name)
+
+    def change_the_level(self) -> None:
+        level = self.random.choice(list(AutonomyLevel))
+        sql("UPDATE leads SET autonomy_level = %s WHERE id = %s", level.value, self.conversation().lead_id)
 
     def pay(self) -> None:
         record_payment(self.conversation().lead_id, self.key())
@@ -131,6 +142,7 @@ class Worker:
         close_engine.lose_stalled(after=timedelta(milliseconds=self.random.randrange(500)), batch=2)
         close_engine.expire_actions(batch=2)
         close_engine.release_leases(batch=2)
+        close_engine.supersede_drafts(batch=2)
 
     def work(self) -> None:
         for _ in range(DEEDS_EACH):
@@ -155,6 +167,9 @@ DEEDS = {
     Worker.open: 8,
     Worker.do_several_things_at_once: 15,
     Worker.sweep: 3,
+    Worker.take_over: 2,
+    Worker.hand_back: 1,
+    Worker.change_the_level: 1,
     Worker.close_lost: 1,
     Worker.pay: 0.2,
 }
