@@ -12,6 +12,7 @@ from close_engine.approvals import (
     pending_actions,
     submit,
 )
+from close_engine.carriers import KEYWORDS, Keyword
 from close_engine.conversations import Answer, CloseEngineConversation, Takeover, locked, open_conversation
 from close_engine.database.binding import Tables, bind
 from close_engine.database.provenance import ProvenanceArguments
@@ -35,6 +36,7 @@ from close_engine.errors import (
     KeyReused,
     LeadHasNoPhone,
     LeadNotFound,
+    LeadOptedOut,
     LeaseLost,
     MessageCleared,
     MessageNotDead,
@@ -43,6 +45,7 @@ from close_engine.errors import (
     PartlyLoaded,
     PaymentUnmatched,
     ProviderIdTaken,
+    RecipientOptedOut,
     SchemaError,
     Snooze,
     StageAssignmentRefused,
@@ -59,6 +62,8 @@ from close_engine.hooks import Hook, after_commit, on_enter, on_exit
 from close_engine.inbox import InboxEntry, Payment, Received, receive, record_payment, surplus_payments
 from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Condition, Facts, Stamp, Transition
 from close_engine.models import Client, Lead, StageChange, User
+from close_engine.numbers import LeadNumber, OptOut
+from close_engine.optouts import opt_in, opt_out, opted_out
 from close_engine.outbox import OutboxMessage
 from close_engine.schema import migrate, verify
 from close_engine.stages import (
@@ -124,9 +129,13 @@ __all__ = [
     "InboxEntry",
     "InvalidValue",
     "KeyReused",
+    "Keyword",
+    "KEYWORDS",
     "Lead",
     "LeadHasNoPhone",
     "LeadNotFound",
+    "LeadNumber",
+    "LeadOptedOut",
     "LeaseLost",
     "locked",
     "lose_stalled",
@@ -140,6 +149,10 @@ __all__ = [
     "on_enter",
     "on_exit",
     "open_conversation",
+    "opt_in",
+    "opt_out",
+    "opted_out",
+    "OptOut",
     "outbox",
     "OutboxMessage",
     "PartlyLoaded",
@@ -151,6 +164,7 @@ __all__ = [
     "ProvenanceArguments",
     "ProviderIdTaken",
     "receive",
+    "RecipientOptedOut",
     "Received",
     "record_payment",
     "release_leases",

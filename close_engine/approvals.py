@@ -22,6 +22,7 @@ from typing import Any, Literal
 import peewee
 from peewee import SQL
 
+from close_engine import numbers
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, moment, now
 from close_engine.database.fields import (
@@ -361,6 +362,7 @@ def submit(
         the message in the outbox, or the PendingAction.
 
     Raises:
+        LeadOptedOut: the lead opted out of texts.
         ConversationClosed: it is COMPLETED or CLOSED_LOST.
         ConversationTakenOver: a human has taken it over, and `actor` is somebody else.
         TransitionNotAllowed: a preview or a payment link cannot be sent from this stage.
@@ -378,6 +380,7 @@ def submit(
     with atomic():
         if first := _find_submitted(conversation, key, type):
             return first
+        numbers.refuse(conversation.lead_id)
         takeover = conversation.takeover()
         if takeover is not None and provenance.actor != takeover.taken_by:
             raise ConversationTakenOver(conversation.id, takeover.taken_by)

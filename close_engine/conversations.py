@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import peewee
 from peewee import SQL
 
-from close_engine import hooks
+from close_engine import hooks, numbers
 from close_engine.columns import StageField, VersionField, WithoutStage, is_row, refuse_stage
 from close_engine.database.binding import current, moment, now
 from close_engine.database.dialect import Dialect
@@ -54,6 +54,7 @@ from close_engine.errors import (
     InvalidValue,
     LeadHasNoPhone,
     LeadNotFound,
+    LeadOptedOut,
     TransitionRefused,
     UserNotFound,
 )
@@ -581,6 +582,7 @@ def open_conversation(
     Raises:
         LeadNotFound: there is no such lead.
         LeadHasNoPhone: the lead has no phone number.
+        LeadOptedOut: the lead or its phone number opted out of texts.
         UserNotFound: there is no such rep.
         ConversationCompleted: the lead has paid.
         KeyReused: the key was used for another trigger.
@@ -618,6 +620,8 @@ def open_under(
                 raise ConversationCompleted(conversation.id, lead_id)
         if not (row.phone or "").strip():
             raise LeadHasNoPhone(lead_id)
+        if numbers.find(lead_id, numbers.keep(lead_id, row.phone)) is not None:
+            raise LeadOptedOut(lead_id)
         if conversation is not None and conversation.stage is Stage.STALLED:
             change_stage(conversation, "resume", {}, provenance)
             return conversation

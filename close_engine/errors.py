@@ -22,12 +22,14 @@
             MessageNotFound
             MessageCleared
         LeadHasNoPhone
+        LeadOptedOut
         ConversationCompleted
         ConversationClosed
         ConversationTakenOver
         ActionSuperseded
         ActionDecided
         CannotBeSent
+        RecipientOptedOut
         Snooze
         LeaseLost
         MessageNotDead
@@ -70,6 +72,7 @@ __all__ = [
     "KeyReused",
     "LeadHasNoPhone",
     "LeadNotFound",
+    "LeadOptedOut",
     "LeaseLost",
     "MessageNotDead",
     "MessageNotFound",
@@ -77,6 +80,7 @@ __all__ = [
     "PartlyLoaded",
     "PaymentUnmatched",
     "ProviderIdTaken",
+    "RecipientOptedOut",
     "SchemaError",
     "Snooze",
     "StageAssignmentRefused",
@@ -410,6 +414,21 @@ class LeadHasNoPhone(CloseEngineError):
         )
 
 
+class LeadOptedOut(CloseEngineError):
+    """The lead, or its phone number, opted out of texts, so nothing more is sent to it.
+
+    Attributes:
+        lead_id: the lead.
+    """
+
+    def __init__(self, lead_id: str) -> None:
+        self.lead_id = lead_id
+        super().__init__(
+            f"Lead {lead_id!r} opted out of texts, so nothing can be sent to it until it opts in again: by the text "
+            "START, or with opt_in()."
+        )
+
+
 class ConversationCompleted(CloseEngineError):
     """The lead has paid: its conversation is COMPLETED and cannot be opened again.
 
@@ -494,6 +513,13 @@ class ActionDecided(CloseEngineError):
 
 class CannotBeSent(CloseEngineError):
     """Raise it in your sender if a message can never be delivered: the worker will not try it again."""
+
+
+class RecipientOptedOut(CloseEngineError):
+    """Raise it in your sender if the provider says that the recipient opted out: the lead is texted no more.
+
+    With Twilio, that is the error 21610.
+    """
 
 
 class Snooze(CloseEngineError):

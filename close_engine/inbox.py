@@ -19,7 +19,9 @@ from typing import Any
 
 import peewee
 
+from close_engine import optouts
 from close_engine.approvals import PendingAction, supersede
+from close_engine.carriers import Keyword
 from close_engine.conversations import CloseEngineConversation, open_under
 from close_engine.database.binding import current, now
 from close_engine.database.fields import JsonField, TextField, UtcDateTimeField, clean_json, clean_text, stored_time
@@ -87,6 +89,7 @@ class Received:
         resumed: the StageChange that resumed a stalled conversation; None if it was not stalled.
         superseded: tuple of the OutboxMessages and PendingActions that were drafted before the text and will not leave.
         taken_over_by: who leads the conversation instead of the AI; None if nobody does.
+        keyword: what the text asked for instead of an answer: to opt out, to opt in, or for help; None of other texts.
     """
 
     conversation: CloseEngineConversation | None
@@ -95,12 +98,13 @@ class Received:
     resumed: StageChange | None = None
     superseded: tuple[OutboxMessage | PendingAction, ...] = ()
     taken_over_by: str | None = None
+    keyword: Keyword | None = None
 
     @property
     def answer(self) -> bool:
-        """Whether you are to answer the text: it is new, the conversation is active, and nobody has taken it over."""
+        """Whether you are to answer the text: it is new and no keyword, and the conversation is active and the AI's."""
         is_active = self.conversation is not None and self.conversation.stage in ACTIVE_STAGES
-        return is_active and not self.duplicate and self.taken_over_by is None
+        return is_active and not self.duplicate and self.taken_over_by is None and self.keyword is None
 
 
 def receive(
@@ -117,6 +121,8 @@ def receive(
     Replies that were drafted before the text and still wait are superseded, unless they were submitted with
     `if_lead_writes="send"`: messages are withdrawn, pending actions expire. Other drafts that wait for approval stay;
     their metadata says `leadWroteSince`.
+
+    A text that is one of the carriers' words opts the lead out, like STOP, or in, like START, and does nothing else.
 
     Args:
         lead: the lead who wrote it, or its id.
@@ -149,21 +155,27 @@ def receive(
         with atomic():
             conversation_id = model.select(model.id).where(model.lead == lead_id).scalar()
             entry_id = entry.add(conversation_id)
-            if entry_id is not None and conversation_id is not None:
+            heard = entry_id is not None and _heard(entry, entry_id, provenance) is not None
+            if entry_id is not None and conversation_id is not None and not heard:
                 _no_longer_silent(conversation_id)
                 _supersede(conversation_id, entry_id)
         raise
 
 
 def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> Received:
+    if optouts.word(entry.body or "") is Keyword.OPT_OUT:
+        optouts.hold(entry.lead_id)
     conversation = _lock_conversation(entry.lead_id)
     if conversation is None and not Lead.select().where(Lead.id == entry.lead_id).exists():
         raise LeadNotFound(entry.lead_id)
     entry_id = entry.add(None if conversation is None else conversation.id)
     if entry_id is None:
         return _repeated(entry, conversation)
+    if (keyword := _heard(entry, entry_id, provenance)) is not None:
+        return Received(_lock_conversation(entry.lead_id), keyword=keyword)
     is_first, change = conversation is None, None
-    if open is not None and (conversation is None or conversation.stage is Stage.CLOSED_LOST):
+    is_open = conversation is not None and conversation.stage is not Stage.CLOSED_LOST
+    if open is not None and not is_open and optouts.opted_out(entry.lead_id) is None:
         under = provenance.under("text")
         conversation = open_under(entry.lead_id, open, None, under)
         mine = (StageChange.conversation_id == conversation.id) & (StageChange.key == under.key)
@@ -185,6 +197,19 @@ def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> 
         kept = {"conversation_id": conversation.id, "result": done or None}
         InboxEntry.update(kept).where(InboxEntry.id == entry_id).execute()
     return _result(conversation, change, superseded)
+
+
+def _heard(entry: _Entry, entry_id: int, provenance: Provenance) -> Keyword | None:
+    """Do what a keyword asks for, and return it; None if the text is none.
+
+    It is no word in the conversation: it supersedes no draft, and nobody is to answer it.
+    """
+    keyword = optouts.word(entry.body or "")
+    if keyword is None or not optouts.heard(keyword, entry.lead_id, entry.key, provenance.actor):
+        return None
+    kept = {"conversation_id": None, "result": {"keyword": keyword.value}}
+    InboxEntry.update(kept).where(InboxEntry.id == entry_id).execute()
+    return keyword
 
 
 def _result(
@@ -223,9 +248,9 @@ def _repeated(entry: _Entry, conversation: CloseEngineConversation | None) -> Re
     # After a merge, the texts of the lead that is gone belong to the one that was kept.
     if not is_of_this_lead and (conversation is None or first.conversation_id != conversation.id):
         raise TextOfAnotherLead(entry.key, entry.lead_id, first.lead_id)
-    if conversation is None:
-        return Received(None, duplicate=True)
     done = first.result or {}
+    if conversation is None or "keyword" in done:
+        return Received(conversation, duplicate=True, keyword=Keyword(done["keyword"]) if "keyword" in done else None)
     change = StageChange.get_or_none(StageChange.id == done["change"]) if "change" in done else None
     messages = OutboxMessage.select().where(OutboxMessage.id.in_(done.get("messages", [])))
     actions = PendingAction.select().where(PendingAction.id.in_(done.get("actions", [])))

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import peewee
 
+from close_engine import numbers
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.dialect import Dialect
@@ -39,6 +40,7 @@ from close_engine.errors import (
     ConversationTakenOver,
     InvalidValue,
     KeyReused,
+    LeadNotFound,
     LeaseLost,
     MessageNotDead,
     MessageNotFound,
@@ -155,6 +157,8 @@ class OutboxMessage(BaseModel):
     #: Until when this process holds the lease, by the steady clock.
     _held_until: float | None = None
     _lead_id: str | None = None
+    #: Whether the CRM had another phone number for the lead, when the message was claimed, than the one that is kept.
+    _has_other_number = False
 
     @property
     def lead_id(self) -> str | None:
@@ -480,6 +484,7 @@ def enqueue(
 
     Raises:
         ConversationNotFound: there is no such conversation.
+        LeadOptedOut: it is a text, and the lead opted out of texts.
         ConversationClosed: it is a text, and the conversation is COMPLETED or CLOSED_LOST.
         ConversationTakenOver: it is a text, and a human other than `submitted_by` has taken the conversation over.
         KeyReused: the key was used for a message of another topic.
@@ -552,6 +557,7 @@ _LAST_TEXT = (
 
 
 def _refuse_text(conversation: CloseEngineConversation, submitted_by: str | None) -> None:
+    numbers.refuse(conversation.lead_id)
     if conversation.stage in CLOSED_STAGES:
         raise ConversationClosed(conversation.id, conversation.stage)
     takeover = conversation.takeover()
@@ -645,6 +651,7 @@ def may_leave(message: str = "o") -> str:
     # Subqueries of one value: PostgreSQL may turn EXISTS into a hash of the whole table.
     return f"""CASE WHEN {_is_text(message)} THEN NULLIF(COALESCE((
             SELECT CASE
+                WHEN {numbers.has_opted_out("c.lead_id")} THEN 'the lead opted out'
                 WHEN c.stage IN ('COMPLETED', 'CLOSED_LOST') THEN 'the conversation is closed'
                 WHEN (SELECT h.id FROM {{history}} h
                     WHERE h.conversation_id = {message}.conversation_id AND h.id > {message}.after_change
@@ -695,7 +702,7 @@ def claiming(dialect: Dialect, limit: str, worker: str, only: str, columns: str)
     Args:
         limit, worker: how the most messages to claim and the worker's name are written.
         only: more conditions for a message `o`, or nothing.
-        columns: what to return, and after it the lead.
+        columns: what to return; after it the lead, and whether the CRM has another phone number for it by now.
     """
     is_leased, found = "reason IS NULL AND over = 0", dialect.in_subquery("SELECT message_id FROM next")
     # The cast gives what is returned the affinity of text, without which SQLite does not use the index.
@@ -722,7 +729,10 @@ UPDATE {{outbox}} AS message SET
         CASE WHEN {is_leased} THEN claims + 1 ELSE claims END
     FROM next WHERE message_id = id)
 WHERE id {found}
-RETURNING {columns}, (SELECT c.lead_id FROM close_engine_conversations c WHERE c.id = {conversation})"""
+RETURNING {columns}, (SELECT c.lead_id FROM close_engine_conversations c WHERE c.id = {conversation}),
+    (SELECT CASE WHEN COALESCE(CAST(l.phone AS TEXT), '') <> COALESCE(n.phone, '') THEN 1 ELSE 0 END
+    FROM close_engine_conversations c JOIN {{leads}} l ON l.id = c.lead_id
+    LEFT JOIN {{numbers}} n ON n.lead_id = c.lead_id WHERE c.id = {conversation})"""
 
 
 #: A message whose lease ended without a report may have killed its worker.
@@ -765,7 +775,8 @@ def claim(
     while True:
         before = _steady()
         rows = _claim(limit, seconds, worker, names, suspects)
-        claimed = [message for row in rows if (message := _loaded(row, before + seconds)) is not None]
+        loaded = [message for row in rows if (message := _loaded(row, before + seconds)) is not None]
+        claimed = [message for message in loaded if _may_be_texted(message)]
         if claimed or not rows:
             return _suspect_alone(sorted(claimed, key=lambda message: int(message.id)))
 
@@ -820,9 +831,9 @@ def _as_read(field: Any, row: str = "") -> str:
 
 _COLUMNS = ", ".join(map(_as_read, _READ))
 _CALL_CLAIM = (
-    f"SELECT {', '.join(_as_read(field, '(c.message).') for field in _READ)}, c.lead_id "
+    f"SELECT {', '.join(_as_read(field, '(c.message).') for field in _READ)}, c.lead_id, c.has_other_number "
     "FROM {claim}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) "
-    "AS c (message {outbox}, lead_id text)"
+    "AS c (message {outbox}, lead_id text, has_other_number integer)"
 )
 
 
@@ -842,8 +853,22 @@ def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:
         OutboxMessage(__no_default__=True, **known).give_up(f"the message cannot be read: {_error_text(error)}")
         return None
     message = OutboxMessage(__no_default__=True, **read)
-    message._held_until, message._lead_id = held_until, row[-1]
+    message._held_until = held_until
+    message._lead_id, message._has_other_number = row[-2], bool(row[-1])
     return message
+
+
+def _may_be_texted(message: OutboxMessage) -> bool:
+    """If the CRM has another number for the lead by now, read it, and withdraw a text if that number opted out."""
+    if message.topic not in TEXTS or not message._has_other_number or message._lead_id is None:
+        return True
+    try:
+        opted_out = numbers.find(message._lead_id, numbers.renew(message._lead_id))
+    except LeadNotFound:
+        return True  # deleted at this moment: whoever sends it will see
+    if opted_out is not None:
+        message.withdraw("the lead opted out")
+    return opted_out is None
 
 
 def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:

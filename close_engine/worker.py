@@ -44,15 +44,17 @@ from typing import Any, Protocol
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine import outbox, sweeps
+from close_engine import optouts, outbox, sweeps
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
     CannotBeSent,
     ConfigurationError,
     InvalidValue,
+    LeadNotFound,
     LeaseLost,
     MessageNotFound,
+    RecipientOptedOut,
     SchemaError,
     Snooze,
     first_line,
@@ -589,6 +591,8 @@ class _Shift:
                 provider_id = self.worker.send(message)
         except CannotBeSent as error:
             self._report("failed", message, partial(message.give_up, error))
+        except RecipientOptedOut as error:
+            self._report("withdrawn", message, partial(_opt_out, message, error))
         except Snooze as error:
             self._snooze(message, error)
         except Exception as error:
@@ -649,7 +653,7 @@ class _Shift:
             else:
                 break
         level, why = logging.INFO, message.refusal
-        if event in ("failed", "dropped") or message.status is MessageStatus.DEAD:
+        if event in ("failed", "dropped", "withdrawn") or message.status is MessageStatus.DEAD:
             level, why = logging.WARNING, message.last_error
         if message.status is MessageStatus.DEAD:
             event, level = "dead", logging.ERROR
@@ -685,6 +689,15 @@ def _methods(sender: Any) -> tuple[Sender, Sender | None]:
                 "runs it, such as lambda message: asyncio.run(send(message))."
             )
     return send, find
+
+
+def _opt_out(message: OutboxMessage, error: RecipientOptedOut) -> OutboxMessage:
+    """Record that the provider says that the recipient opted out: first the opt-out, which holds in any case."""
+    lead_id = message.lead_id
+    if lead_id is not None:
+        with suppress(LeadNotFound):
+            optouts.opt_out(lead_id, source="provider")
+    return message.withdraw(f"the recipient opted out{f': {error}' if str(error) else ''}")
 
 
 def _connect() -> None:

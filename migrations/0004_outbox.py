@@ -1,4 +1,4 @@
-"""The outbox, which holds the messages to send, and the inbox, which records what was received already.
+"""The outbox, which holds the messages to send, the inbox, which records what was received, and who opted out.
 
 The SQL is in the files beside this script.
 """

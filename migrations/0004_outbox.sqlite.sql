@@ -1,5 +1,6 @@
 -- The outbox holds the messages to send, the inbox what was received already. Drafts say what whoever wrote a pending action
--- knew, and takeovers which conversations a human leads.
+-- knew, and takeovers which conversations a human leads. Who opted
+-- out is not texted.
 --
 -- Prisma does not see these tables. The partial indexes cover only the messages that still wait, so they stay small no
 -- matter how many were sent.
@@ -53,6 +54,33 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_key_key
     ON close_engine_outbox (conversation_id, "key") WHERE "key" IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_provider_id_key
     ON close_engine_outbox (provider_id) WHERE provider_id IS NOT NULL;
+
+-- The phone number of each lead that is texted: the text that the CRM had, and what was read from it.
+CREATE TABLE IF NOT EXISTS close_engine_numbers (
+    lead_id TEXT NOT NULL PRIMARY KEY,
+    phone TEXT,
+    number TEXT
+);
+CREATE INDEX IF NOT EXISTS close_engine_numbers_number_idx ON close_engine_numbers (number);
+
+-- Who opted out of texts: a row for a lead, and one for its number. It is in force until it is lifted.
+CREATE TABLE IF NOT EXISTS close_engine_optouts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    lead_id TEXT,
+    number TEXT,
+    source TEXT NOT NULL,
+    "key" TEXT,
+    created_at TEXT NOT NULL,
+    lifted_at TEXT,
+    lifted_by TEXT,
+    lifted_key TEXT
+);
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_lead_id_key
+    ON close_engine_optouts (lead_id) WHERE lifted_at IS NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_number_key
+    ON close_engine_optouts (number) WHERE lifted_at IS NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_key_key
+    ON close_engine_optouts (lead_id, "key") WHERE "key" IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS close_engine_inbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,

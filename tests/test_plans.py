@@ -56,6 +56,16 @@ FILL = [
     SELECT 'taken over ' || n, 'owner', now(), CASE WHEN n %% 2 = 0 THEN now() END
     FROM generate_series(1, 20000) n
     """,
+    """
+    INSERT INTO close_engine.numbers (lead_id, phone, number)
+    SELECT 'lead ' || n, '+1555', '+1555' || n FROM generate_series(1, 20000) n
+    """,
+    """
+    INSERT INTO close_engine.optouts (lead_id, number, source, key, created_at, lifted_at)
+    SELECT CASE WHEN n %% 2 = 0 THEN 'gone ' || n END, CASE WHEN n %% 2 = 1 THEN '+1556' || n END, 'text', 'key ' || n,
+        now(), CASE WHEN n %% 3 = 0 THEN now() END
+    FROM generate_series(1, 20000) n
+    """,
     "ANALYZE",
 ]
 

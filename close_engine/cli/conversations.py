@@ -1,4 +1,4 @@
-"""Conversations: print the diagram, show a conversation with its timeline, fire a trigger."""
+"""Conversations: print the diagram, show a conversation with its timeline, fire a trigger, opt a lead out and in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from close_engine import optouts
 from close_engine.cli.app import PlainCommand, app, command, open_migrated
 from close_engine.cli.terminal import cell, console, table
 from close_engine.conversations import CloseEngineConversation
-from close_engine.errors import ConversationNotFound, InvalidValue
+from close_engine.errors import ConversationNotFound, InvalidValue, LeadNotFound
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.models import StageChange
+from close_engine.numbers import OptOut
 
 
 @app.command(cls=PlainCommand)
@@ -39,6 +41,8 @@ def show(
         row = table("column", "value")
         for field in found._meta.sorted_fields:
             row.add_row(field.column_name, cell(found.__data__[field.name]))
+        if lead_opted_out := _opted_out(found.lead_id):
+            row.add_row("opted_out", f"{cell(lead_opted_out.created_at)}, {cell(lead_opted_out.source)}")
         console().print(row, "")
     else:
         print(f"Conversation {conversation!r} was deleted; its history is kept.")
@@ -87,6 +91,53 @@ def fire(
         print(f"Nothing changed: the key {key!r} was already used at {cell(change.created_at)}.")
     else:
         print(f"Conversation {found.id!r} went from {change.source} to {change.dest}.")
+
+
+_LEAD = typer.Argument(metavar="LEAD", help="The id of the lead or of its conversation.")
+_SOURCE = typer.Option(metavar="WHERE", help="Where it was said.")
+_KEY = typer.Option(metavar="KEY", help="Idempotency key: using it again changes nothing.")
+
+
+@command()
+def opt_out(
+    context: typer.Context,
+    lead: Annotated[str, _LEAD],
+    source: Annotated[str, _SOURCE] = "command line",
+    key: Annotated[str | None, _KEY] = None,
+) -> None:
+    """Record that a lead opted out of texts: nothing more is sent to it, nor to its phone number."""
+    open_migrated(context)
+    made = optouts.opt_out(_lead_of(lead), source=source, key=key)
+    if made.lifted_at is None:
+        print(f"Lead {made.lead_id!r} has opted out since {cell(made.created_at)}: nothing more is sent to it.")
+    else:
+        print(f"Nothing changed: the key {key!r} was already used at {cell(made.created_at)}.")
+
+
+@command()
+def opt_in(
+    context: typer.Context,
+    lead: Annotated[str, _LEAD],
+    source: Annotated[str, _SOURCE] = "command line",
+    key: Annotated[str | None, _KEY] = None,
+) -> None:
+    """Record that a lead opted in again: it may be texted. Nothing is opened."""
+    open_migrated(context)
+    lead_id = _lead_of(lead)
+    lifted = optouts.opt_in(lead_id, source=source, key=key)
+    print(f"Lead {lead_id!r} may be texted again." if lifted else "Nothing changed: there was nothing to lift.")
+
+
+def _lead_of(name: str) -> str:
+    conversation = _find(name)
+    return name if conversation is None else conversation.lead_id
+
+
+def _opted_out(lead_id: str) -> OptOut | None:
+    try:
+        return optouts.opted_out(lead_id)
+    except LeadNotFound:  # SQLite may be told not to enforce foreign keys
+        return None
 
 
 def _find(name: str) -> CloseEngineConversation | None:

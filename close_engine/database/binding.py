@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 import sqlite3
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
+from close_engine.carriers import Keyword, lexicon, require_region
 from close_engine.database.dialect import Dialect, identifier
 from close_engine.database.fields import UtcDateTimeField, clean_text, milliseconds
 from close_engine.database.postgresql import POSTGRES
@@ -69,12 +70,19 @@ class Tables:
 
 @dataclass(frozen=True)
 class Binding:
-    """The one piece of global state: what the models are bound to."""
+    """The one piece of global state: what the models are bound to.
+
+    Attributes:
+        region: where phone numbers without a country code are from; None if that is not known.
+        words: the words by which people opt out and in, by their spelling.
+    """
 
     database: peewee.Database
     tables: Tables
     clock: Callable[[], datetime]
     dialect: Dialect
+    region: str | None = None
+    words: Mapping[str, Keyword] = field(default_factory=lexicon)
 
     def sql(self, text: str) -> str:
         """Translate a statement as `Dialect.sql` does, and `{leads}` to the CRM's name of its table of leads."""
@@ -227,6 +235,8 @@ def bind(
     users: str | None = None,
     clients: str | None = None,
     clock: Callable[[], datetime] = utc_now,
+    region: str | None = None,
+    words: Mapping[str, Keyword] | None = None,
 ) -> peewee.Database:
     """Bind every model of this library to your own Peewee database.
 
@@ -235,18 +245,23 @@ def bind(
             guide lists which. Of a DatabaseProxy, the database that it stands for now.
         leads, users, clients: names of the CRM's tables; see `Tables.named` for the defaults.
         clock: a function that returns the current moment with a timezone; tests pass one that they can move.
+        region: two letters, such as US: where phone numbers without a country code are from. The default is the
+            environment variable CLOSE_ENGINE_REGION. It needs the extra `close-engine[phone]`.
+        words: the words by which people opt out and in, instead of the carriers' own; see `close_engine.KEYWORDS`.
 
     Returns:
         the database.
 
     Raises:
-        ConfigurationError: it is no database that this library can use, or a table cannot have the name that is given.
-            What was bound before stays bound.
+        ConfigurationError: it is no database that this library can use, or a table cannot have the name that is given,
+            or there is no such region or keyword. What was bound before stays bound.
     """
     global _binding
     database = _database_in(database)
     dialect = _dialect_of(database)
-    binding = Binding(database, Tables.named(leads, users, clients), clock, dialect)
+    region = region or os.environ.get("CLOSE_ENGINE_REGION") or None
+    require_region(region)
+    binding = Binding(database, Tables.named(leads, users, clients), clock, dialect, region, lexicon(words))
     _check_names(binding.tables, dialect)
     dialect.prepare(database)
     # The migrations read the names from the database object: they import nothing from this package.

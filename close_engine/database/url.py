@@ -15,6 +15,7 @@ from playhouse import db_url
 from playhouse.pool import PooledDatabase
 from psycopg2.extensions import parse_dsn
 
+from close_engine.carriers import Keyword
 from close_engine.database.binding import bind, utc_now
 from close_engine.database.sqlite import WalConnection
 from close_engine.errors import ConfigurationError
@@ -45,6 +46,8 @@ def connect(
     users: str | None = None,
     clients: str | None = None,
     clock: Callable[[], datetime] = utc_now,
+    region: str | None = None,
+    words: Mapping[str, Keyword] | None = None,
 ) -> peewee.Database:
     """Make a Peewee database from a URL and bind every model to it. It opens connections as they are needed.
 
@@ -52,17 +55,17 @@ def connect(
         url: `postgresql://user:password@host/name`, as in Prisma's DATABASE_URL, or `sqlite:///file.db`; the default
             is the environment variable CLOSE_ENGINE_DATABASE, or else `sqlite:///close_engine.db`.
             `postgresql+pool://…` keeps a pool of connections (see playhouse.db_url).
-        leads, users, clients, clock: as for `bind`.
+        leads, users, clients, clock, region, words: as for `bind`.
 
     Returns:
         the database.
 
     Raises:
-        ConfigurationError: the URL cannot be used, or a table cannot have the name that is given. No error shows the
-            URL's password.
+        ConfigurationError: the URL cannot be used, or one of the others. No error shows the URL's password.
     """
     url = url or os.environ.get("CLOSE_ENGINE_DATABASE") or DEFAULT_URL
-    return bind(database_from(url), leads=leads, users=users, clients=clients, clock=clock)
+    database = database_from(url)
+    return bind(database, leads=leads, users=users, clients=clients, clock=clock, region=region, words=words)
 
 
 def without_password(url: str) -> str:

@@ -1,0 +1,179 @@
+"""Which phone number each lead has that is texted, and which leads and numbers opted out.
+
+A lead's number is kept with the text that it was read from. Where the CRM has another text by now, it is read again.
+`close_engine.optouts` writes the opt-outs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import peewee
+
+from close_engine.carriers import e164
+from close_engine.database.binding import current
+from close_engine.database.fields import TextField, UtcDateTimeField
+from close_engine.database.reading import is_unreadable
+from close_engine.errors import LeadNotFound, LeadOptedOut, UnreadableRow
+from close_engine.models import BaseModel, Lead
+
+__all__ = [
+    "LeadNumber",
+    "OptOut",
+    "find",
+    "has_opted_out",
+    "keep",
+    "number_of",
+    "phone_of",
+    "refuse",
+    "renew",
+    "sharing",
+    "texted",
+]
+
+
+class LeadNumber(BaseModel):
+    """The phone number of a lead: a row of the table `numbers`.
+
+    Attributes:
+        id: the lead's id.
+        phone: what stood in the CRM when the number was read from it.
+        number: the number in E.164; None if there was none.
+    """
+
+    id = TextField[str](primary_key=True, column_name="lead_id")
+    phone = TextField["str | None"](null=True)
+    number = TextField["str | None"](null=True)
+
+    class Meta:
+        table_name = "numbers"
+        own_table = "numbers"
+
+
+LeadNumber.add_index(LeadNumber.number)
+
+
+class OptOut(BaseModel):
+    """An opt-out of a lead or of a phone number: a row of the table `optouts`. It is in force until it is lifted.
+
+    Attributes:
+        lead_id: the lead that opted out; None if the row is about a number.
+        number: the number in E.164 that opted out; None if the row is about a lead.
+        source: where it was said, as given: `text`, `provider`, or your own word.
+        key: the idempotency key that was given.
+        created_at: when it was recorded.
+        lifted_at: when the lead opted in again; None while the opt-out is in force.
+        lifted_by: where that was said, as given.
+        lifted_key: the idempotency key that was given then.
+    """
+
+    id: Any = peewee.BigAutoField()
+    lead_id = TextField["str | None"](null=True)
+    number = TextField["str | None"](null=True)
+    source = TextField[str]()
+    key = TextField["str | None"](null=True)
+    created_at = UtcDateTimeField[datetime]()
+    lifted_at = UtcDateTimeField["datetime | None"](null=True)
+    lifted_by = TextField["str | None"](null=True)
+    lifted_key = TextField["str | None"](null=True)
+
+    class Meta:
+        table_name = "optouts"
+        own_table = "optouts"
+
+
+_IN_FORCE = OptOut.lifted_at.is_null()
+OptOut.add_index(OptOut.lead_id, unique=True, where=_IN_FORCE)
+OptOut.add_index(OptOut.number, unique=True, where=_IN_FORCE)
+OptOut.add_index(OptOut.lead_id, OptOut.key, unique=True, where=OptOut.key.is_null(False))
+
+
+def has_opted_out(lead: str) -> str:
+    """Return the SQL that says whether a lead opted out, or the number that is kept for it.
+
+    Args:
+        lead: the lead's id in the statement.
+    """
+    # Subqueries of one value: PostgreSQL may turn EXISTS into a hash of the whole table.
+    return f"""COALESCE((SELECT p.id FROM {{optouts}} p WHERE p.lead_id = {lead} AND p.lifted_at IS NULL),
+                    (SELECT p.id FROM {{numbers}} n JOIN {{optouts}} p ON p.number = n.number
+                    WHERE n.lead_id = {lead} AND p.lifted_at IS NULL)) IS NOT NULL"""
+
+
+def phone_of(lead_id: str) -> str | None:
+    """Read what the CRM has as a lead's phone number; None if there is nothing, or nothing that can be read.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+    """
+    try:
+        # As text, whatever the type of the CRM's column is.
+        row = Lead.select(Lead.phone.cast("TEXT").alias("text")).where(Lead.id == lead_id).tuples().first()
+    except Exception as error:
+        if isinstance(error, UnreadableRow) or is_unreadable(error):
+            return None
+        raise
+    if row is None:
+        raise LeadNotFound(lead_id)
+    phone: str | None = row[0]
+    return phone
+
+
+def number_of(phone: str | None) -> str | None:
+    """Return a number in E.164, by the region that is bound."""
+    return e164(phone, current().region)
+
+
+def keep(lead_id: str, phone: str | None) -> str | None:
+    """Keep the number of a lead, and return it."""
+    number = number_of(phone)
+    kept = "INSERT INTO {numbers} (lead_id, phone, number) VALUES (%s, %s, %s) ON CONFLICT (lead_id) DO UPDATE "
+    current().execute(f"{kept} SET phone = EXCLUDED.phone, number = EXCLUDED.number", (lead_id, phone, number))
+    return number
+
+
+def renew(lead_id: str) -> str | None:
+    """Read the number of a lead again, and keep it. Raises what `phone_of` raises."""
+    return keep(lead_id, phone_of(lead_id))
+
+
+def texted(lead_id: str) -> list[str]:
+    """Return the numbers at which a lead may have been texted: the one of now, and the one that is kept.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+    """
+    kept = LeadNumber.get_or_none(LeadNumber.id == lead_id)
+    found = {number_of(phone_of(lead_id)), None if kept is None else kept.number}
+    return sorted(number for number in found if number is not None)
+
+
+def sharing(lead_id: str, numbers: Sequence[str]) -> list[str]:
+    """Return the ids of a lead and of the other leads for which one of these numbers is kept."""
+    others = LeadNumber.select(LeadNumber.id).where(LeadNumber.number.in_(numbers) & (LeadNumber.id != lead_id))
+    return [lead_id, *(other.id for other in others)]
+
+
+def find(lead_id: str, number: str | None) -> OptOut | None:
+    """Return the opt-out of a lead or of a number that is in force, the lead's first; None if there is none."""
+    about = OptOut.lead_id == lead_id
+    if number is not None:
+        about |= OptOut.number == number
+    in_force = OptOut.select().where(_IN_FORCE & about).order_by(OptOut.lead_id.is_null(), OptOut.id)
+    found: OptOut | None = in_force.first()
+    return found
+
+
+def refuse(lead_id: str) -> None:
+    """Refuse a text to a lead that opted out.
+
+    Raises:
+        LeadOptedOut: it did.
+    """
+    # The cast says what type the value has.
+    asked = f"SELECT {has_opted_out('CAST(%s AS TEXT)')}"
+    (has,) = current().execute(asked, (lead_id, lead_id)).fetchone()
+    if has:
+        raise LeadOptedOut(lead_id)

@@ -1,0 +1,215 @@
+"""Opting out of texts, and in again: by the lead's own word, by the provider's, or by yours.
+
+    opt_out(lead, source="phone call")                  # nothing more is sent to the lead, nor to its number
+    opted_out(lead)                                     # the OptOut that is in force, or None
+    opt_in(lead, source="web form")
+
+An opt-out closes the lead's conversation as lost and withdraws what waits. It is about the lead and about its phone
+number: another lead with that number cannot be texted either. `receive` does this for a text that is a keyword:
+
+>>> from close_engine.database.url import connect
+>>> database = connect("sqlite:///:memory:")
+>>> word("Stop.")
+<Keyword.OPT_OUT: 'OPT_OUT'>
+>>> word("Stop by at five") is None
+True
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import peewee
+
+from close_engine import numbers
+from close_engine.carriers import Keyword, spelling
+from close_engine.conversations import CloseEngineConversation
+from close_engine.database.binding import current, is_transient
+from close_engine.database.fields import clean_text
+from close_engine.database.provenance import Provenance
+from close_engine.database.transaction import atomic, run_after_commit
+from close_engine.errors import InvalidValue
+from close_engine.firing import change_stage
+from close_engine.models import Lead
+from close_engine.numbers import OptOut
+from close_engine.outbox import TEXTS
+from close_engine.stages import CLOSED_STAGES
+
+__all__ = ["REASON", "heard", "hold", "opt_in", "opt_out", "opted_out", "word"]
+
+#: What `closed_lost_reason` says of a conversation that an opt-out closed.
+REASON = "opted out"
+
+
+def opt_out(lead: Lead | str, *, source: str, key: str | None = None) -> OptOut:
+    """Record that a lead opted out of texts: nothing more is sent to it, nor to its phone number.
+
+    Its conversation, and those of other leads with its number, become CLOSED_LOST. What waits in them is withdrawn. All
+    of it is one transaction. If the lead opted out before, what is missing of it is done. If a hook fails, its
+    conversation stays open, and the hook's error is raised after the commit; nothing leaves that conversation.
+
+    Args:
+        lead: the lead, or its id.
+        source: where it was said, in your own words; it is the actor in the history.
+        key: idempotency key. Using it again for the lead changes nothing, even if the lead has opted in since.
+
+    Returns:
+        the OptOut of the lead.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+        AfterCommitError: the opt-out is committed, but a hook failed.
+        InvalidValue: an argument cannot be stored.
+    """
+    return _opt_out(_id_of(lead), _said("source", source), Provenance(key=key).key, source)
+
+
+def opt_in(lead: Lead | str, *, source: str, key: str | None = None) -> bool:
+    """Record that a lead opted in again: the opt-outs of the lead and of its phone number are lifted.
+
+    Nothing is opened: call `open_conversation` to begin again.
+
+    Args:
+        lead: the lead, or its id.
+        source: where it was said, in your own words.
+        key: idempotency key. Using it again for the lead changes nothing, even if the lead has opted out since.
+
+    Returns:
+        whether there was anything to lift.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+        InvalidValue: an argument cannot be stored.
+    """
+    return _opt_in(_id_of(lead), _said("source", source), Provenance(key=key).key)
+
+
+def opted_out(lead: Lead | str) -> OptOut | None:
+    """Return the opt-out that keeps a lead from being texted: its own, or that of its number; None if there is none.
+
+    Args:
+        lead: the lead, or its id.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+    """
+    lead_id = _id_of(lead)
+    return numbers.find(lead_id, numbers.number_of(numbers.phone_of(lead_id)))
+
+
+def word(text: str) -> Keyword | None:
+    """Return what a text asks for, if all of it is a keyword. `bind` takes other keywords than the carriers' own."""
+    return current().words.get(spelling(text))
+
+
+def hold(lead_id: str) -> list[CloseEngineConversation]:
+    """Inside a transaction, lock the conversations of a lead and of all leads with its number, always in one order.
+
+    A conversation that cannot be read is not among them.
+
+    Raises:
+        LeadNotFound: there is no such lead.
+    """
+    model, leads = CloseEngineConversation, numbers.sharing(lead_id, numbers.texted(lead_id))
+    return list(current().for_update(model.select().readable().where(model.lead.in_(leads)).order_by(model.id)))
+
+
+def heard(keyword: Keyword, lead_id: str, key: str | None, actor: str | None) -> bool:
+    """Do what a lead's text asks for. Return whether that was all it says.
+
+    START is a text like any other if there is no opt-out to lift. HELP needs no answer of ours: the carrier gives it.
+    """
+    if keyword is Keyword.OPT_OUT:
+        _opt_out(lead_id, "text", key, actor)
+        return True
+    return keyword is Keyword.HELP or _opt_in(lead_id, "text", key)
+
+
+def _opt_out(lead_id: str, source: str, key: str | None, actor: str | None) -> OptOut:
+    with atomic():
+        conversations = hold(lead_id)
+        if key is not None and (first := _recorded_under(key, lead_id)) is not None:
+            return first
+        for conversation in conversations:
+            _close(conversation, actor)
+        texted = numbers.texted(lead_id)
+        numbers.renew(lead_id)
+        recorded = [_record(lead_id, None, source, key), *(_record(None, number, source, None) for number in texted)]
+        if any(recorded):
+            _publish("lead:opted_out", lead_id, source)
+        made = numbers.find(lead_id, None)
+        assert made is not None
+        return made
+
+
+def _recorded_under(key: str, lead_id: str) -> OptOut | None:
+    first: OptOut | None = OptOut.get_or_none((OptOut.lead_id == lead_id) & (OptOut.key == key))
+    return first
+
+
+_WITHDRAW = f"""UPDATE {{outbox}} SET status = 'WITHDRAWN', last_error = 'the lead opted out'
+    WHERE conversation_id = %s AND status = 'PENDING' AND leased_by IS NULL
+        AND topic IN ({", ".join(f"'{topic.value}'" for topic in TEXTS)})"""
+
+
+def _close(conversation: CloseEngineConversation, actor: str | None) -> None:
+    """Withdraw what waits in a conversation, and close it."""
+    current().execute(_WITHDRAW, (conversation.id,))
+    if conversation.stage in CLOSED_STAGES:
+        return
+    try:
+        with atomic():
+            change_stage(conversation, "close_lost", {"closed_lost_reason": REASON}, Provenance(actor, REASON))
+    except Exception as error:
+        if is_transient(error):
+            raise
+        # A hook of the user's failed. The opt-out must hold all the same.
+        run_after_commit(partial(_raise, error))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _record(lead_id: str | None, number: str | None, source: str, key: str | None) -> bool:
+    """Record an opt-out of a lead or of a number. Return False if it has opted out."""
+    insert = 'INSERT INTO {optouts} (lead_id, number, source, "key", created_at) VALUES (%s, %s, %s, %s, {moment}) '
+    values = (lead_id, number, source, key)
+    return current().execute(f"{insert} ON CONFLICT DO NOTHING RETURNING id", values).fetchone() is not None
+
+
+#: A row that bans nothing: it remembers the key of an opt-in that had nothing to lift.
+_REMEMBER = """INSERT INTO {optouts} (lead_id, source, created_at, lifted_at, lifted_by, lifted_key)
+    VALUES (%s, %s, {moment}, {moment}, %s, %s)"""
+
+
+def _opt_in(lead_id: str, source: str, key: str | None) -> bool:
+    with atomic():
+        number = numbers.number_of(numbers.phone_of(lead_id))
+        about = OptOut.lead_id.in_(numbers.sharing(lead_id, [number] if number is not None else []))
+        if number is not None:
+            about |= OptOut.number == number
+        if key is not None and OptOut.select().where(about & (OptOut.lifted_key == key)).exists():
+            return False
+        lifting = {"lifted_at": peewee.SQL(current().sql("{moment}")), "lifted_by": source, "lifted_key": key}
+        lifted = OptOut.update(lifting).where(about & OptOut.lifted_at.is_null()).execute()
+        if lifted:
+            _publish("lead:opted_in", lead_id, source)
+        if key is not None and not lifted:
+            current().execute(_REMEMBER, (lead_id, source, source, key))
+        return bool(lifted)
+
+
+def _publish(event: str, lead_id: str, source: str) -> None:
+    """Tell whoever subscribed to the event, in the transaction of the opt-out."""
+
+
+def _id_of(lead: Lead | str) -> str:
+    return str(lead.id) if isinstance(lead, Lead) else lead
+
+
+def _said(label: str, value: Any) -> str:
+    if not clean_text(label, value).strip():
+        raise InvalidValue(label, value, "it must say where it was said")
+    return str(value)
