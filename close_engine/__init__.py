@@ -2,7 +2,7 @@
 
 from types import FunctionType
 
-from close_engine import outbox, schema
+from close_engine import outbox, schema, subscriptions
 from close_engine.approvals import (
     APPROVAL_FIRST,
     DEFAULT_EXPIRY,
@@ -73,10 +73,12 @@ from close_engine.stages import (
     ActionType,
     AutonomyLevel,
     EntryPoint,
+    Event,
     IfLeadWrites,
     MessageStatus,
     Stage,
 )
+from close_engine.subscriptions import Subscription, subscribe, unsubscribe
 from close_engine.sweeps import (
     Swept,
     expire_actions,
@@ -121,6 +123,7 @@ __all__ = [
     "GuardMissing",
     "DEFAULT_EXPIRY",
     "EntryPoint",
+    "Event",
     "expire_actions",
     "Facts",
     "FindingSender",
@@ -179,6 +182,9 @@ __all__ = [
     "stall_silent",
     "Stamp",
     "submit",
+    "subscribe",
+    "Subscription",
+    "subscriptions",
     "supersede_drafts",
     "surplus_payments",
     "sweep",
@@ -193,6 +199,7 @@ __all__ = [
     "TRANSITIONS",
     "UnknownTrigger",
     "UnreadableRow",
+    "unsubscribe",
     "User",
     "UserNotFound",
     "verify",

@@ -6,7 +6,8 @@
 ...     '''Runs in the transaction of the stage change: if it raises, the change never happened.'''
 >>> order_site.remove()
 
-Hooks are registered per process, like Peewee's signals: register them where your worker starts.
+Hooks are registered per process, like Peewee's signals: register them where your worker starts. They do not see what
+other processes, the CRM's screen and the database's triggers do: for what must always follow, `subscribe`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ _after_commit: dict[Stage, list[Hook]] = {}
 def on_exit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, Transition], object]], Hook]:
     """Run the function before a conversation leaves one of these stages, in the same transaction.
 
-    It is called with the conversation and the Transition that is about to be made. If it raises, the stage stays.
+    It is called with the conversation and the Transition that is about to be made. If it raises, the stage stays. It
+    does not see what other processes and the database's triggers do.
 
     Args:
         stages: at least one Stage.
@@ -72,7 +74,8 @@ def on_exit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, Tran
 def on_enter(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation, StageChange], object]], Hook]:
     """Run the function after a conversation has entered one of these stages, in the same transaction.
 
-    It is called with the conversation and the StageChange just written. If it raises, the stage change is undone.
+    It is called with the conversation and the StageChange just written. If it raises, the stage change is undone. It
+    does not see what other processes and the database's triggers do: for what must always follow, `subscribe`.
 
     Args:
         stages: at least one Stage.
@@ -90,7 +93,7 @@ def after_commit(*stages: Stage) -> Callable[[Callable[[CloseEngineConversation,
     """Run the function once a change to one of these stages is committed, and never if it is rolled back.
 
     It is called with the conversation and the StageChange. A crash right after the commit loses the call: for work that
-    must not be lost, use the outbox.
+    must not be lost, `subscribe`. It does not see what other processes and the database's triggers do.
 
     Args:
         stages: at least one Stage.

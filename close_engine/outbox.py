@@ -19,7 +19,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -32,7 +32,7 @@ from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text
-from close_engine.database.provenance import Provenance, own_key
+from close_engine.database.provenance import Provenance
 from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
     ConversationClosed,
@@ -49,10 +49,9 @@ from close_engine.errors import (
     UnknownTrigger,
     UnreadableRow,
 )
-from close_engine.hooks import Hook, on_enter
 from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, Lead, StageChange
-from close_engine.stages import CLOSED_STAGES, ActionType, AutonomyLevel, IfLeadWrites, MessageStatus, Stage
+from close_engine.stages import CLOSED_STAGES, ActionType, AutonomyLevel, IfLeadWrites, MessageStatus
 
 __all__ = [
     "DeadLine",
@@ -61,7 +60,6 @@ __all__ = [
     "claimable",
     "dead_lines",
     "due_in",
-    "effect",
     "enqueue",
     "requeue",
     "requeue_all",
@@ -587,39 +585,6 @@ def require_words(label: str, text: str) -> str:
     if not clean_text(label, text).strip():
         raise InvalidValue(label, text, "a text must have words")
     return text
-
-
-def effect(
-    *stages: Stage,
-    topic: str,
-    payload: Mapping[str, Any] | Callable[[CloseEngineConversation, StageChange], Mapping[str, Any]] | None = None,
-    send_after: timedelta | None = None,
-) -> Hook:
-    """Enqueue an effect whenever a conversation enters one of these stages, in the transaction of the stage change.
-
-    Args:
-        stages: Stage, one or more.
-        topic: str, what your sender should do, for example `build_site`.
-        payload: mapping with what the sender needs, or a function that gets the conversation and the StageChange and
-            returns one.
-        send_after: timedelta, how long to wait.
-
-    Returns:
-        Hook; call its `remove()` to stop.
-    """
-
-    @on_enter(*stages)
-    def enqueue_effect(conversation: CloseEngineConversation, change: StageChange) -> None:
-        made = payload(conversation, change) if callable(payload) else payload
-        _enqueue(
-            conversation.id,
-            send_after,
-            topic=topic,
-            payload=made,
-            key=own_key("effect", topic, change.id),
-        )
-
-    return enqueue_effect
 
 
 def _is_text(message: str) -> str:

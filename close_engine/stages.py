@@ -19,6 +19,7 @@ __all__ = [
     "ActionType",
     "AutonomyLevel",
     "EntryPoint",
+    "Event",
     "IfLeadWrites",
     "MessageStatus",
     "Stage",
@@ -26,7 +27,7 @@ __all__ = [
 
 
 class Word(str, Enum):
-    """An enum that is stored as text: the value of each member is what `str()` returns."""
+    """An enum that is stored as text: the value of each member, which is what `str()` returns."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -111,3 +112,26 @@ class MessageStatus(Word):
     SENT = "SENT"
     DEAD = "DEAD"
     WITHDRAWN = "WITHDRAWN"
+
+
+class Event(Word):
+    """What can be subscribed to besides entering a stage, which is `stage:entered`.
+
+    An action is superseded if the lead wrote after it was drafted. A message is dead if it was given up.
+    """
+
+    STAGE_ENTERED = "stage:entered"
+    ACTION_PENDING = "action:pending"
+    ACTION_APPROVED = "action:approved"
+    ACTION_REJECTED = "action:rejected"
+    ACTION_EXPIRED = "action:expired"
+    ACTION_SUPERSEDED = "action:superseded"
+    ACTION_EXPIRING = "action:expiring"
+    MESSAGE_DEAD = "message:dead"
+    LEAD_WROTE = "lead:wrote"
+    LEAD_OPTED_OUT = "lead:opted_out"
+    LEAD_OPTED_IN = "lead:opted_in"
+    PAYMENT_RECORDED = "payment:recorded"
+    PAYMENT_SURPLUS = "payment:surplus"
+    CONVERSATION_TAKEN_OVER = "conversation:taken_over"
+    CONVERSATION_HANDED_BACK = "conversation:handed_back"

@@ -1,4 +1,5 @@
 DROP TABLE close_engine_deadlines;
+DROP TABLE IF EXISTS close_engine_subscriptions;
 DROP TABLE close_engine_context;
 DROP TABLE close_engine_history;
 DROP TABLE close_engine_transitions;

@@ -3,11 +3,14 @@
 -- Prisma drops what it finds in its own schema and does not declare, so these tables are in a separate one.
 
 -- The guard allows exactly these changes. The Python machine has the same table, and a test compares the two.
+-- `subscribed` is whether anything is to follow when `dest` is entered: a trigger on the subscriptions keeps it, so that
+-- one look-up answers both.
 CREATE TABLE IF NOT EXISTS close_engine.transitions (
     machine text NOT NULL,
     trigger text NOT NULL,
     source text NOT NULL,
     dest text NOT NULL,
+    subscribed boolean NOT NULL DEFAULT false,
     PRIMARY KEY (machine, source, dest)
 );
 
@@ -41,6 +44,17 @@ CREATE TABLE IF NOT EXISTS close_engine.deadlines (
     PRIMARY KEY (trigger, subject_id)
 );
 CREATE INDEX IF NOT EXISTS deadlines_at_idx ON close_engine.deadlines (trigger, at);
+
+-- What is to be put into the outbox when something happens. The stage is '' for events that have none, and send_after is
+-- in milliseconds.
+CREATE TABLE IF NOT EXISTS close_engine.subscriptions (
+    topic text NOT NULL,
+    event text NOT NULL,
+    stage text NOT NULL DEFAULT '',
+    payload jsonb,
+    send_after bigint NOT NULL DEFAULT 0,
+    PRIMARY KEY (event, stage, topic)
+);
 
 INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('conversation', 'start_qualifying', 'INITIATED', 'QUALIFYING'),

@@ -3,11 +3,13 @@
 -- SQLite has no schemas, so the library's tables have the prefix close_engine_.
 
 -- The guard allows exactly these changes. The Python machine has the same table, and a test compares the two.
+-- `subscribed` is whether anything is to follow when `dest` is entered: triggers on the subscriptions keep it.
 CREATE TABLE IF NOT EXISTS close_engine_transitions (
     machine TEXT NOT NULL,
     "trigger" TEXT NOT NULL,
     source TEXT NOT NULL,
     dest TEXT NOT NULL,
+    subscribed INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (machine, source, dest)
 );
 
@@ -49,6 +51,17 @@ CREATE TABLE IF NOT EXISTS close_engine_deadlines (
     PRIMARY KEY ("trigger", subject_id)
 );
 CREATE INDEX IF NOT EXISTS close_engine_deadlines_at_idx ON close_engine_deadlines ("trigger", at);
+
+-- What is to be put into the outbox when something happens. The stage is '' for events that have none, and send_after is
+-- in milliseconds.
+CREATE TABLE IF NOT EXISTS close_engine_subscriptions (
+    topic TEXT NOT NULL,
+    event TEXT NOT NULL,
+    stage TEXT NOT NULL DEFAULT '',
+    payload TEXT,
+    send_after INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (event, stage, topic)
+);
 
 INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
     ('conversation', 'start_qualifying', 'INITIATED', 'QUALIFYING'),

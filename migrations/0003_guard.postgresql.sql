@@ -122,6 +122,7 @@ DECLARE
     later boolean;
     context jsonb;
     fired text;
+    followed boolean;
     ours boolean;
     recorded text;
 BEGIN
@@ -209,7 +210,7 @@ BEGIN
         RETURN NEW;
     END IF;
 
-    SELECT t.trigger INTO fired FROM close_engine.transitions t
+    SELECT t.trigger, t.subscribed INTO fired, followed FROM close_engine.transitions t
     WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage;
     IF NOT FOUND THEN
         -- What was there before the guard may be no stage. Any stage may take its place, and the history begins anew.
@@ -285,6 +286,10 @@ BEGIN
         CASE WHEN context IS NULL THEN close_engine.actor() ELSE context ->> 'actor' END,
         context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment)
     RETURNING id INTO recorded;
+    IF followed THEN
+        PERFORM close_engine.publish('stage:entered', NEW.stage, NEW.id, recorded, pg_catalog.jsonb_build_object(
+            'change_id', recorded::bigint, 'from', OLD.stage, 'to', NEW.stage, 'trigger', fired));
+    END IF;
     IF ours THEN
         recorded := pg_catalog.set_config('close_engine.context', '[' || recorded || ', "'
             || pg_catalog.to_char(moment, 'YYYY-MM-DD HH24:MI:SS.MS') || '"]', true);
@@ -325,6 +330,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body
 DECLARE
     moment timestamp := close_engine.moment();
     context jsonb;
+    recorded bigint;
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.close_engine_conversations$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
@@ -339,7 +345,13 @@ BEGIN
         (conversation_id, lead_id, trigger, source, dest, actor, reason, metadata, key, created_at)
     VALUES (NEW.id, NEW.lead_id, 'open', NULL, NEW.stage,
         CASE WHEN context IS NULL THEN close_engine.actor() ELSE context ->> 'actor' END,
-        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment);
+        context ->> 'reason', nullif(context -> 'metadata', 'null'), context ->> 'key', moment)
+    RETURNING id INTO recorded;
+    IF EXISTS (SELECT FROM close_engine.transitions t
+               WHERE t.machine = 'conversation' AND t.dest = NEW.stage AND t.subscribed) THEN
+        PERFORM close_engine.publish('stage:entered', NEW.stage, NEW.id, recorded::text,
+            pg_catalog.jsonb_build_object('change_id', recorded, 'to', NEW.stage, 'trigger', 'open'));
+    END IF;
     DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
     IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
         INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('stall', NEW.id, moment);

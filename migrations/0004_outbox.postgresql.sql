@@ -221,3 +221,68 @@ CREATE TABLE IF NOT EXISTS close_engine.takeovers (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS takeovers_conversation_id_key
     ON close_engine.takeovers (conversation_id) WHERE handed_back_at IS NULL;
+
+-- Effects: what is subscribed to an event is put into the outbox in the event's transaction, no matter who causes it, and
+-- once: `fact` tells this event from any other of its kind. The payload is the subscription's own, with the facts.
+CREATE OR REPLACE FUNCTION close_engine.publish(
+    event text, stage text, conversation_id text, fact text, facts jsonb
+) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+#variable_conflict use_column
+DECLARE
+    moment timestamp := close_engine.moment();
+BEGIN
+    INSERT INTO close_engine.outbox (conversation_id, topic, payload, key, created_at, available_at)
+    SELECT publish.conversation_id, s.topic,
+        coalesce(s.payload, '{}') || pg_catalog.jsonb_build_object('event', publish.event)
+            || pg_catalog.jsonb_strip_nulls(publish.facts),
+        'close_engine:effect:' || s.topic || ':' || publish.event || ':' || publish.fact,
+        moment, moment + s.send_after * interval '1 millisecond'
+    FROM close_engine.subscriptions s WHERE s.event = publish.event AND s.stage = publish.stage
+    ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
+END
+$body$;
+
+-- Keep the mark at the stages that are subscribed to. The lock is for two who subscribe and unsubscribe at once: neither
+-- would see what the other has not committed.
+CREATE OR REPLACE FUNCTION close_engine.follow_subscriptions() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.subscriptions'::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.subscriptions');
+    END IF;
+    PERFORM pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('close_engine.subscriptions'::text)::bigint);
+    UPDATE close_engine.transitions t SET subscribed = NOT t.subscribed
+    WHERE t.machine = 'conversation' AND t.subscribed <> EXISTS (
+        SELECT FROM close_engine.subscriptions s WHERE s.event = 'stage:entered' AND s.stage = t.dest);
+    RETURN NULL;
+END
+$body$;
+
+-- A message that is dead may be requeued and die again: that is another event. One that tells of a dead message and dies
+-- itself is none, because nobody might ever be told.
+CREATE OR REPLACE FUNCTION close_engine.follow_death() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.outbox'::text) THEN
+        PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.outbox');
+    END IF;
+    IF NEW.key LIKE 'close_engine:effect:%:message:dead:%' THEN
+        RETURN NULL;
+    END IF;
+    PERFORM close_engine.publish('message:dead', '', NEW.conversation_id, NEW.id || ':' || NEW.claims,
+        pg_catalog.jsonb_build_object('message_id', NEW.id, 'topic', NEW.topic, 'error', NEW.last_error));
+    RETURN NULL;
+END
+$body$;
+REVOKE EXECUTE ON FUNCTION close_engine.follow_subscriptions(), close_engine.follow_death() FROM PUBLIC;
+CREATE OR REPLACE TRIGGER close_engine_subscribed AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE
+    ON close_engine.subscriptions FOR EACH STATEMENT EXECUTE FUNCTION close_engine.follow_subscriptions();
+CREATE OR REPLACE TRIGGER close_engine_dead AFTER UPDATE ON close_engine.outbox FOR EACH ROW
+    WHEN (NEW.status = 'DEAD' AND OLD.status <> 'DEAD')
+    EXECUTE FUNCTION close_engine.follow_death();
+
+-- Whatever happened while there was no trigger.
+UPDATE close_engine.transitions t SET subscribed = NOT t.subscribed
+WHERE t.machine = 'conversation' AND t.subscribed <> EXISTS (
+    SELECT FROM close_engine.subscriptions s WHERE s.event = 'stage:entered' AND s.stage = t.dest);

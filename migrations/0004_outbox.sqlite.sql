@@ -121,3 +121,80 @@ CREATE TABLE IF NOT EXISTS close_engine_takeovers (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_takeovers_conversation_id_key
     ON close_engine_takeovers (conversation_id) WHERE handed_back_at IS NULL;
+
+-- Effects: what is subscribed to an event is put into the outbox in the event's transaction, no matter who causes it, and
+-- once: `fact` tells this event from any other of its kind. The payload is the subscription's own, with the facts. SQLite
+-- has no functions of its own: what happens is inserted into a view that holds nothing.
+CREATE VIEW IF NOT EXISTS close_engine_events AS
+    SELECT '' AS event, '' AS stage, '' AS conversation_id, '' AS fact, '{}' AS facts WHERE 0;
+
+DROP TRIGGER IF EXISTS close_engine_publish;
+CREATE TRIGGER close_engine_publish
+INSTEAD OF INSERT ON close_engine_events
+BEGIN
+    INSERT INTO close_engine_outbox (conversation_id, topic, payload, "key", created_at, available_at)
+    SELECT NEW.conversation_id, s.topic,
+        json_patch(coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts)),
+        'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact,
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.send_after / 1000.0))
+    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage
+    ON CONFLICT (conversation_id, "key") WHERE "key" IS NOT NULL DO NOTHING;
+END;
+
+DROP TRIGGER IF EXISTS close_engine_entered;
+CREATE TRIGGER close_engine_entered
+AFTER INSERT ON close_engine_history
+WHEN NEW."trigger" <> 'adopted' AND EXISTS (
+    SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation' AND dest = NEW.dest AND subscribed)
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    VALUES ('stage:entered', NEW.dest, NEW.conversation_id, NEW.id, json_object(
+        'change_id', NEW.id, 'from', NEW.source, 'to', NEW.dest, 'trigger', NEW."trigger"));
+END;
+
+-- Keep the mark at the stages that are subscribed to.
+DROP TRIGGER IF EXISTS close_engine_subscribed_insert;
+CREATE TRIGGER close_engine_subscribed_insert
+AFTER INSERT ON close_engine_subscriptions
+BEGIN
+    UPDATE close_engine_transitions SET subscribed = NOT subscribed
+    WHERE machine = 'conversation' AND subscribed <> EXISTS (
+        SELECT 1 FROM close_engine_subscriptions s WHERE s.event = 'stage:entered' AND s.stage = dest);
+END;
+
+DROP TRIGGER IF EXISTS close_engine_subscribed_update;
+CREATE TRIGGER close_engine_subscribed_update
+AFTER UPDATE ON close_engine_subscriptions
+BEGIN
+    UPDATE close_engine_transitions SET subscribed = NOT subscribed
+    WHERE machine = 'conversation' AND subscribed <> EXISTS (
+        SELECT 1 FROM close_engine_subscriptions s WHERE s.event = 'stage:entered' AND s.stage = dest);
+END;
+
+DROP TRIGGER IF EXISTS close_engine_subscribed_delete;
+CREATE TRIGGER close_engine_subscribed_delete
+AFTER DELETE ON close_engine_subscriptions
+BEGIN
+    UPDATE close_engine_transitions SET subscribed = NOT subscribed
+    WHERE machine = 'conversation' AND subscribed <> EXISTS (
+        SELECT 1 FROM close_engine_subscriptions s WHERE s.event = 'stage:entered' AND s.stage = dest);
+END;
+
+-- A message that is dead may be requeued and die again: that is another event. One that tells of a dead message and dies
+-- itself is none, because nobody might ever be told.
+DROP TRIGGER IF EXISTS close_engine_dead;
+CREATE TRIGGER close_engine_dead
+AFTER UPDATE ON close_engine_outbox
+WHEN NEW.status = 'DEAD' AND OLD.status <> 'DEAD'
+    AND coalesce(NEW."key", '') NOT LIKE 'close_engine:effect:%:message:dead:%'
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    VALUES ('message:dead', '', NEW.conversation_id, NEW.id || ':' || NEW.claims, json_object(
+        'message_id', NEW.id, 'topic', NEW.topic, 'error', NEW.last_error));
+END;
+
+-- Whatever happened while there were no triggers.
+UPDATE close_engine_transitions SET subscribed = NOT subscribed
+WHERE machine = 'conversation' AND subscribed <> EXISTS (
+    SELECT 1 FROM close_engine_subscriptions s WHERE s.event = 'stage:entered' AND s.stage = dest);

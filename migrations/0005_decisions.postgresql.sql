@@ -174,11 +174,31 @@ DECLARE
     version timestamp;
     -- In a DELETE, NEW is NULL. What waited and is deleted ends as if it were rejected; a decision that is deleted stands.
     action record := coalesce(NEW, OLD);
+    happened text;
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass($table$public.pending_actions$table$::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.pending_actions$table$::text);
     END IF;
-    IF OLD.status <> 'PENDING' OR NEW.status = 'PENDING' THEN
+    -- In an INSERT, OLD is NULL.
+    IF NEW.status = 'PENDING' AND OLD.status IS DISTINCT FROM NEW.status THEN
+        happened := 'action:pending';
+    ELSIF OLD.status = 'PENDING' AND NEW.status IS DISTINCT FROM OLD.status THEN
+        happened := CASE WHEN NEW.status = 'APPROVED' THEN 'action:approved'
+            WHEN NEW.status = 'EXPIRED' AND NEW.metadata ->> 'supersededBy' IS NOT NULL THEN 'action:superseded'
+            WHEN NEW.status = 'EXPIRED' THEN 'action:expired' ELSE 'action:rejected' END;
+    ELSE
+        RETURN NULL;
+    END IF;
+    -- The context of this decision, in this transaction: one that is left in a session must not name who decides next.
+    context := close_engine.context();
+    IF NOT coalesce(context ->> 'trigger' = CASE NEW.status WHEN 'REJECTED' THEN 'reject' WHEN 'EXPIRED' THEN 'expire' END
+            AND coalesce(context ->> 'id', action.id) = action.id
+            AND context ->> 'transaction' = pg_catalog.pg_current_xact_id()::text, false) THEN
+        context := NULL;
+    END IF;
+    PERFORM close_engine.publish(happened, '', action.conversation_id, action.id, pg_catalog.jsonb_build_object(
+        'action_id', action.id, 'type', action.type, 'by', coalesce(NEW.approved_by, context ->> 'actor')));
+    IF happened = 'action:pending' THEN
         RETURN NULL;
     END IF;
     IF NEW.status = 'APPROVED' THEN
@@ -200,13 +220,6 @@ BEGIN
     END IF;
     IF action.type <> 'SEND_PAYMENT_LINK' THEN
         RETURN NULL;
-    END IF;
-    -- The context of this decision, in this transaction: one that is left in a session must not name who decides next.
-    context := close_engine.context();
-    IF NOT coalesce(context ->> 'trigger' = CASE NEW.status WHEN 'REJECTED' THEN 'reject' WHEN 'EXPIRED' THEN 'expire' END
-            AND coalesce(context ->> 'id', action.id) = action.id
-            AND context ->> 'transaction' = pg_catalog.pg_current_xact_id()::text, false) THEN
-        context := NULL;
     END IF;
     SELECT greatest(coalesce((context ->> 'at')::timestamp, close_engine.moment()),
             updated_at + interval '1 millisecond')
@@ -357,7 +370,7 @@ CREATE OR REPLACE TRIGGER aa_close_engine_draft AFTER INSERT OR UPDATE OR DELETE
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_draft();
 CREATE OR REPLACE TRIGGER zz_close_engine_guard BEFORE INSERT OR UPDATE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.guard_action();
-CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER UPDATE OR DELETE ON public.pending_actions
+CREATE OR REPLACE TRIGGER zz_close_engine_decision AFTER INSERT OR UPDATE OR DELETE ON public.pending_actions
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_decision();
 CREATE OR REPLACE TRIGGER zz_close_engine_truncation AFTER TRUNCATE ON public.pending_actions
     FOR EACH STATEMENT EXECUTE FUNCTION close_engine.follow_draft();

@@ -242,6 +242,43 @@ BEGIN
     DELETE FROM close_engine_context WHERE id = 3;
 END;
 
+-- What happens to an action is an event. What waited and is deleted ends as if it were rejected.
+DROP TRIGGER IF EXISTS close_engine_action_waits;
+CREATE TRIGGER close_engine_action_waits
+AFTER INSERT ON pending_actions
+WHEN NEW.status = 'PENDING'
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    VALUES ('action:pending', '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type));
+END;
+
+DROP TRIGGER IF EXISTS close_engine_action_happened;
+CREATE TRIGGER close_engine_action_happened
+AFTER UPDATE ON pending_actions
+WHEN NEW.status IS NOT OLD.status AND 'PENDING' IN (NEW.status, OLD.status)
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    SELECT CASE WHEN NEW.status = 'PENDING' THEN 'action:pending' WHEN NEW.status = 'APPROVED' THEN 'action:approved'
+            WHEN NEW.status = 'REJECTED' THEN 'action:rejected'
+            WHEN json_extract(NEW.metadata, '$.supersededBy') IS NOT NULL THEN 'action:superseded'
+            ELSE 'action:expired' END,
+        '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type,
+            'by', coalesce(NEW.approved_by, (
+                SELECT json_extract(context, '$.actor') FROM close_engine_context
+                WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
+                    AND json_extract(context, '$.trigger')
+                        = CASE NEW.status WHEN 'REJECTED' THEN 'reject' WHEN 'EXPIRED' THEN 'expire' END)));
+END;
+
+DROP TRIGGER IF EXISTS close_engine_action_removed;
+CREATE TRIGGER close_engine_action_removed
+AFTER DELETE ON pending_actions
+WHEN OLD.status = 'PENDING'
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    VALUES ('action:rejected', '', OLD.conversation_id, OLD.id, json_object('action_id', OLD.id, 'type', OLD.type));
+END;
+
 DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
 CREATE TRIGGER close_engine_action_withdrawn
 AFTER UPDATE ON pending_actions

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import close_engine
-from close_engine import OutboxMessage, Stage, Worker, outbox
+from close_engine import OutboxMessage, Worker
 from close_engine.database.binding import utc_now
 
 LEASE = timedelta(seconds=2)
@@ -144,7 +144,6 @@ def main(url: str, place: Path, log: Path, clock_ahead: timedelta) -> None:
         return utc_now() + clock_ahead
 
     close_engine.connect(url, clock=clock)
-    outbox.effect(Stage.QUALIFYING, topic=EFFECT)
     provider = Provider(Record(place / "record"), place / "hold")
     provider.note_looks()
     worker = Worker(

@@ -360,6 +360,7 @@ def own_server() -> Iterator[PrivateServer]:
     with PrivateServer() as server:
         database = close_engine.connect(server.url)
         close_engine.migrate(standalone=True)
+        close_engine.subscribe(EFFECT, stages=[Stage.QUALIFYING])
         database.close()  # it will not outlive the server's first end
         yield server
         database.close()

@@ -150,46 +150,6 @@ def test_a_message_commits_with_what_causes_it_or_not_at_all(conversation: Close
     assert bodies(messages()) == ["hello"]
 
 
-# -- effects -----------------------------------------------------------------------------------------------------------
-
-
-def test_an_effect_is_enqueued_with_every_entry_of_its_stage_and_rolled_back_with_it(
-    conversation: CloseEngineConversation,
-) -> None:
-    effect = outbox.effect(Stage.BUILDING, topic="build_site", payload={"theme": "dark"}, send_after=MINUTE)
-    computed = outbox.effect(
-        Stage.BUILDING, Stage.STALLED, topic="tell", payload=lambda c, change: {"lead": c.lead_id, "n": change.id}
-    )
-    try:
-        with close_engine.atomic() as transaction:
-            conversation.start_building()
-            assert len(messages()) == 2
-            transaction.rollback()
-        assert messages() == []
-        change = conversation.start_building()
-        conversation.stall()
-        conversation.resume()
-    finally:
-        effect.remove()
-        computed.remove()
-    assert [message.topic for message in messages()] == ["build_site", "tell", "tell", "build_site", "tell"]
-    first, second = messages()[:2]
-    assert (first.payload, first.body) == ({"theme": "dark"}, None)
-    assert first.available_at - first.created_at == MINUTE
-    assert second.payload == {"lead": conversation.lead_id, "n": change.id}
-
-
-def test_an_effect_that_fails_undoes_the_stage_change(conversation: CloseEngineConversation) -> None:
-    effect = outbox.effect(Stage.BUILDING, topic="build_site", payload=lambda c, change: {"a": object()})
-    try:
-        with pytest.raises(InvalidValue):
-            conversation.start_building()
-    finally:
-        effect.remove()
-    assert copy_of(conversation).stage is conversation.stage is Stage.QUALIFYING
-    assert messages() == []
-
-
 # -- claiming ----------------------------------------------------------------------------------------------------------
 
 

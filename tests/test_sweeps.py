@@ -36,6 +36,7 @@ from close_engine import (
     release_leases,
     stall_silent,
     submit,
+    subscribe,
     sweep,
 )
 from close_engine.database.fields import milliseconds
@@ -239,8 +240,8 @@ def test_hooks_run_in_the_transaction_of_the_sweep_too(
         on_exit(Stage.BUILDING)(lambda conversation, transition: seen.append(("left", conversation.id))),
         on_enter(Stage.STALLED)(lambda conversation, change: seen.append(("entered", conversation.id))),
         after_commit(Stage.STALLED)(lambda conversation, change: seen.append(("kept", conversation.id))),
-        outbox.effect(Stage.STALLED, topic="tell_the_rep"),
     ]
+    subscribe("tell_the_rep", stages=[Stage.STALLED])
     try:
         assert sorted(stall_silent(batch=2)) == sorted(ids(conversations))
     finally:

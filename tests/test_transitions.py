@@ -215,6 +215,7 @@ def test_conversations_are_found_by_the_stages_they_are_in_or_not(conversation_i
 def test_conversations_are_found_by_how_long_they_are_in_their_stage(
     conversation_in: Factory, foreign: ForeignWriter, close_engine_clock: MovableClock
 ) -> None:
+    close_engine_clock.rule()
     building = CloseEngineConversation.in_stage_longer_than
     hour, moment = timedelta(hours=1), timedelta(seconds=1)
     old, returned, elsewhere = (conversation_in(Stage.BUILDING) for _ in range(3))

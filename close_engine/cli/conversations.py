@@ -80,7 +80,11 @@ def fire(
     metadata: Annotated[str | None, typer.Option(metavar="JSON", help="A JSON object, for the history.")] = None,
 ) -> None:
     """Fire a trigger on a conversation, which moves it to another stage."""
-    given = {"payment_link_url": payment_link_url, "approved_by": approved_by, "metadata": _json_object(metadata)}
+    given = {
+        "payment_link_url": payment_link_url,
+        "approved_by": approved_by,
+        "metadata": json_object("metadata", metadata),
+    }
     open_migrated(context)
     found = _find(conversation)
     if found is None:
@@ -146,11 +150,16 @@ def _find(name: str) -> CloseEngineConversation | None:
     return found
 
 
-def _json_object(text: str | None) -> Any:
+def json_object(label: str, text: str | None) -> Any:
+    """Read the value of an option; None if it was not given.
+
+    Raises:
+        InvalidValue: it is no JSON object.
+    """
     try:
         found = None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidValue("metadata", text, f"it must be a JSON object ({error})") from None
+        raise InvalidValue(label, text, f"it must be a JSON object ({error})") from None
     if found is not None and not isinstance(found, dict):
-        raise InvalidValue("metadata", found, "it must be a mapping, which a JSON object is")
+        raise InvalidValue(label, found, "it must be a mapping, which a JSON object is")
     return found

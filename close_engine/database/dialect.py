@@ -136,6 +136,9 @@ class Dialect:
         """Inside a transaction, make a query lock the rows that it finds against every other writer."""
         raise NotImplementedError
 
+    #: The statement that says that an event without a stage happened: event, conversation, fact and facts.
+    publish: str
+
     #: The clause at the end of a query that locks the rows it finds: `FOR NO KEY UPDATE`, or nothing.
     row_lock: str
 

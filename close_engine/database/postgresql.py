@@ -54,7 +54,8 @@ _FUNCTION_OWNERS_AND_TABLES = """
             pg_catalog.quote_ident(n.nspname::text) || '.' || c.relname AS name
         FROM pg_catalog.pg_class c
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = 'close_engine' AND c.relname IN ('deadlines', 'history', 'outbox', 'transitions')
+        WHERE n.nspname = 'close_engine'
+                AND c.relname IN ('deadlines', 'history', 'outbox', 'subscriptions', 'transitions')
             OR n.nspname = pg_catalog.current_schema()
                 AND c.relname IN ('close_engine_conversations', 'pending_actions')
     )
@@ -336,6 +337,8 @@ class Postgres(Dialect):
 
     # NO KEY, so that the CRM can still insert rows that refer to a locked lead.
     row_lock = "FOR NO KEY UPDATE"
+
+    publish = "SELECT {publish}(%s::text, ''::text, %s::text, %s::text, %s::jsonb)"
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return "close_engine", name

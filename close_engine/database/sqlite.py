@@ -63,9 +63,11 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
-    guards = (("close_engine_conversations", 13), ("pending_actions", 17))
+    guards = (("close_engine_conversations", 13), ("pending_actions", 20))
 
     row_lock = ""  # SQLite has one writer at a time
+
+    publish = "INSERT INTO {events} (event, stage, conversation_id, fact, facts) VALUES (%s, '', %s, %s, %s)"
 
     def own_table(self, name: str) -> tuple[str | None, str]:
         return None, f"close_engine_{name}"

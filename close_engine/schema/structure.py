@@ -51,9 +51,14 @@ _HELPERS = {
     "created": Helper(("table_name", "column_name", "identity")),
     "deadlines": Helper(("trigger", "subject_id", "at"), ("trigger", "at")),
     "drafts": Helper(("action_id", "after_text")),
-    "transitions": Helper(("machine", "trigger", "source", "dest")),
+    "subscriptions": Helper(("topic", "event", "stage", "payload", "send_after")),
+    "transitions": Helper(("machine", "trigger", "source", "dest", "subscribed")),
 }
-_SQLITE_HELPERS = {"clock": Helper(("at",)), "context": Helper(("id", "context"))}
+_SQLITE_HELPERS = {
+    "clock": Helper(("at",)),
+    "context": Helper(("id", "context")),
+    "events": Helper(("event", "stage", "conversation_id", "fact", "facts")),
+}
 
 
 def structure() -> list[Check]:

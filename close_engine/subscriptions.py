@@ -1,0 +1,153 @@
+"""What must follow from an event is declared in the database, and put into the outbox whoever causes the event.
+
+    subscribe("build_site", stages=[Stage.BUILDING])
+    subscribe("ask_owner", events=["action:pending"], payload={"channel": "phone"})
+
+From then on, triggers put a message of that topic into the outbox, in the transaction of the event and once for each,
+whether it comes from Python, a sweep, the CRM's screen, `psql` or `close-engine fire`. A worker hands it to a sender.
+
+>>> subscribe("build_site", stages=["BUILT"])
+Traceback (most recent call last):
+close_engine.InvalidValue: stages cannot be 'BUILT': it must be one of INITIATED, QUALIFYING, COLLECTING_INFO, \
+BUILDING, PREVIEW_SENT, EDIT_LOOP, PENDING_APPROVAL, PAYMENT_SENT, COMPLETED, STALLED, CLOSED_LOST.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from typing import Any, TypeVar
+
+from close_engine.database.binding import current
+from close_engine.database.fields import clean_json, clean_text, dump_json
+from close_engine.database.transaction import atomic
+from close_engine.errors import InvalidValue
+from close_engine.stages import ActionType, Event, Stage
+
+__all__ = ["Subscription", "publish", "subscribe", "subscriptions", "unsubscribe"]
+
+#: The longest that an effect can wait: more is a mistake, and some dates are too late for Python.
+_LONGEST = timedelta(days=36500)
+
+_Word = TypeVar("_Word", bound=Enum)
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """A topic that follows from an event.
+
+    Attributes:
+        topic: str, the topic of the message that is put into the outbox.
+        event: str, one of `Event`.
+        stage: str, the stage that is entered; None for other events.
+        payload: dict, what the message's payload begins with; the facts of the event are added to it.
+        send_after: timedelta, how long the message waits.
+    """
+
+    topic: str
+    event: str
+    stage: str | None
+    payload: dict[str, Any]
+    send_after: timedelta
+
+
+def subscribe(
+    topic: str,
+    *,
+    stages: Iterable[Stage | str] = (),
+    events: Iterable[Event | str] = (),
+    payload: Mapping[str, Any] | None = None,
+    send_after: timedelta | None = None,
+) -> None:
+    """Put a message of this topic into the outbox whenever a stage is entered or an event happens.
+
+    Its payload is the subscription's, and the facts of the event: for `stage:entered` the `change_id`, `from`, `to` and
+    `trigger`; for an action the `action_id`, its `type` and `by` whom; for a dead message the `message_id`, its `topic`
+    and `error`; and always the `event`. Subscribing again replaces payload and delay.
+
+    Args:
+        topic: what your sender should do, for example `build_site`.
+        stages: the stages.
+        events: the events; see `Event`.
+        payload: what else the sender needs.
+        send_after: how long the message waits.
+
+    Raises:
+        InvalidValue: the topic is a text's, no stage and no event is named, or an argument cannot be stored.
+    """
+    if not clean_text("topic", topic).strip():
+        raise InvalidValue("topic", topic, "it must say what is to be done")
+    if topic in [str(type) for type in ActionType]:
+        raise InvalidValue("topic", topic, "texts to the lead are submitted; name your own effect")
+    chosen = [(Event.STAGE_ENTERED, str(stage)) for stage in _words("stages", Stage, stages)]
+    for event in _words("events", Event, events):
+        if event is Event.STAGE_ENTERED:
+            raise InvalidValue("events", str(event), "name the stages instead")
+        chosen.append((event, ""))
+    if not chosen:
+        raise InvalidValue("events", [], "name at least one stage or one event")
+    if not timedelta(0) <= (send_after or timedelta(0)) <= _LONGEST:
+        raise InvalidValue("send_after", str(send_after), f"it must be from 0 to {_LONGEST.days} days")
+    stored = dump_json(clean_json("payload", dict(payload or {})))
+    wait = (send_after or timedelta(0)) // timedelta(milliseconds=1)
+    with atomic():
+        for event, stage in sorted(chosen):
+            current().execute(_SUBSCRIBE, (topic, str(event), stage, stored, wait))
+
+
+_SUBSCRIBE = """
+    INSERT INTO {subscriptions} (topic, event, stage, payload, send_after) VALUES (%s, %s, %s, %s, %s)
+    ON CONFLICT (event, stage, topic) DO UPDATE SET payload = EXCLUDED.payload, send_after = EXCLUDED.send_after
+"""
+
+
+def _words(label: str, words: type[_Word], given: Iterable[Any]) -> list[_Word]:
+    known = {str(word.value): word for word in words}
+    given = [given] if isinstance(given, str) else list(given)
+    for word in given:
+        if word not in known:
+            raise InvalidValue(label, word, f"it must be one of {', '.join(known)}")
+    return [known[str(word)] for word in dict.fromkeys(given)]
+
+
+def unsubscribe(topic: str) -> int:
+    """Let nothing more of this topic follow from any event. What is in the outbox stays there.
+
+    Args:
+        topic: as given to `subscribe`.
+
+    Returns:
+        how many subscriptions there were.
+    """
+    with atomic():
+        deleted = current().execute("DELETE FROM {subscriptions} WHERE topic = %s", (clean_text("topic", topic),))
+    return int(deleted.rowcount)
+
+
+def subscriptions() -> list[Subscription]:
+    """List what is subscribed to, by topic."""
+    rows = current().execute(
+        "SELECT topic, event, stage, CAST(payload AS TEXT), send_after FROM {subscriptions} "
+        "ORDER BY topic, event, stage"
+    )
+    return [
+        Subscription(topic, event, stage or None, json.loads(payload or "{}"), timedelta(milliseconds=wait))
+        for topic, event, stage, payload, wait in rows.fetchall()
+    ]
+
+
+def publish(event: Event, conversation_id: str, fact: str, facts: Mapping[str, Any]) -> None:
+    """Say that an event happened which no trigger sees: what is subscribed to it goes into the outbox, once.
+
+    Args:
+        event: which one.
+        conversation_id: the conversation's id.
+        fact: what tells this event from any other of its kind, such as the id of a row.
+        facts: what the message's payload says of it. Nothing is said of what is None.
+    """
+    said = {name: value for name, value in facts.items() if value is not None}
+    binding = current()
+    binding.execute(binding.dialect.publish, (str(event), conversation_id, fact, dump_json(said)))
