@@ -400,8 +400,9 @@ def submit(
                 conversation.request_approval(actor=provenance.actor, metadata={"action_id": action_id})
             else:
                 write_fields(conversation, {}, "submit()")
-        except StageConflict:
-            if first := _find_submitted(conversation, key, type):
+        except StageConflict as conflict:
+            # A strict transaction that lost a race can do nothing more.
+            if conflict.found is not None and (first := _find_submitted(conversation, key, type)):
                 return first
             raise
         if not waits and takeover is None:

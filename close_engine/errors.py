@@ -259,18 +259,29 @@ class StageAssignmentRefused(CloseEngineError, AttributeError):
 class StageConflict(CloseEngineError):
     """Another writer changed the conversation after it was loaded; nothing was written.
 
+    In a transaction that is stricter than READ COMMITTED, nobody can see what the other writer wrote: then `found` is
+    None, and the transaction must be rolled back and begun again.
+
     Attributes:
-        conversation_id: the conversation.
-        operation: the trigger, or the method that wrote: `save()`, `submit()`, `receive()`.
-        expected: the Stage that the object in memory has.
-        found: the Stage that the row has now.
+        conversation_id: the conversation; None if the statement was not about one alone.
+        operation: the trigger, or the method that wrote: `save()`, `submit()`, `receive()`; None as above.
+        expected: the Stage that the object in memory has; None as above.
+        found: the Stage that the row has now; None if this transaction cannot see it.
     """
 
-    def __init__(self, conversation_id: str, operation: str, expected: Stage, found: Stage) -> None:
+    def __init__(
+        self, conversation_id: str | None, operation: str | None, expected: Stage | None, found: Stage | None
+    ) -> None:
         self.conversation_id = conversation_id
         self.operation = operation
         self.expected = expected
         self.found = found
+        if found is None:
+            super().__init__(
+                f"{_conversation(conversation_id)} was changed by somebody else after this transaction began"
+                f"{f', which {operation} cannot see' if operation else ''}: roll the transaction back, and begin again."
+            )
+            return
         moved = f"expected {expected} and found {found}"
         if expected is found:
             moved = f"expected {expected} and found {found} again, but changed since it was loaded"

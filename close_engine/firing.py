@@ -123,7 +123,9 @@ def change_stage(
                 raise conflict(conversation, trigger, source)
             change = _accept(conversation, source, trigger, assignments, row, provenance)
             run_entry_hooks(conversation, change)
-    except (TransitionRefused, StageConflict, ConversationNotFound):
+    except (TransitionRefused, StageConflict, ConversationNotFound) as refusal:
+        if isinstance(refusal, StageConflict) and refusal.found is None:
+            raise  # the transaction can do nothing more
         # Look for an earlier use of the key only now, so that its first use costs nothing.
         earlier = _find_earlier(conversation.id, trigger, provenance.key)
         if earlier is None:
@@ -203,7 +205,10 @@ def _write(
     parameters += (conversation.id, source.value, stored_time(conversation.updated_at))
     if key is not None:
         parameters += (conversation.id, key)
-    return binding.dialect.execute_guarded(binding.database, statement, parameters, provenance, write)
+    try:
+        return binding.dialect.execute_guarded(binding.database, statement, parameters, provenance, write)
+    except StageConflict as lost:
+        raise StageConflict(conversation.id, write.trigger, source, None) from lost.__cause__
 
 
 @cache
@@ -267,7 +272,12 @@ def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any
     model = type(conversation)
     values = {**values, "updated_at": next_version(conversation)}
     same = (model.id == conversation.id) & (model.updated_at == conversation.updated_at)
-    if not model.update(values).where(same & model.stage.is_still(conversation.stage)).execute():
+    update = model.update(values).where(same & model.stage.is_still(conversation.stage))
+    try:
+        written = update.execute()
+    except StageConflict as lost:
+        raise StageConflict(conversation.id, operation, conversation.stage, None) from lost.__cause__
+    if not written:
         raise conflict(conversation, operation, conversation.stage)
     accept(conversation, values)
 

@@ -225,8 +225,12 @@ BEGIN
             updated_at + interval '1 millisecond')
         INTO version FROM public.close_engine_conversations
         WHERE id = action.conversation_id AND stage = 'PENDING_APPROVAL' FOR NO KEY UPDATE;
-    IF NOT FOUND OR EXISTS (SELECT FROM public.pending_actions WHERE conversation_id = action.conversation_id
+    IF NOT FOUND THEN
+        RETURN NULL;
+    ELSIF EXISTS (SELECT FROM public.pending_actions WHERE conversation_id = action.conversation_id
             AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK') THEN
+        -- Write the row, so that a REPEATABLE READ that cannot see this decision fails instead of staying here for good.
+        UPDATE public.close_engine_conversations SET updated_at = version WHERE id = action.conversation_id;
         RETURN NULL;
     END IF;
     -- The guard would not believe a context of the CRM's role, and cannot see that this function set it. So the history

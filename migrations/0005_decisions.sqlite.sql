@@ -283,8 +283,6 @@ DROP TRIGGER IF EXISTS close_engine_action_withdrawn;
 CREATE TRIGGER close_engine_action_withdrawn
 AFTER UPDATE ON pending_actions
 WHEN NEW.status IN ('REJECTED', 'EXPIRED') AND OLD.status = 'PENDING' AND NEW.type = 'SEND_PAYMENT_LINK'
-    AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = NEW.conversation_id
-                    AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK')
     AND EXISTS (SELECT 1 FROM close_engine_conversations
                 WHERE id = NEW.conversation_id AND stage = 'PENDING_APPROVAL')
 BEGIN
@@ -302,7 +300,10 @@ BEGIN
                   WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
                       AND json_extract(context, '$.trigger')
                           = CASE NEW.status WHEN 'REJECTED' THEN 'reject' ELSE 'expire' END) AS context);
-    UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
+    -- As on PostgreSQL, the decision writes the conversation even if another link still waits.
+    UPDATE close_engine_conversations SET
+        stage = CASE WHEN EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = NEW.conversation_id
+                                  AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK') THEN stage ELSE 'PREVIEW_SENT' END,
         updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
     WHERE id = NEW.conversation_id;
     DELETE FROM close_engine_context WHERE id = 2;
@@ -313,8 +314,6 @@ DROP TRIGGER IF EXISTS close_engine_action_deleted;
 CREATE TRIGGER close_engine_action_deleted
 AFTER DELETE ON pending_actions
 WHEN OLD.status = 'PENDING' AND OLD.type = 'SEND_PAYMENT_LINK'
-    AND NOT EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = OLD.conversation_id
-                    AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK')
     AND EXISTS (SELECT 1 FROM close_engine_conversations
                 WHERE id = OLD.conversation_id AND stage = 'PENDING_APPROVAL')
 BEGIN
@@ -325,7 +324,9 @@ BEGIN
             strftime('%Y-%m-%d %H:%M:%f', updated_at, '+0.001 seconds')),
         'actor', 'database', 'metadata', json_object('action_id', OLD.id, 'status', 'DELETED'))
     FROM close_engine_conversations WHERE id = OLD.conversation_id;
-    UPDATE close_engine_conversations SET stage = 'PREVIEW_SENT',
+    UPDATE close_engine_conversations SET
+        stage = CASE WHEN EXISTS (SELECT 1 FROM pending_actions WHERE conversation_id = OLD.conversation_id
+                                  AND status = 'PENDING' AND type = 'SEND_PAYMENT_LINK') THEN stage ELSE 'PREVIEW_SENT' END,
         updated_at = (SELECT json_extract(context, '$.at') FROM close_engine_context WHERE id = 2)
     WHERE id = OLD.conversation_id;
     DELETE FROM close_engine_context WHERE id = 2;

@@ -91,6 +91,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.ConditionNotMet("c1", "close_lost", Stage.BUILDING, "a reason must be given"),
     errors.StageAssignmentRefused("Fire start_building().", Stage.BUILDING),
     errors.StageConflict("c1", "save()", Stage.BUILDING, Stage.STALLED),
+    errors.StageConflict(None, None, None, None),
     errors.KeyReused("c1", "SM1", "stall", "resume"),
     errors.PartlyLoaded("c1", ["stage", "updated_at"]),
     errors.NotFound("There is no such row."),

@@ -50,7 +50,7 @@ def get_ready(the_barrier: Barrier) -> None:
     barrier = the_barrier
 
 
-def fire(conversation_id: str, trigger: str) -> int | tuple[Stage, Stage]:
+def fire(conversation_id: str, trigger: str) -> int | tuple[Stage | None, Stage | None]:
     """Fire. The winner returns the id of its history row, the others what they expected and found."""
     conversation = CloseEngineConversation.get_by_id(conversation_id)
     barrier.wait(LIMIT)

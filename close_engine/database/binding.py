@@ -28,9 +28,26 @@ from close_engine.database.fields import UtcDateTimeField, clean_text, milliseco
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
-from close_engine.errors import ConfigurationError, GuardMissing, InvalidValue, sqlstate, unhidden
+from close_engine.errors import (
+    ConfigurationError,
+    GuardMissing,
+    InvalidValue,
+    StageConflict,
+    sqlstate,
+    unhidden,
+)
 
-__all__ = ["Binding", "Tables", "bind", "current", "database_proxy", "is_transient", "moment", "now", "utc_now"]
+__all__ = [
+    "Binding",
+    "Tables",
+    "bind",
+    "current",
+    "database_proxy",
+    "is_transient",
+    "moment",
+    "now",
+    "utc_now",
+]
 
 _SQLITE_NEEDED = (3, 35, 0)
 
@@ -92,7 +109,8 @@ class Binding:
 
     def execute(self, text: str, parameters: Sequence[Any] = ()) -> Any:
         """Run a statement that is written as `sql` takes it, and return its cursor."""
-        return self.database.execute_sql(self.sql(text), parameters)
+        statement = self.sql(text)
+        return self.dialect.run(self.database, lambda: self.database.execute_sql(statement, parameters))
 
     def for_update(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         """Inside a transaction, make a query lock the rows that it finds against every other writer."""
@@ -138,6 +156,11 @@ class _NotBound(ConfigurationError, AttributeError):
 
 
 class _DatabaseProxy(peewee.DatabaseProxy):
+    def execute(self, query: Any, **options: Any) -> Any:
+        """Run a query of the models."""
+        binding = current()
+        return binding.dialect.run(binding.database, lambda: binding.database.execute(query, **options))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(current().database, name)
 
@@ -214,7 +237,7 @@ def is_transient(error: BaseException) -> bool:
     An error about one statement (a missing table, a wrong value, its time limit) does not pass, whatever its class.
     """
     error = unhidden(error)
-    if isinstance(error, MaxConnectionsExceeded):
+    if isinstance(error, MaxConnectionsExceeded) or (isinstance(error, StageConflict) and error.found is None):
         return True
     # Peewee does not wrap what SQLite says while rows are fetched.
     if not isinstance(error, (peewee.PeeweeException, sqlite3.Error)):

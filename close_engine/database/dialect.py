@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import peewee
 
@@ -19,6 +19,8 @@ __all__ = ["Dialect", "identifier"]
 def identifier(name: str) -> str:
     """Quote a name for SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+Found = TypeVar("Found")
 
 
 class Dialect:
@@ -89,6 +91,14 @@ class Dialect:
         coerce = name not in peewee.Function.no_coerce_functions
         return peewee.Function(self.builtin + name, arguments, coerce=coerce)
 
+    def run(self, database: peewee.Database, statement: Callable[[], Found]) -> Found:
+        """Run one statement, whatever the default isolation level is.
+
+        Raises:
+            StageConflict: a transaction of the caller's is open, and cannot see what another one has written.
+        """
+        return statement()
+
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
         """Return the text of the one statement that changes a stage; `execute_guarded` runs it."""
         raise NotImplementedError
@@ -109,6 +119,7 @@ class Dialect:
 
         Raises:
             GuardMissing: the change was not recorded, so it was not made.
+            StageConflict: as for `run`.
         """
         raise NotImplementedError
 

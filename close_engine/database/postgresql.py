@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import peewee
 
 from close_engine.database.catalog import Catalog, Column, ForeignKey, Function, Index, Trigger
-from close_engine.database.dialect import Dialect
+from close_engine.database.dialect import Dialect, Found
 from close_engine.database.provenance import Provenance, Write
-from close_engine.errors import GuardMissing, SchemaError, sqlstate
+from close_engine.errors import GuardMissing, SchemaError, StageConflict, sqlstate
 
 __all__ = ["POSTGRES", "Postgres", "PostgresCatalog"]
 
@@ -32,6 +32,9 @@ _LOCK_KEY = "pg_catalog.hashtext('close_engine.migrate'::text)::bigint"
 
 #: The SQLSTATE of a lock that was not free within lock_timeout.
 _LOCK_NOT_AVAILABLE = "55P03"
+
+#: The SQLSTATE of a statement that met what another transaction wrote, and must not see it.
+_SERIALIZATION_FAILURE = "40001"
 
 #: The most bytes of a name that PostgreSQL keeps.
 _LONGEST_NAME = 63
@@ -329,6 +332,9 @@ class Postgres(Dialect):
     # A role that may create functions in `public` could put one there that matches an unqualified call better.
     builtin = "pg_catalog."
 
+    #: Whatever the default is: a stricter one refuses to see what another writer has just written.
+    begin = ("READ COMMITTED",)
+
     catalog = PostgresCatalog
 
     keeps_plans = True
@@ -388,6 +394,18 @@ class Postgres(Dialect):
     def escaped(self, text: str) -> str:
         return text.replace("%", "%%")
 
+    def run(self, database: peewee.Database, statement: Callable[[], Found]) -> Found:
+        # A statement without a transaction has the default level. If it failed because of another writer, nothing was
+        # written, and the next try sees what that one wrote.
+        while True:
+            try:
+                return statement()
+            except peewee.OperationalError as error:
+                if sqlstate(error) != _SERIALIZATION_FAILURE:
+                    raise
+                if database.in_transaction():
+                    raise StageConflict(None, None, None, None) from error
+
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
         # Setting the context is part of the WHERE clause, so it needs no round trip of its own:
         #
@@ -408,7 +426,8 @@ class Postgres(Dialect):
         write: Write,
     ) -> tuple[Any, ...] | None:
         try:
-            cursor = database.execute_sql(statement, (*parameters, provenance.context(write)))
+            values = (*parameters, provenance.context(write))
+            cursor = self.run(database, lambda: database.execute_sql(statement, values))
         except peewee.DatabaseError as error:
             if _says_guard_missing(error):
                 raise GuardMissing("close_engine_conversations") from error
