@@ -32,7 +32,8 @@ from close_engine.errors import InvalidValue, LeadNotFound, PaymentUnmatched, Te
 from close_engine.firing import change_stage, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.outbox import OutboxMessage
-from close_engine.stages import ACTIVE_STAGES, ActionType, EntryPoint, Stage
+from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, ActionType, EntryPoint, Event, Stage
+from close_engine.subscriptions import publish
 
 __all__ = ["InboxEntry", "Payment", "Received", "receive", "record_payment", "surplus_payments"]
 
@@ -182,7 +183,11 @@ def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> 
         change = StageChange.get_or_none(mine)
         if change is None:  # another text has opened it at the same moment
             conversation = _lock_conversation(entry.lead_id)
-    if conversation is None or conversation.stage not in (*ACTIVE_STAGES, Stage.STALLED):
+    if conversation is None:
+        return Received(None)
+    wrote = {"text_id": entry_id, "key": entry.key, "text": entry.body}
+    publish(Event.LEAD_WROTE, conversation.id, str(entry_id), wrote)
+    if conversation.stage in CLOSED_STAGES:
         return Received(conversation)
     if conversation.stage is Stage.STALLED:
         change = change_stage(conversation, "resume", {}, provenance.under("text"))
@@ -344,6 +349,9 @@ def record_payment(
                     lead_id, key, "this key was already used for the payment of another conversation"
                 )
             return Payment(conversation, _completion(conversation), bool(first.is_surplus), duplicate=True)
+        paid = {"payment_id": entry_id, "key": key, "amount": amount, "currency": currency}
+        event = Event.PAYMENT_SURPLUS if is_surplus else Event.PAYMENT_RECORDED
+        publish(event, conversation.id, str(entry_id), paid)
         if is_completed:
             return Payment(conversation, _completion(conversation), is_surplus)
         if conversation.payment_link_sent_at is None:

@@ -23,6 +23,7 @@ DROP TRIGGER IF EXISTS close_engine_action_changed;
 DROP TRIGGER IF EXISTS close_engine_action_gone;
 DROP TRIGGER IF EXISTS close_engine_ask_human;
 DROP TRIGGER IF EXISTS close_engine_takeover;
+DROP TRIGGER IF EXISTS close_engine_handed_back;
 DELETE FROM close_engine_drafts;
 DELETE FROM close_engine_deadlines WHERE "trigger" = 'expire';
 DELETE FROM close_engine_transitions WHERE machine = 'action';

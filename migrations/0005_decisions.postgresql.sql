@@ -342,13 +342,22 @@ BEGIN
 END
 $body$;
 
--- A human takes over: what others have drafted and waits is withdrawn.
+-- A human takes over: what others have drafted and waits is withdrawn. Or hands back.
 CREATE OR REPLACE FUNCTION close_engine.follow_takeover() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.takeovers'::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.takeovers');
     END IF;
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.handed_back_by IS NOT NULL AND OLD.handed_back_at IS NULL THEN
+            PERFORM close_engine.publish('conversation:handed_back', '', NEW.conversation_id, NEW.id::text,
+                pg_catalog.jsonb_build_object('by', NEW.handed_back_by));
+        END IF;
+        RETURN NULL;
+    END IF;
+    PERFORM close_engine.publish('conversation:taken_over', '', NEW.conversation_id, NEW.id::text,
+        pg_catalog.jsonb_build_object('by', NEW.taken_by, 'until', NEW.until));
     UPDATE close_engine.outbox SET status = 'WITHDRAWN', last_error = 'a human has taken over'
     WHERE conversation_id = NEW.conversation_id AND status = 'PENDING' AND leased_by IS NULL
         AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
@@ -391,7 +400,7 @@ CREATE OR REPLACE TRIGGER zz_close_engine_emptied AFTER TRUNCATE ON public.close
 CREATE OR REPLACE TRIGGER close_engine_ask_human AFTER UPDATE ON close_engine.outbox FOR EACH ROW
     WHEN (NEW.action_id IS NOT NULL AND OLD.action_id IS NULL)
     EXECUTE FUNCTION close_engine.ask_human();
-CREATE OR REPLACE TRIGGER close_engine_takeover AFTER INSERT ON close_engine.takeovers
+CREATE OR REPLACE TRIGGER close_engine_takeover AFTER INSERT OR UPDATE ON close_engine.takeovers
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_takeover();
 
 -- Whatever happened while there were no triggers, bring the drafts, the deadlines and the outbox up to the rows.

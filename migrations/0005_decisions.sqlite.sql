@@ -432,6 +432,18 @@ BEGIN
         metadata = json_set(CASE json_type(metadata) WHEN 'object' THEN metadata ELSE '{}' END, '$.takenOverBy', NEW.taken_by)
     WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
         AND coalesce(json_extract(metadata, '$.submittedBy'), '') <> NEW.taken_by;
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    VALUES ('conversation:taken_over', '', NEW.conversation_id, NEW.id,
+        json_object('by', NEW.taken_by, 'until', NEW.until));
+END;
+
+DROP TRIGGER IF EXISTS close_engine_handed_back;
+CREATE TRIGGER close_engine_handed_back
+AFTER UPDATE ON close_engine_takeovers
+WHEN NEW.handed_back_by IS NOT NULL AND OLD.handed_back_at IS NULL
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    VALUES ('conversation:handed_back', '', NEW.conversation_id, NEW.id, json_object('by', NEW.handed_back_by));
 END;
 
 -- Whatever happened while there were no triggers, bring the drafts, the deadlines and the outbox up to the rows.

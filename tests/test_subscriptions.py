@@ -383,3 +383,30 @@ def test_the_commands_list_add_and_end_them(
     )
     assert "name at least one stage or one event" in refused("subscriptions", "add", "tell")
     assert len(sql("SELECT topic FROM {subscriptions}")) == 1
+
+
+def test_what_comes_in_and_who_leads_are_events(conversation_in: ConversationIn) -> None:
+    subscribe("see", events=["lead:wrote", "payment:recorded", "payment:surplus", "action:superseded"])
+    subscribe("lead", events=["conversation:taken_over", "conversation:handed_back"])
+    conversation = conversation_in(Stage.PAYMENT_SENT)
+    waits = submit(conversation, ActionType.SEND_MESSAGE, "Hello", policy=lambda level, type: True)
+    close_engine.receive(conversation.lead_id, "SM1", "Paid!")
+    close_engine.receive(conversation.lead_id, "SM1", "Paid!")
+    conversation.take_over(by="dana")
+    conversation.take_over(by="dana", until=MINUTE)
+    conversation.hand_back(by="lee")
+    conversation.hand_back(by="lee")
+    close_engine.record_payment(conversation.lead_id, "pi_1", amount=1, currency="USD")
+    close_engine.record_payment(conversation.lead_id, "pi_1")
+    close_engine.record_payment(conversation.lead_id, "pi_2")
+    text, first, second = (entry.id for entry in close_engine.InboxEntry.select().order_by(close_engine.InboxEntry.id))
+    assert [message.payload for message in effects("see")] == [
+        {"event": "lead:wrote", "text_id": text, "key": "SM1", "text": "Paid!"},
+        {"event": "action:superseded", "action_id": waits.id, "type": "SEND_MESSAGE", "by": "close_engine"},
+        {"event": "payment:recorded", "payment_id": first, "key": "pi_1", "amount": 1, "currency": "USD"},
+        {"event": "payment:surplus", "payment_id": second, "key": "pi_2"},
+    ]
+    assert [message.payload for message in effects("lead")] == [
+        {"event": "conversation:taken_over", "by": "dana"},
+        {"event": "conversation:handed_back", "by": "lee"},
+    ]

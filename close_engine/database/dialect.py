@@ -20,6 +20,7 @@ def identifier(name: str) -> str:
     """Quote a name for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
+
 Found = TypeVar("Found")
 
 
