@@ -37,6 +37,7 @@
         TextOfAnotherLead
         PaymentUnmatched
         TransactionFailed
+        TransactionOfAnotherTask
         AfterCommitError
 
 >>> try:
@@ -86,6 +87,7 @@ __all__ = [
     "StageAssignmentRefused",
     "StageConflict",
     "TransactionFailed",
+    "TransactionOfAnotherTask",
     "TransitionNotAllowed",
     "TransitionRefused",
     "UnknownTrigger",
@@ -644,6 +646,26 @@ class TransactionFailed(CloseEngineError):
         super().__init__(
             "A statement in this transaction failed, so PostgreSQL undoes all of it: nothing is written. "
             "Put what may fail into an inner atomic(), and catch its error around that."
+        )
+
+
+class TransactionOfAnotherTask(CloseEngineError):
+    """Another task or greenlet of this thread has opened the transaction, and this one would write into it.
+
+    Both would be committed or rolled back together. Nothing was written.
+
+    Attributes:
+        opened_by: who opened the transaction, such as `task 'Task-1'`.
+        task: who wanted to write.
+    """
+
+    def __init__(self, opened_by: str, task: str) -> None:
+        self.opened_by = opened_by
+        self.task = task
+        super().__init__(
+            f"Nothing was written: {task} would write in the transaction that {opened_by} opened, because they share "
+            "this thread's connection. Run such a function in a thread of its own: await asyncio.to_thread(function). "
+            "With gevent, call gevent.monkey.patch_all() before anything else is imported."
         )
 
 

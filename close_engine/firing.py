@@ -26,6 +26,7 @@ from close_engine.database.binding import current, now
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import clean_text, stored_time
 from close_engine.database.provenance import Provenance, Write
+from close_engine.database.tasks import require_own_transaction
 from close_engine.database.transaction import accept, atomic, run_after_commit
 from close_engine.errors import ConversationNotFound, KeyReused, PartlyLoaded, StageConflict, TransitionRefused
 from close_engine.machine import Facts, Stamp, Transition, decide
@@ -205,6 +206,7 @@ def _write(
     parameters += (conversation.id, source.value, stored_time(conversation.updated_at))
     if key is not None:
         parameters += (conversation.id, key)
+    require_own_transaction(binding.database)
     try:
         return binding.dialect.execute_guarded(binding.database, statement, parameters, provenance, write)
     except StageConflict as lost:

@@ -115,6 +115,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.TextOfAnotherLead("SM1", "lead_2", "lead_1"),
     errors.PaymentUnmatched("lead_1", "evt_1", "no payment link was sent to the lead"),
     errors.TransactionFailed(),
+    errors.TransactionOfAnotherTask("task 'Task-1'", "task 'Task-2'"),
     errors.AfterCommitError([ValueError("no printer"), errors.LeadNotFound("lead_1")]),
 ]
 

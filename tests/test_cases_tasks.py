@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import greenlet
 import peewee
 import pytest
 
@@ -18,8 +22,11 @@ from close_engine import (
     CloseEngineConversation,
     EntryPoint,
     Lead,
+    OutboxMessage,
     Stage,
+    StageChange,
     StageConflict,
+    TransactionOfAnotherTask,
     atomic,
     locked,
     outbox,
@@ -28,7 +35,7 @@ from close_engine import (
 from close_engine.database.binding import current, is_transient
 from close_engine.errors import sqlstate
 from close_engine.testing import bring_to, new_lead
-from tests.rows import copy_of, triggers
+from tests.rows import copy_of, in_memory, left_by_an_error, stored, triggers
 from tests.servers import execute
 from tests.waiting import LIMIT, Running, until_they_wait
 from tests.workers import LINK, held, messages, race, sql
@@ -36,10 +43,243 @@ from tests.workers import LINK, held, messages, race, sql
 ConversationIn = Callable[..., CloseEngineConversation]
 Opened = Callable[[], AbstractContextManager[Any]]
 
+# F1: two asyncio tasks, or two greenlets, in one thread.
+
+
+def peewees_own() -> AbstractContextManager[Any]:
+    block: AbstractContextManager[Any] = current().database.atomic()
+    return block
+
 
 def save(conversation: CloseEngineConversation) -> None:
     conversation.edit_rounds = 3
     conversation.save()
+
+
+def enter_atomic(conversation: CloseEngineConversation) -> None:
+    with atomic():
+        raise AssertionError("this block belongs to somebody else's transaction")
+
+
+#: Everything that a second task may try while the first has a transaction open.
+WRITES: dict[str, Callable[[CloseEngineConversation], object]] = {
+    "atomic": enter_atomic,
+    "fire": lambda c: c.start_building(),
+    "save": save,
+    "submit": lambda c: submit(c, ActionType.SEND_MESSAGE, "Hello!"),
+    "enqueue": lambda c: outbox.enqueue(c, "draft_reply", "Hello!"),
+    "receive": lambda c: close_engine.receive(c.lead_id, "SM1", "Hello!"),
+    "record": lambda c: c.record(questions=["budget"]),
+    "locked": lambda c: locked(c.id).__enter__(),
+    "open": lambda c: close_engine.open_conversation(c.lead_id, EntryPoint.SMS_REPLY),
+    "create": lambda c: Lead.create(phone="+1"),
+    "update": lambda c: Lead.update(phone="+1").execute(),
+    "delete": lambda c: c.delete_instance(),
+    "claim": lambda c: outbox.claim(),
+    "sweep": lambda c: close_engine.sweep(),
+}
+
+
+def everything() -> list[Any]:
+    """What the tables hold that a task could have written."""
+    models = (CloseEngineConversation, Lead, OutboxMessage, StageChange, close_engine.InboxEntry)
+    return [sorted(map(repr, model.select().tuples())) for model in models]
+
+
+def assert_refused(conversation: CloseEngineConversation) -> TransactionOfAnotherTask:
+    """Try every write, and return the error of the last."""
+    before = everything()
+    for name, write in WRITES.items():
+        tried = copy_of(conversation)
+        with pytest.raises(TransactionOfAnotherTask) as refused:
+            write(tried)
+        assert (name, everything(), tried.stage) == (name, before, conversation.stage)
+    return refused.value
+
+
+@pytest.mark.parametrize("opened", [atomic, peewees_own])
+def test_f1_a_task_does_not_write_in_the_transaction_of_another_task(
+    opened: Opened, conversation_in: ConversationIn
+) -> None:
+    """The first task reported success, and both were rolled back."""
+    first, second = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+
+    async def main() -> TransactionOfAnotherTask:
+        is_open, is_refused = asyncio.Event(), asyncio.Event()
+
+        async def open_and_wait() -> None:
+            with opened():
+                is_open.set()
+                await is_refused.wait()
+                first.start_building()
+
+        async def write_meanwhile() -> TransactionOfAnotherTask:
+            await is_open.wait()
+            try:
+                return assert_refused(second)
+            finally:
+                is_refused.set()
+
+        opening = asyncio.create_task(open_and_wait(), name="first")
+        writing = asyncio.create_task(write_meanwhile(), name="second")
+        return (await asyncio.gather(opening, writing))[1]
+
+    refused = asyncio.run(main())
+
+    assert (refused.opened_by, refused.task) == ("task 'first'", "task 'second'")
+    assert stored(first)["stage"] is Stage.BUILDING
+    assert triggers(second) == ["open", "start_qualifying"]
+    second.start_building()
+
+
+def test_f1_a_refused_task_takes_nothing_of_the_other_along(conversation_in: ConversationIn) -> None:
+    """The case as it was found: each opens a transaction and waits in it, and the second fails."""
+    first, second = conversation_in(Stage.INITIATED), conversation_in(Stage.INITIATED)
+
+    async def main() -> Any:
+        together = asyncio.Event()
+
+        async def work(conversation: CloseEngineConversation, wait: bool) -> None:
+            with atomic():
+                conversation.start_qualifying()
+                if wait:
+                    await together.wait()
+                submit(conversation, ActionType.SEND_MESSAGE, "Hello!")
+
+        async def work_and_let_go() -> None:
+            try:
+                await work(second, wait=False)
+            finally:
+                together.set()
+
+        return await asyncio.gather(work(first, wait=True), work_and_let_go(), return_exceptions=True)
+
+    worked, refused = asyncio.run(main())
+
+    assert worked is None
+    assert isinstance(refused, TransactionOfAnotherTask)
+    assert (first.stage, second.stage) == (Stage.QUALIFYING, Stage.INITIATED)
+    assert stored(first)["stage"] is Stage.QUALIFYING
+    assert stored(second)["stage"] is Stage.INITIATED
+    assert [message.conversation_id for message in messages()] == [first.id]
+
+
+def test_f1_a_task_may_read_and_do_all_once_the_other_has_ended(conversation_in: ConversationIn) -> None:
+    """Reading mixes nothing, and the savepoints of the task that opened it are its own."""
+    first, second = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+
+    async def main() -> None:
+        is_open, is_read = asyncio.Event(), asyncio.Event()
+
+        async def write() -> None:
+            with atomic():
+                with atomic():
+                    first.start_building()
+                is_open.set()
+                await is_read.wait()
+                with left_by_an_error(atomic()):
+                    first.send_preview()
+            assert first.stage is Stage.BUILDING
+
+        async def read() -> None:
+            await is_open.wait()
+            assert copy_of(second).stage is Stage.QUALIFYING
+            assert len(list(close_engine.pending_actions())) == 0
+            second.reload()
+            is_read.set()
+
+        await asyncio.gather(write(), read())
+        with atomic():
+            second.start_building()
+        await asyncio.gather(asyncio.to_thread(lambda: None))
+
+    asyncio.run(main())
+
+    assert triggers(second)[-1] == triggers(first)[-1] == "start_building"
+
+
+def test_f1_an_event_loop_inside_a_transaction_is_part_of_it(conversation_in: ConversationIn) -> None:
+    """A hook or a fixture opens a transaction and runs a loop in it: its tasks write there, but not in each other's."""
+    first, second = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+
+    async def main() -> None:
+        is_open, is_refused = asyncio.Event(), asyncio.Event()
+        first.start_building()
+
+        async def hold() -> None:
+            with atomic():
+                is_open.set()
+                await is_refused.wait()
+
+        async def write() -> None:
+            await is_open.wait()
+            with pytest.raises(TransactionOfAnotherTask):
+                second.start_building()
+            is_refused.set()
+
+        await asyncio.gather(hold(), write())
+        await asyncio.gather(asyncio.create_task(write_after()))
+
+    async def write_after() -> None:
+        second.start_building()
+
+    before = in_memory(first), in_memory(second)
+    with left_by_an_error(atomic()):
+        asyncio.run(main())
+        assert (first.stage, second.stage) == (Stage.BUILDING, Stage.BUILDING)
+
+    assert (in_memory(first), in_memory(second)) == before
+    assert triggers(first) == triggers(second) == ["open", "start_qualifying"]
+
+
+@pytest.mark.parametrize("opened", [atomic, peewees_own])
+def test_f1_a_greenlet_does_not_write_in_the_transaction_of_another_greenlet(
+    opened: Opened, conversation_in: ConversationIn
+) -> None:
+    """A variant: gevent and eventlet switch greenlets in one thread, as asyncio switches tasks."""
+    first, second = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+    main = greenlet.getcurrent()
+
+    def open_and_wait() -> None:
+        with opened():
+            main.switch()
+            first.start_building()
+
+    one, other = greenlet.greenlet(open_and_wait), greenlet.greenlet(assert_refused)
+    one.switch()
+    refused = other.switch(second)
+    assert refused.opened_by.startswith("greenlet ")
+    assert refused.task.startswith("greenlet ")
+    assert refused.task != refused.opened_by
+    assert assert_refused(second).task == "the thread's own code"
+    one.switch()
+
+    assert stored(first)["stage"] is Stage.BUILDING
+    assert triggers(second) == ["open", "start_qualifying"]
+
+
+def test_f1_the_main_greenlet_owns_its_transaction_too(conversation_in: ConversationIn) -> None:
+    """A variant: what the thread's own code opened is not a greenlet's."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    with atomic():
+        with pytest.raises(TransactionOfAnotherTask) as refused:
+            greenlet.greenlet(conversation.start_building).switch()
+        assert refused.value.opened_by == "the thread's own code"
+        conversation.start_building()
+
+    assert stored(conversation)["stage"] is Stage.BUILDING
+
+
+def test_f1_nothing_is_imported_to_tell_tasks_apart() -> None:
+    """A program without tasks does not pay for them."""
+    program = (
+        "import sys; from close_engine.database.tasks import running; "
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] in ('asyncio', 'greenlet')]; "
+        "assert running() is None; assert not {'asyncio', 'greenlet'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=LIMIT)
+
+    assert done.returncode == 0, done.stderr
 
 
 # F6: databases whose default isolation level is stricter.

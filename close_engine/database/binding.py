@@ -28,6 +28,7 @@ from close_engine.database.fields import UtcDateTimeField, clean_text, milliseco
 from close_engine.database.postgresql import POSTGRES
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.sqlite import SQLITE
+from close_engine.database.tasks import note_openers, require_own_transaction
 from close_engine.errors import (
     ConfigurationError,
     GuardMissing,
@@ -110,6 +111,8 @@ class Binding:
     def execute(self, text: str, parameters: Sequence[Any] = ()) -> Any:
         """Run a statement that is written as `sql` takes it, and return its cursor."""
         statement = self.sql(text)
+        if not statement.lstrip().startswith("SELECT"):
+            require_own_transaction(self.database)
         return self.dialect.run(self.database, lambda: self.database.execute_sql(statement, parameters))
 
     def for_update(self, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
@@ -159,6 +162,8 @@ class _DatabaseProxy(peewee.DatabaseProxy):
     def execute(self, query: Any, **options: Any) -> Any:
         """Run a query of the models."""
         binding = current()
+        if isinstance(query, (peewee.Insert, peewee.Update, peewee.Delete)):
+            require_own_transaction(binding.database)
         return binding.dialect.run(binding.database, lambda: binding.database.execute(query, **options))
 
     def __getattr__(self, name: str) -> Any:
@@ -291,6 +296,7 @@ def bind(
     database.close_engine_tables = vars(binding.tables)  # type: ignore[attr-defined]
     _binding = binding
     _bound.add(database)
+    note_openers(database)
     database_proxy.initialize(database)
     return database
 

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from close_engine.database.binding import current
+from close_engine.database.tasks import require_own_transaction, running
 from close_engine.errors import AfterCommitError, TransactionFailed
 
 __all__ = ["accept", "accept_row", "atomic", "remember", "run_after_commit"]
@@ -46,6 +47,7 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
     Raises:
         AfterCommitError: functions that ran after the commit failed; the change is committed.
         TransactionFailed: a statement failed in the block and its error was caught there; nothing is written.
+        TransactionOfAnotherTask: another asyncio task or greenlet of this thread has a transaction open.
     """
 
     def _recreate_cm(self) -> atomic:
@@ -54,11 +56,15 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
     def __enter__(self) -> atomic:
         self._binding = current()
         database = self._binding.database
+        require_own_transaction(database)
         self._before: list[tuple[Any, dict[str, Any], set[str]]] = []
         self._errors: list[Exception] = []
         self._outermost = not database.in_transaction()
         self._inner = database.atomic(*(self._binding.dialect.begin if self._outermost else ()))
         self._transaction = self._inner.__enter__()
+        # A savepoint, too, belongs to who opened it.
+        self._around: Any = database.top_transaction()
+        self._opened_around, self._around.opened_by = getattr(self._around, "opened_by", None), running()
         self._forget_at_commit()
         _scopes.open.append(self)
         return self
@@ -67,6 +73,7 @@ class atomic(ContextDecorator):  # noqa: N801 - named as Peewee names it
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _scopes.open.remove(self)
+        self._around.opened_by = self._opened_around
         failed = exc_type is None and self._binding.dialect.has_failed(self._binding.database)
         try:
             self._inner.__exit__(TransactionFailed if failed else exc_type, exc, traceback)
