@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
-from close_engine.database.binding import current, database_proxy
+from close_engine.database.binding import current, database_proxy, require_bound
 from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, create_id
 from close_engine.database.reading import Rows
 from close_engine.stages import AutonomyLevel, EntryPoint, Stage
@@ -31,7 +31,10 @@ __all__ = ["BaseModel", "Client", "Lead", "StageChange", "User"]
 
 
 class _Metadata(peewee.Metadata):
-    """Escapes a table's name in queries: Peewee does not, and psycopg takes a % for the start of a placeholder."""
+    """Escapes a table's name in queries: Peewee does not, and psycopg takes a % for the start of a placeholder.
+
+    It also keeps the models on the database that `bind` was given.
+    """
 
     _table: peewee.Table | None
     escape: Callable[[str], str] = str
@@ -51,6 +54,10 @@ class _Metadata(peewee.Metadata):
     @table.deleter
     def table(self) -> None:
         self._table = None
+
+    def set_database(self, database: Any) -> None:
+        require_bound(database)
+        super().set_database(database_proxy)
 
 
 class BaseModel(peewee.Model):

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import greenlet
 import peewee
@@ -500,3 +501,84 @@ def test_f6_a_decision_writes_the_conversation_even_if_another_link_waits(conver
 
     assert triggers(conversation)[-2:] == ["request_approval", "withdraw_approval"]
     assert conversation.history()[-1].actor == "dana"
+
+
+# F3: one object, one database.
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Iterator[peewee.Database]:
+    """A second migrated database. What the test has bound stays bound."""
+    bound = current()
+    database = close_engine.connect(f"sqlite:///{tmp_path}/staging.db")
+    close_engine.migrate(standalone=True)
+    close_engine.bind(bound.database, clock=bound.clock)
+    yield database
+    database.close()
+
+
+def counts(database: peewee.Database) -> list[Any]:
+    tables = ("leads", "close_engine_conversations", "pending_actions")
+    return [database.execute_sql(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables]
+
+
+MOVES: dict[str, Callable[[peewee.Database], Any]] = {
+    "bind_ctx of all": lambda staging: staging.bind_ctx([CloseEngineConversation, Lead, StageChange]),
+    "bind_ctx of one": lambda staging: CloseEngineConversation.bind_ctx(staging),
+    "bind": lambda staging: Lead.bind(staging),
+    "bind to nothing": lambda staging: OutboxMessage.bind(cast(Any, None)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_f3_the_models_are_not_moved_from_the_triggers(
+    move: Callable[[peewee.Database], Any], conversation_in: ConversationIn, staging: peewee.Database
+) -> None:
+    """`save()` went to staging, and `start_building()` changed production."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    database = current().database
+    before = stored(conversation), counts(database), counts(staging)
+
+    def work() -> None:
+        moved = move(staging)
+        with moved:
+            conversation.save()
+            conversation.start_building()
+
+    with pytest.raises(close_engine.ConfigurationError, match=r"call close_engine\.bind\(database\)"):
+        work()
+
+    assert (stored(conversation), counts(database), counts(staging)) == before
+    conversation.start_building()
+    assert stored(conversation)["stage"] is Stage.BUILDING
+    close_engine.bind(staging)
+    assert CloseEngineConversation.select().count() == Lead.select().count() == 0
+    close_engine.bind(database)
+
+
+def test_f3_models_of_the_users_own_move_without_ours(
+    conversation_in: ConversationIn, staging: peewee.Database
+) -> None:
+    """A variant: Peewee moves along what a model refers to, unless it is told not to."""
+
+    class Invoice(peewee.Model):
+        lead = peewee.ForeignKeyField(Lead)
+
+        class Meta:
+            database = current().database
+
+    conversation, database = conversation_in(Stage.QUALIFYING), current().database
+    with pytest.raises(close_engine.ConfigurationError, match="bind_refs=False"), staging.bind_ctx([Invoice]):
+        raise AssertionError("Lead is not on staging")
+    Invoice.bind(database)
+    with staging.bind_ctx([Invoice], bind_refs=False, bind_backrefs=False):
+        Invoice.create_table()
+        staging.execute_sql("INSERT INTO leads (id) VALUES (?)", (conversation.lead_id,))
+        Invoice.create(lead=conversation.lead_id)
+        conversation.start_building()
+    with database.bind_ctx([Invoice, Lead, CloseEngineConversation]):
+        conversation.send_preview()
+
+    assert stored(conversation)["stage"] is Stage.PREVIEW_SENT
+    assert counts(staging) == [1, 0, 0]
+    assert staging.execute_sql("SELECT lead_id FROM invoice").fetchall() == [(conversation.lead_id,)]

@@ -47,6 +47,7 @@ __all__ = [
     "is_transient",
     "moment",
     "now",
+    "require_bound",
     "utc_now",
 ]
 
@@ -314,6 +315,23 @@ def _check_names(tables: Tables, dialect: Dialect) -> None:
         if why:
             raise ConfigurationError(f"{label} cannot be {name!r}: {why}.")
         taken[folded] = f"its {table} table has that name, and they must be two tables"
+
+
+def require_bound(database: Any) -> None:
+    """Refuse to move the models to another database than the one that is bound: only some of the library would follow.
+
+    Raises:
+        ConfigurationError: it is another database.
+    """
+    while isinstance(database, peewee.Proxy) and database is not database_proxy and database.obj is not None:
+        database = database.obj
+    if database is not database_proxy and (_binding is None or database is not _binding.database):
+        raise ConfigurationError(
+            "The models of close_engine are on the database that close_engine.bind() was given, and bind_ctx() and "
+            "Model.bind() cannot move them to another one, because their triggers would stay behind: call "
+            "close_engine.bind(database). If only your own models are meant, pass bind_refs=False and "
+            "bind_backrefs=False."
+        )
 
 
 #: Databases that Peewee offers and this library cannot use: why, and what to bind instead. They are known by name,
