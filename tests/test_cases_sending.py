@@ -491,7 +491,7 @@ def test_a13_what_the_command_line_says_holds(tmp_path: Path, monkeypatch: pytes
 def test_b1_a_pool_that_is_full_for_a_moment_is_waited_for(postgres_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """All connections but one are borrowed when the worker begins; it sends once one comes back."""
     url = postgres_url.replace("postgresql", "postgresql+pool", 1)
-    pool = close_engine.connect(f"{url}{'&' if '?' in url else '?'}max_connections=4")
+    pool = close_engine.connect(f"{url}{'&' if '?' in url else '?'}max_connections=4&timeout=1")
     submit(opened(), ActionType.SEND_MESSAGE, "Hello!")
     pool.close()
     release, borrowed = threading.Event(), threading.Semaphore(0)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
+import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlencode
 
 import greenlet
 import peewee
 import pytest
+import uvicorn
 
 import close_engine
 from close_engine import (
@@ -34,11 +41,13 @@ from close_engine import (
     submit,
 )
 from close_engine.database.binding import current, is_transient
+from close_engine.database.url import database_from
 from close_engine.errors import sqlstate
 from close_engine.testing import bring_to, new_lead
+from tests.prose import ROOT, blocks
 from tests.rows import copy_of, in_memory, left_by_an_error, stored, triggers
 from tests.servers import execute
-from tests.waiting import LIMIT, Running, until_they_wait
+from tests.waiting import LIMIT, Running, until, until_they_wait
 from tests.workers import LINK, held, messages, race, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
@@ -269,6 +278,52 @@ def test_f1_the_main_greenlet_owns_its_transaction_too(conversation_in: Conversa
         conversation.start_building()
 
     assert stored(conversation)["stage"] is Stage.BUILDING
+
+
+#: Two greenlets, each in a transaction of its own while the other is in one; the second one fails.
+GEVENT = """
+from gevent import monkey
+
+monkey.patch_all()
+
+import sys
+import threading
+
+import gevent
+
+import close_engine
+
+database = close_engine.connect(sys.argv[1])
+together = threading.Barrier(2)
+
+
+@database.connection_context()
+def work(conversation_id, fails):
+    conversation = close_engine.CloseEngineConversation.get_by_id(conversation_id)
+    with close_engine.atomic():
+        conversation.start_building()
+        together.wait()
+        if fails:
+            raise RuntimeError(conversation_id)
+
+
+works, fails = [gevent.spawn(work, sys.argv[2], False), gevent.spawn(work, sys.argv[3], True)]
+gevent.joinall([works, fails])
+assert (works.exception, repr(fails.exception)) == (None, repr(RuntimeError(sys.argv[3])))
+"""
+
+
+def test_f1_gevents_greenlets_have_a_connection_each_if_it_is_patched_first(
+    postgres: peewee.Database, postgres_url: str
+) -> None:
+    """A variant: the way that works with gevent, as documented."""
+    kept, undone = opened(Stage.QUALIFYING), opened(Stage.QUALIFYING)
+
+    program = [sys.executable, "-c", GEVENT, postgres_url, kept.id, undone.id]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=LIMIT)
+
+    assert done.returncode == 0, done.stderr
+    assert (copy_of(kept).stage, copy_of(undone).stage) == (Stage.BUILDING, Stage.QUALIFYING)
 
 
 def test_f1_nothing_is_imported_to_tell_tasks_apart() -> None:
@@ -582,3 +637,109 @@ def test_f3_models_of_the_users_own_move_without_ours(
     assert stored(conversation)["stage"] is Stage.PREVIEW_SENT
     assert counts(staging) == [1, 0, 0]
     assert staging.execute_sql("SELECT lead_id FROM invoice").fetchall() == [(conversation.lead_id,)]
+
+
+# F5: FastAPI.
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "postgresql+pool"])
+def served(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a real server that runs the page's app."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "crm.db")
+        url = f"sqlite:///{tmp_path}/crm.db"
+    else:
+        url = request.getfixturevalue("postgres_url").replace("postgresql", request.param, 1)
+        url += f"{'&' if '?' in url else '?'}max_connections={POOL}" if "pool" in request.param else ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", url)
+    names: dict[str, Any] = {"__name__": "api"}
+    for example in blocks(ROOT / "docs/workers.md"):
+        if example.language == "python" and "FastAPI" not in names:
+            exec(compile(example.text, "docs/workers.md", "exec"), names)
+    current().database.close()
+
+    server = uvicorn.Server(uvicorn.Config(names["app"], port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started, "the server is up")
+    yield "{}:{}".format(*server.servers[0].sockets[0].getsockname())
+    server.should_exit = True
+    thread.join(LIMIT)
+    current().database.close()
+
+
+POOL, REQUESTS, THREADS = 5, 160, 40
+
+
+def test_f5_every_request_succeeds_and_leaves_no_connection_behind(served: str) -> None:
+    """Of 160, 111 left their connection open, and 88 failed because the pool was empty."""
+    database: Any = current().database
+    leads = [new_lead(phone=f"+1555{number:04}") for number in range(8)]
+    for lead in leads:
+        bring_to(close_engine.open_conversation(lead, EntryPoint.SMS_REPLY), Stage.PAYMENT_SENT)
+    others = len(sessions())
+    together = threading.Barrier(THREADS, timeout=LIMIT)
+
+    def request(number: int) -> tuple[int, bytes]:
+        if number < THREADS:
+            together.wait()
+        lead = leads[number % len(leads)]
+        if number % 2:
+            path, type = "/texts", "application/x-www-form-urlencoded"
+            body = urlencode({"From": lead.phone, "MessageSid": f"SM{number}", "Body": "Hello!"})
+        else:
+            path, type, body = (
+                "/payments",
+                "application/json",
+                json.dumps({"payment_intent": f"pi_{lead.id}", "lead": lead.id}),
+            )
+        connection = http.client.HTTPConnection(served, timeout=LIMIT)
+        connection.request("POST", path, body, {"Content-Type": type})
+        response = connection.getresponse()
+        answer = response.status, response.read()
+        connection.close()
+        return answer
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        answers = list(threads.map(request, range(REQUESTS)))
+
+    assert {status for status, _ in answers} == {200}
+    entries = close_engine.InboxEntry.select().where(close_engine.InboxEntry.lead_id.in_([lead.id for lead in leads]))
+    kinds = Counter(entry.kind for entry in entries)
+    assert kinds == {"text": REQUESTS // 2, "payment": len(leads) // 2}
+    kept = POOL if hasattr(database, "_in_use") else 0
+    until(lambda: len(sessions()) <= others + kept, "the server has no connection open that is not in the pool")
+    database.close()
+    assert not getattr(database, "_in_use", None)
+    if isinstance(database, peewee.SqliteDatabase):
+        # SQLite keeps this file as long as anybody has a connection.
+        assert not Path(f"{database.database}-wal").exists()
+
+
+def sessions() -> list[int]:
+    """The sessions of this database on PostgreSQL."""
+    if isinstance(current().database, peewee.SqliteDatabase):
+        return []
+    rows = sql("SELECT pid FROM pg_catalog.pg_stat_activity WHERE datname = pg_catalog.current_database()")
+    return [pid for (pid,) in rows]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite+pool", "postgresql+pool"])
+def test_f5_a_pool_that_is_full_is_waited_for(scheme: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A variant: a connection that comes back is enough, and a URL that says how long to wait is believed."""
+    if scheme.startswith("sqlite"):
+        url = f"sqlite+pool:///{tmp_path}/crm.db?max_connections=1"
+    else:
+        plain = request.getfixturevalue("postgres_url").replace("postgresql", scheme, 1)
+        url = f"{plain}{'&' if '?' in plain else '?'}max_connections=1"
+    pool: Any = close_engine.connect(url)
+    pool.connect()
+    waiting = Running(lambda: pool.execute_sql("SELECT 1").fetchone())
+    until(lambda: pool._pool_available._waiters, "the other thread waits for the pool")
+    pool.close()
+    assert waiting.result() == (1,)
+    pool.close_all()
+
+    slow: Any = database_from(f"{url}&timeout=3")
+    assert slow._wait_timeout == 3

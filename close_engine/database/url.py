@@ -38,6 +38,9 @@ _ENCODE = "percent-encode the special characters in its user and password"
 
 _POOL_OPTIONS = ("max_connections", "stale_timeout", "timeout")
 
+#: How many seconds to wait for a connection of the pool, unless the URL says how long: Peewee does not wait at all.
+_POOL_TIMEOUT = 10
+
 
 def connect(
     url: str | None = None,
@@ -54,7 +57,8 @@ def connect(
     Args:
         url: `postgresql://user:password@host/name`, as in Prisma's DATABASE_URL, or `sqlite:///file.db`; the default
             is the environment variable CLOSE_ENGINE_DATABASE, or else `sqlite:///close_engine.db`.
-            `postgresql+pool://…` keeps a pool of connections (see playhouse.db_url).
+            `postgresql+pool://…` keeps a pool of connections. Its parameters are `max_connections`, `stale_timeout` and
+            `timeout`: how many seconds to wait for a connection, 10 by default, 0 for as long as it takes.
         leads, users, clients, clock, region, words: as for `bind`.
 
     Returns:
@@ -94,7 +98,11 @@ def database_from(url: str) -> peewee.Database:
         database = db_url.schemes[match["scheme"]]
         options: dict[str, Any] = {}
         if issubclass(database, PooledDatabase):
-            options = {name: _number(name, query.pop(name)) for name in _POOL_OPTIONS if name in query}
+            given = {name: _number(name, query.pop(name)) for name in _POOL_OPTIONS if name in query}
+            options = {"timeout": _POOL_TIMEOUT, **given}
+            if match["kind"] == "sqlite":
+                # The pool passes a connection on from thread to thread, and gives it to one at a time.
+                options["check_same_thread"] = False
         read = _sqlite_options if match["kind"] == "sqlite" else _postgres_options
         made: peewee.Database = database(**options, **read(match["place"], query))
     except ValueError as error:
