@@ -210,7 +210,7 @@ def _heard(entry: _Entry, entry_id: int, provenance: Provenance) -> Keyword | No
     It is no word in the conversation: it supersedes no draft, and nobody is to answer it.
     """
     keyword = optouts.word(entry.body or "")
-    if keyword is None or not optouts.heard(keyword, entry.lead_id, entry.key, provenance.actor):
+    if keyword is None or not optouts.heard(keyword, entry.lead_id, provenance.under("text")):
         return None
     kept = {"conversation_id": None, "result": {"keyword": keyword.value}}
     InboxEntry.update(kept).where(InboxEntry.id == entry_id).execute()

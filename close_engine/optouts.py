@@ -115,15 +115,15 @@ def hold(lead_id: str) -> list[CloseEngineConversation]:
     return list(current().for_update(model.select().readable().where(model.lead.in_(leads)).order_by(model.id)))
 
 
-def heard(keyword: Keyword, lead_id: str, key: str | None, actor: str | None) -> bool:
+def heard(keyword: Keyword, lead_id: str, provenance: Provenance) -> bool:
     """Do what a lead's text asks for. Return whether that was all it says.
 
     START is a text like any other if there is no opt-out to lift. HELP needs no answer of ours: the carrier gives it.
     """
     if keyword is Keyword.OPT_OUT:
-        _opt_out(lead_id, "text", key, actor)
+        _opt_out(lead_id, "text", provenance.key, provenance.actor)
         return True
-    return keyword is Keyword.HELP or _opt_in(lead_id, "text", key)
+    return keyword is Keyword.HELP or _opt_in(lead_id, "text", provenance.key)
 
 
 def _opt_out(lead_id: str, source: str, key: str | None, actor: str | None) -> OptOut:

@@ -246,6 +246,27 @@ def test_show_of_a_deleted_conversation_prints_the_history_that_it_left(
     assert "start_building" in result.out
 
 
+def test_opt_out_and_opt_in_take_the_lead_or_its_conversation(conversation_in: Any, database_url: str) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    lead_id, here = conversation.lead_id, ("--database", database_url)
+
+    out = run("opt-out", conversation.id, "--source", "phone call", "--key", "k1", *here)
+    shown = run("show", lead_id, *here)
+    lifted = run("opt-in", lead_id, *here)
+    again = run("opt-out", lead_id, "--key", "k1", *here)
+    nothing = run("opt-in", conversation.id, *here)
+
+    assert re.fullmatch(f"Lead '{lead_id}' has opted out since 20.* UTC: nothing more is sent to it.\n", out.out)
+    assert ["stage", "CLOSED_LOST"] in shown.lines
+    (opted_out,) = (line for line in shown.lines if line[:1] == ["opted_out"])
+    assert opted_out[-2:] == ["phone", "call"]
+    assert lifted == Result(0, f"Lead '{lead_id}' may be texted again.\n", "")
+    assert again.out.startswith("Nothing changed: the key 'k1' was already used at 20")
+    assert nothing == Result(0, "Nothing changed: there was nothing to lift.\n", "")
+    assert "opted_out" not in [line[0] for line in run("show", lead_id, *here).lines if line]
+    assert run("opt-out", "nobody", *here) == Result(1, "", "There is no lead 'nobody'.\n")
+
+
 def test_fire_changes_the_stage_and_records_all_it_was_given(
     conversation_in: Any, database_url: str, database: Any
 ) -> None:
