@@ -41,6 +41,7 @@ from close_engine.errors import (
     InvalidValue,
     KeyReused,
     LeadNotFound,
+    LeadOptedOut,
     LeaseLost,
     MessageNotDead,
     MessageNotFound,
@@ -938,6 +939,7 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
     Raises:
         MessageNotFound: there is no such message.
         MessageNotDead: the message is not DEAD.
+        LeadOptedOut: it is a text, and the lead opted out of texts.
         ConversationClosed, ConversationNotFound: it is a text, and its conversation has closed or was deleted.
         InvalidValue: the body is empty.
     """
@@ -952,6 +954,8 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
         fresh.update(body=body, send_key=str(uuid.uuid4()))
     dead = (OutboxMessage.id == message_id) & OutboxMessage.status.is_still(MessageStatus.DEAD)
     with locked(found.conversation_id) if found.topic in TEXTS else nullcontext() as conversation:
+        if conversation is not None:
+            numbers.refuse(conversation.lead_id)
         if conversation is not None and conversation.stage in CLOSED_STAGES:
             raise ConversationClosed(conversation.id, conversation.stage)
         written = OutboxMessage.update(fresh).where(dead).execute()
@@ -961,10 +965,22 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
     return again
 
 
+#: Why a message stays dead if many are put back.
+_STAYS_DEAD = (
+    MessageNotDead,
+    MessageNotFound,
+    LeadOptedOut,
+    ConversationClosed,
+    ConversationNotFound,
+    UnreadableRow,
+)
+
+
 def requeue_all(*, error: str | None = None, since: datetime | None = None) -> list[int]:
     """Put many DEAD messages back into the outbox, in their old order.
 
-    Texts of conversations that have closed or were deleted stay dead, and so does what cannot be read.
+    Texts of conversations that have closed or were deleted, or whose lead opted out, stay dead, and so does what cannot
+    be read.
 
     Args:
         error: str, only those whose error is of this kind: what `last_error` says before its first colon.
@@ -982,7 +998,7 @@ def requeue_all(*, error: str | None = None, since: datetime | None = None) -> l
     ids = [message.id for message in OutboxMessage.select(OutboxMessage.id).where(dead).order_by(OutboxMessage.id)]
     requeued = []
     for message_id in ids:
-        with suppress(MessageNotDead, MessageNotFound, ConversationClosed, ConversationNotFound, UnreadableRow):
+        with suppress(*_STAYS_DEAD):
             requeued.append(int(requeue(message_id).id))
     return requeued
 

@@ -69,6 +69,10 @@ def texted(conversation: CloseEngineConversation, body: str = "Hello?", **option
     return outbox.enqueue(conversation, ActionType.SEND_MESSAGE, body, **options)
 
 
+def conversation_of_another_lead() -> CloseEngineConversation:
+    return open_conversation(new_lead("+12125550111"), EntryPoint.SMS_REPLY)
+
+
 def outcome(message: OutboxMessage) -> tuple[MessageStatus, str | None]:
     found = copy_of(message)
     return found.status, found.last_error
@@ -224,10 +228,12 @@ def test_stop_closes_the_conversation_and_withdraws_what_waits(
     assert [message.id for message in fake_sender.sent] == [effect.id]
 
 
-def test_whatever_is_tried_afterwards_is_refused(conversation: CloseEngineConversation) -> None:
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_whatever_is_tried_afterwards_is_refused(conversation: CloseEngineConversation, is_stale: bool) -> None:
     lead_id = conversation.lead_id
     opt_out(lead_id, source="phone call")
-    conversation.reload()
+    if not is_stale:
+        conversation.reload()
     for attempt in (
         lambda: open_conversation(lead_id, EntryPoint.SMS_REPLY),
         lambda: submit(conversation, ActionType.SEND_MESSAGE, "Hello?"),
@@ -256,6 +262,16 @@ def test_what_is_in_flight_is_recorded_and_not_tried_again(conversation: CloseEn
     assert outbox.claim() == []
     assert outcome(message) == WITHDRAWN
     assert outcome(sent)[0] is MessageStatus.SENT
+
+
+def test_a_dead_text_cannot_be_put_back(conversation: CloseEngineConversation) -> None:
+    message, other = texted(conversation), texted(conversation_of_another_lead())
+    for claimed in outbox.claim(limit=5):
+        claimed.give_up("no such number")
+    opt_out(conversation.lead_id, source="phone call")
+    with pytest.raises(LeadOptedOut):
+        outbox.requeue(message)
+    assert outbox.requeue_all() == [other.id]
 
 
 def test_drafts_that_wait_for_approval_expire(conversation_in: ConversationIn) -> None:
@@ -402,6 +418,22 @@ def test_a_phone_that_is_no_number_hinders_nobody(database: peewee.Database) -> 
         lead.save()
         assert [each.id for each in outbox.claim()] == [message.id]
         assert opted_out(lead) is None
+
+
+def test_a_phone_that_is_no_text_hinders_nobody(database: peewee.Database) -> None:
+    """SQLite keeps what it is given, also bytes that are no text."""
+    if isinstance(database, peewee.PostgresqlDatabase):
+        pytest.skip("the column is text on PostgreSQL")
+    lead = new_lead(NUMBER)
+    message = texted(open_conversation(lead, EntryPoint.SMS_REPLY))
+    for value in ("x'ff'", "12125550100.5", "CAST(x'ff2b31' AS TEXT)"):
+        database.execute_sql(f"UPDATE leads SET phone = {value}")
+        (claimed,) = outbox.claim()
+        assert claimed.id == message.id
+        claimed.release()
+        assert opted_out(lead.id) is None
+    opt_out(lead.id, source="phone call")
+    assert outcome(message) == WITHDRAWN
 
 
 # -- opting in -----------------------------------------------------------------------------------------------------
