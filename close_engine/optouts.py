@@ -34,7 +34,8 @@ from close_engine.firing import change_stage
 from close_engine.models import Lead
 from close_engine.numbers import OptOut
 from close_engine.outbox import TEXTS
-from close_engine.stages import CLOSED_STAGES
+from close_engine.stages import CLOSED_STAGES, Event
+from close_engine.subscriptions import publish
 
 __all__ = ["REASON", "heard", "hold", "opt_in", "opt_out", "opted_out", "word"]
 
@@ -136,8 +137,8 @@ def _opt_out(lead_id: str, source: str, key: str | None, actor: str | None) -> O
         texted = numbers.texted(lead_id)
         numbers.renew(lead_id)
         recorded = [_record(lead_id, None, source, key), *(_record(None, number, source, None) for number in texted)]
-        if any(recorded):
-            _publish("lead:opted_out", lead_id, source)
+        if new := [row_id for row_id in recorded if row_id is not None]:
+            _publish(Event.LEAD_OPTED_OUT, lead_id, new[0], source)
         made = numbers.find(lead_id, None)
         assert made is not None
         return made
@@ -172,11 +173,12 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _record(lead_id: str | None, number: str | None, source: str, key: str | None) -> bool:
-    """Record an opt-out of a lead or of a number. Return False if it has opted out."""
+def _record(lead_id: str | None, number: str | None, source: str, key: str | None) -> int | None:
+    """Record an opt-out of a lead or of a number, and return the row's id; None if it has opted out."""
     insert = 'INSERT INTO {optouts} (lead_id, number, source, "key", created_at) VALUES (%s, %s, %s, %s, {moment}) '
     values = (lead_id, number, source, key)
-    return current().execute(f"{insert} ON CONFLICT DO NOTHING RETURNING id", values).fetchone() is not None
+    made = current().execute(f"{insert} ON CONFLICT DO NOTHING RETURNING id", values).fetchone()
+    return None if made is None else int(made[0])
 
 
 #: A row that bans nothing: it remembers the key of an opt-in that had nothing to lift.
@@ -193,16 +195,21 @@ def _opt_in(lead_id: str, source: str, key: str | None) -> bool:
         if key is not None and OptOut.select().where(about & (OptOut.lifted_key == key)).exists():
             return False
         lifting = {"lifted_at": peewee.SQL(current().sql("{moment}")), "lifted_by": source, "lifted_key": key}
-        lifted = OptOut.update(lifting).where(about & OptOut.lifted_at.is_null()).execute()
+        update = OptOut.update(lifting).where(about & OptOut.lifted_at.is_null())
+        lifted = sorted(row_id for (row_id,) in update.returning(OptOut.id).tuples().execute())
         if lifted:
-            _publish("lead:opted_in", lead_id, source)
+            _publish(Event.LEAD_OPTED_IN, lead_id, lifted[0], source)
         if key is not None and not lifted:
             current().execute(_REMEMBER, (lead_id, source, source, key))
         return bool(lifted)
 
 
-def _publish(event: str, lead_id: str, source: str) -> None:
-    """Tell whoever subscribed to the event, in the transaction of the opt-out."""
+def _publish(event: Event, lead_id: str, row_id: int, source: str) -> None:
+    """Say that a lead opted out or in. The effect stands in its conversation: without one, nothing follows."""
+    model = CloseEngineConversation
+    conversation_id = model.select(model.id).where(model.lead == lead_id).scalar()
+    if conversation_id is not None:
+        publish(event, conversation_id, str(row_id), {"lead_id": lead_id, "source": source})
 
 
 def _id_of(lead: Lead | str) -> str:

@@ -46,6 +46,7 @@ from close_engine import (
     outbox,
     receive,
     submit,
+    subscribe,
 )
 from close_engine.carriers import e164
 from close_engine.testing import FakeSender, bring_to, new_lead
@@ -543,6 +544,26 @@ def test_arguments_that_make_no_sense_are_refused(conversation: CloseEngineConve
     with pytest.raises(LeadNotFound):
         opted_out("nobody")
     assert OptOut.select().count() == 0
+
+
+def test_opting_out_and_in_are_events(conversation: CloseEngineConversation) -> None:
+    """Each is published once, and also while nothing may be sent to the lead."""
+    subscribe("tell_rep", events=["lead:opted_out", "lead:opted_in"])
+    lead_id = conversation.lead_id
+    for key in ("SM1", "SM2"):
+        receive(lead_id, key=key, text="STOP")
+    opt_in(lead_id, source="web form")
+    opt_in(lead_id, source="web form")
+    opt_out(lead_id, source="provider")
+    opt_out(new_lead("+12125550199"), source="phone call")
+
+    told = [message.payload for message in OutboxMessage.select().order_by(OutboxMessage.id)]
+    assert [(each["event"], each["lead_id"], each["source"]) for each in told] == [
+        ("lead:opted_out", lead_id, "text"),
+        ("lead:opted_in", lead_id, "web form"),
+        ("lead:opted_out", lead_id, "provider"),
+    ]
+    assert [message.topic for message in outbox.claim(limit=5)] == ["tell_rep"]
 
 
 # -- the provider --------------------------------------------------------------------------------------------------
