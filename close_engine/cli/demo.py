@@ -102,7 +102,9 @@ def _summary(report: Report) -> str:
         f"time from opening to payment is {duration(report.closing)}. {sum(report.refused.values())} mistakes were "
         f"made on purpose and refused. Reported twice but processed once: {repeated}. Humans corrected "
         f"{_counted(report.corrected, 'draft')} while approving. The provider did not answer "
-        f"{_counted(report.unanswered, 'time')} and was asked again."
+        f"{_counted(report.unanswered, 'time')} and was asked again. Leads wrote while "
+        f"{_counted(report.superseded, 'draft')} waited, which {'was' if report.superseded == 1 else 'were'} therefore "
+        "not sent."
     )
 
 

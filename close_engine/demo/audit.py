@@ -31,6 +31,7 @@ class Tally:
         repeated: event to the number of times it was reported again and changed nothing.
         unanswered: number of times the provider did not answer.
         corrected: number of drafts that a human changed while approving them.
+        superseded: number of drafts that the lead's words superseded.
         problems: list of str, one sentence each.
     """
 
@@ -38,6 +39,7 @@ class Tally:
     repeated: Counter[str] = field(default_factory=Counter)
     unanswered: int = 0
     corrected: int = 0
+    superseded: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -94,6 +96,7 @@ def audit(tally: Tally, provider: Provider, handover: Handover) -> Report:
         refused={mistake: tally.refused[mistake] for mistake in MISTAKES},
         repeated=dict(tally.repeated),
         unanswered=tally.unanswered,
+        superseded=tally.superseded,
         handover=handover,
         closing=_median(closing),
         problems=problems + verify(),

@@ -94,7 +94,7 @@ def _unsent(messages: list[int]) -> int:
 def _serve(
     provider: Provider, workers: dict[Connection, Any], done: Callable[[], bool], kill_at: str | None = None
 ) -> str:
-    """Act as the provider of these workers. Kill the one that asks to send `kill_at` while it waits for the answer.
+    """Act as the provider of these workers. Kill the one that sends `kill_at` while it waits for the answer.
 
     Returns:
         the name of the killed worker, or an empty string.
@@ -104,11 +104,11 @@ def _serve(
         ready: list[Any] = wait(list(workers), timeout=0.05)
         for connection in ready:
             try:
-                key = connection.recv()
+                verb, key = connection.recv()
             except EOFError:
                 died = workers[connection]
                 raise CloseEngineError(f"The process {died.name} died unexpectedly.") from None
-            provider_id = provider.send(key)
+            provider_id = provider.send(key) if verb == "send" else provider.find(key)
             if key == kill_at:
                 process = workers.pop(connection)
                 process.kill()
@@ -125,16 +125,30 @@ def _end_with_parent() -> None:  # pragma: no cover - runs in the worker process
     os._exit(1)
 
 
+class _Sender:  # pragma: no cover - as above
+    """Sends through a pipe, and can ask whether a message has left."""
+
+    def __init__(self, provider: Connection) -> None:
+        self._provider = provider
+
+    def send(self, message: OutboxMessage) -> str | None:
+        return self._ask("send", message)
+
+    def find(self, message: OutboxMessage) -> str | None:
+        return self._ask("find", message)
+
+    def _ask(self, verb: str, message: OutboxMessage) -> str | None:
+        self._provider.send((verb, message.send_key))
+        found: str | None = self._provider.recv()
+        return found
+
+
 def _work(url: str, name: str, clock: Any, provider: Connection) -> None:  # pragma: no cover - as above
     """Run a worker in this process, with the provider at the other end of a pipe and the clock in shared memory."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connect(url, clock=lambda: datetime.fromtimestamp(clock.value, timezone.utc))
 
-    def send(message: OutboxMessage) -> str:
-        provider.send(message.send_key)
-        return str(provider.recv())
-
-    worker = Worker(send, name=name, concurrency=1, lease=LEASE, idle=timedelta(seconds=0.02), sweep=None)
+    worker = Worker(_Sender(provider), name=name, concurrency=1, lease=LEASE, idle=timedelta(seconds=0.02), sweep=None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
     worker.run()

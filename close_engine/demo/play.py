@@ -196,6 +196,7 @@ class Demo:
         received = self._sometimes_twice(
             "inbound text", lambda: receive(role.lead, key, text), lambda first, again: again.duplicate
         )
+        self._tally.superseded += len(received.superseded)
         return received.conversation or role.conversation
 
     def approve(self, role: Role, message: str | None = None) -> None:

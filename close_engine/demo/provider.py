@@ -30,3 +30,7 @@ class Provider:
         """
         self.asked[key] += 1
         return self.texts.setdefault(key, f"SM{len(self.texts):06}")
+
+    def find(self, key: str) -> str | None:
+        """Return the id of the text that was delivered under a key, or None if there is none."""
+        return self.texts.get(key)

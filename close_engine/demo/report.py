@@ -60,7 +60,7 @@ class Handover:
         messages: number of messages left to them.
         topic: str, the topic of the message during whose send a worker was killed.
         attempts: number of times that message was claimed.
-        asked: number of times the provider was asked to send it.
+        asked: number of times the provider was asked to send it; the second worker finds that it has left.
         texts: number of times the lead received it.
         exit_code: int, the survivor's exit status after it was asked to stop.
         killed: str, the name of the killed worker.
@@ -79,10 +79,10 @@ class Handover:
     def __str__(self) -> str:
         return (
             f"The last {self.messages} messages were left to two worker processes. {self.killed} was killed (SIGKILL) "
-            f"in the middle of sending a {self.topic}. Its lease ran out, and {self.survivor} sent the message: "
-            f"{self.attempts} attempts, recorded once. The provider was asked {self.asked} times, with the same key, "
-            f"and the lead got {self.texts} text. When asked to stop, {self.survivor} exited with status "
-            f"{self.exit_code}."
+            f"in the middle of sending a {self.topic}. Its lease ran out, and {self.survivor} claimed the message, "
+            f"asked the provider and found that it had left, so it was not sent again: {self.attempts} attempts, sent "
+            f"{_times(self.asked)}, recorded once, and the lead got {self.texts} text. When asked to stop, "
+            f"{self.survivor} exited with status {self.exit_code}."
         )
 
 
@@ -101,6 +101,7 @@ class Report:
         refused: dict of Mistake to the number of times it was made and refused.
         repeated: dict of event to the number of times it was reported again and changed nothing.
         unanswered: number of times the provider did not answer, so that the message was tried again.
+        superseded: number of drafts that were not sent, because the lead wrote after they were drafted.
         handover: Handover.
         closing: timedelta, the median time from opening to payment.
         problems: list of str, one sentence for everything that is wrong.
@@ -116,6 +117,11 @@ class Report:
     refused: dict[Mistake, int]
     repeated: dict[str, int]
     unanswered: int
+    superseded: int
     handover: Handover
     closing: timedelta
     problems: list[str]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -59,6 +59,7 @@ STORIES = (
         "wants changes twice and pays unseen", 5, _FULL, "hello answer build preview change preview change link pay"
     ),
     _story("goes silent and comes back", 8, _FULL, "hello answer dig write build preview link pay"),
+    _story("writes while a reminder waits", 5, _FULL, "hello answer dig remind answer build preview link pay"),
     _story("pays while a reminder waits", 5, _FULL, "hello answer build preview link remind pay"),
     _story("pays when given up", 3, _FULL, "hello answer build preview link pay_when_lost"),
     _story("is silent for good", 8, _FULL, "hello", _SILENT_FOR_GOOD),
