@@ -436,7 +436,8 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             UnreadableRow: Python cannot read it.
         """
         binding, meta = current(), cls._meta
-        cursor = binding.database.execute_sql(_select_by_id(binding.dialect), (pk,))
+        database, select = binding.database, _select_by_id(binding.dialect)
+        cursor = binding.dialect.run(database, lambda: database.execute_sql(select, (pk,)))
         try:
             row = cursor.fetchone()
             if row is None:

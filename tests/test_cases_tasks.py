@@ -86,6 +86,11 @@ WRITES: dict[str, Callable[[CloseEngineConversation], object]] = {
     "update": lambda c: Lead.update(phone="+1").execute(),
     "delete": lambda c: c.delete_instance(),
     "claim": lambda c: outbox.claim(),
+    "take_over": lambda c: c.take_over(by="owner"),
+    "opt_out": lambda c: close_engine.opt_out(c.lead_id, source="call"),
+    "opt_in": lambda c: close_engine.opt_in(c.lead_id, source="call"),
+    "subscribe": lambda c: close_engine.subscribe("build_site", stages=[Stage.BUILDING]),
+    "pay": lambda c: close_engine.record_payment(c.lead_id, "pi_1"),
     "sweep": lambda c: close_engine.sweep(),
 }
 
@@ -465,6 +470,8 @@ LOSING: dict[str, Callable[[CloseEngineConversation], object]] = {
     "record": lambda c: c.record(questions=["budget"]),
     "enqueue": lambda c: outbox.enqueue(c, "draft_reply", "Hello!"),
     "approve": lambda c: close_engine.pending_actions(c).get().approve(by="dana"),
+    "take_over": lambda c: c.take_over(by="owner"),
+    "opt_out": lambda c: close_engine.opt_out(c.lead_id, source="call"),
 }
 
 
