@@ -45,7 +45,7 @@ from close_engine.database.url import database_from
 from close_engine.errors import sqlstate
 from close_engine.testing import bring_to, new_lead
 from tests.prose import ROOT, blocks
-from tests.rows import copy_of, in_memory, left_by_an_error, stored, triggers
+from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
 from tests.servers import execute
 from tests.waiting import LIMIT, Running, until, until_they_wait
 from tests.workers import LINK, held, messages, race, sql
@@ -211,6 +211,33 @@ def test_f1_a_task_may_read_and_do_all_once_the_other_has_ended(conversation_in:
     asyncio.run(main())
 
     assert triggers(second)[-1] == triggers(first)[-1] == "start_building"
+
+
+@pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"])
+def test_f1_async_code_calls_it_in_threads(kind: str, conversation_in: ConversationIn) -> None:
+    """The way that works: as many tasks as one likes, each with a transaction of its own, and half of them fail."""
+    conversations = [conversation_in(Stage.QUALIFYING) for _ in range(12)]
+    database = current().database
+
+    def work(number: int) -> None:
+        with database.connection_context(), atomic():
+            conversations[number].start_building()
+            submit(conversations[number], ActionType.SEND_MESSAGE, "Hello!")
+            if number % 2:
+                raise Stop
+
+    async def main() -> Any:
+        tasks = [asyncio.to_thread(work, number) for number in range(12)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    ended = asyncio.run(main())
+
+    assert [isinstance(outcome, Stop) for outcome in ended] == [False, True] * 6
+    assert [conversation.stage for conversation in conversations] == [Stage.BUILDING, Stage.QUALIFYING] * 6
+    assert [stored(conversation)["stage"] for conversation in conversations] == [Stage.BUILDING, Stage.QUALIFYING] * 6
+    assert {message.conversation_id for message in messages()} == {
+        conversation.id for conversation in conversations[::2]
+    }
 
 
 def test_f1_an_event_loop_inside_a_transaction_is_part_of_it(conversation_in: ConversationIn) -> None:
