@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import greenlet
 import peewee
@@ -30,6 +30,7 @@ from close_engine import (
     CloseEngineConversation,
     EntryPoint,
     Lead,
+    MessageStatus,
     OutboxMessage,
     Stage,
     StageChange,
@@ -43,10 +44,12 @@ from close_engine import (
 from close_engine.database.binding import current, is_transient
 from close_engine.database.url import database_from
 from close_engine.errors import sqlstate
-from close_engine.testing import bring_to, new_lead
+from close_engine.schema import status
+from close_engine.testing import FakeSender, bring_to, new_lead
+from close_engine.worker import Worker
 from tests.prose import ROOT, blocks
 from tests.rows import Stop, copy_of, in_memory, left_by_an_error, stored, triggers
-from tests.servers import execute
+from tests.servers import execute, postgres_database
 from tests.waiting import LIMIT, Running, until, until_they_wait
 from tests.workers import LINK, held, messages, race, sql
 
@@ -485,6 +488,36 @@ def test_f6_claims_and_decisions_lose_nothing(strict: peewee.Database) -> None:
         return sent
 
     assert sum(race([work] * RACERS)) == RACERS
+    assert {copy_of(conversation).stage for conversation in conversations} == {Stage.QUALIFYING}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_f6_processes_that_migrate_at_once_take_turns(level: str, server: str) -> None:
+    """A variant: whoever waits for the lock must see what was migrated meanwhile."""
+    with postgres_database(server) as url:
+        name = urlsplit(url).path.removeprefix("/")
+        execute(url, f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level.lower()}'")
+        database = close_engine.connect(url)
+
+        ran = race([partial(close_engine.migrate, standalone=True)] * 3)
+
+        assert sorted(map(len, ran)) == [0, 0, len(status())]
+        assert close_engine.verify() == []
+        database.close()
+
+
+def test_f6_workers_send_and_sweep(strict: peewee.Database, fake_sender: FakeSender) -> None:
+    """A variant: several workers, each with several senders, have nothing to complain about."""
+    conversations = [opened(Stage.INITIATED) for _ in range(RACERS)]
+    for conversation in conversations:
+        submit(conversation, ActionType.SEND_MESSAGE, "Hello!")
+        outbox.enqueue(conversation, "draft_reply", "Hello!")
+
+    sent = race([Worker(fake_sender, concurrency=2).run_until_empty] * 3)
+
+    assert sum(sent) == len(fake_sender.sent) == 2 * RACERS
+    assert {message.status for message in messages()} == {MessageStatus.SENT}
+    assert {message.attempts for message in messages()} == {1}
     assert {copy_of(conversation).stage for conversation in conversations} == {Stage.QUALIFYING}
 
 
