@@ -1,4 +1,5 @@
 DROP TABLE close_engine_deadlines;
+DROP VIEW IF EXISTS close_engine_events;
 DROP TABLE IF EXISTS close_engine_subscriptions;
 DROP TABLE close_engine_context;
 DROP TABLE close_engine_history;

@@ -3,7 +3,6 @@ DROP TRIGGER IF EXISTS close_engine_entered;
 DROP TRIGGER IF EXISTS close_engine_subscribed_insert;
 DROP TRIGGER IF EXISTS close_engine_subscribed_update;
 DROP TRIGGER IF EXISTS close_engine_subscribed_delete;
-DROP VIEW IF EXISTS close_engine_events;
 DROP TABLE close_engine_outbox;
 DROP TABLE close_engine_inbox;
 DROP TABLE close_engine_drafts;

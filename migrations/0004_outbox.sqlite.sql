@@ -122,26 +122,7 @@ CREATE TABLE IF NOT EXISTS close_engine_takeovers (
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_takeovers_conversation_id_key
     ON close_engine_takeovers (conversation_id) WHERE handed_back_at IS NULL;
 
--- Effects: what is subscribed to an event is put into the outbox in the event's transaction, no matter who causes it, and
--- once: `fact` tells this event from any other of its kind. The payload is the subscription's own, with the facts. SQLite
--- has no functions of its own: what happens is inserted into a view that holds nothing.
-CREATE VIEW IF NOT EXISTS close_engine_events AS
-    SELECT '' AS event, '' AS stage, '' AS conversation_id, '' AS fact, '{}' AS facts WHERE 0;
-
-DROP TRIGGER IF EXISTS close_engine_publish;
-CREATE TRIGGER close_engine_publish
-INSTEAD OF INSERT ON close_engine_events
-BEGIN
-    INSERT INTO close_engine_outbox (conversation_id, topic, payload, "key", created_at, available_at)
-    SELECT NEW.conversation_id, s.topic,
-        json_patch(coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts)),
-        'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact,
-        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
-        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.send_after / 1000.0))
-    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage
-    ON CONFLICT (conversation_id, "key") WHERE "key" IS NOT NULL DO NOTHING;
-END;
-
+-- Effects: what is subscribed to an event is put into the outbox.
 DROP TRIGGER IF EXISTS close_engine_entered;
 CREATE TRIGGER close_engine_entered
 AFTER INSERT ON close_engine_history

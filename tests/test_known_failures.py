@@ -240,7 +240,7 @@ def test_08_every_active_stage_can_stall_and_is_resumed_where_it_was(
     """STALLED could be left only to QUALIFYING; nothing triggered it; stalledAt was never cleared."""
     conversation = conversation_in(stage)
     conversation.stall(actor="timer")
-    assert (conversation.stage, conversation.stalled_at) == (Stage.STALLED, conversation.updated_at)
+    assert (conversation.stage, conversation.stalled_at) == (Stage.STALLED, conversation.history()[-1].created_at)
     conversation.resume()
     assert (conversation.stage, conversation.stalled_at) == (stage, None)
     assert in_memory(conversation) == (stored(conversation), set())

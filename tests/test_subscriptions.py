@@ -332,6 +332,23 @@ def test_a_downgrade_ends_them_and_what_was_subscribed_to_is_marked_again(
     assert close_engine.verify() == []
 
 
+def test_what_is_gone_is_made_again(database: peewee.Database, foreign: ForeignWriter) -> None:
+    """The files of the migrations write, too: what they write to must be there by then."""
+    subscribe("tell", stages=[Stage.STALLED])
+    conversation = foreign.insert("BUILDING")
+    if foreign.is_postgres:
+        foreign.run("DROP FUNCTION close_engine.publish; UPDATE close_engine.transitions SET subscribed = false")
+    else:
+        foreign.run("DROP VIEW close_engine_events")
+        foreign.run("UPDATE close_engine_transitions SET subscribed = 0")
+    assert any("is missing" in problem for problem in close_engine.verify())
+    close_engine.migrate()
+    assert close_engine.verify() == []
+    assert foreign.stage(conversation) == "BUILDING"  # a connection of SQLite learns of a new schema when it reads
+    foreign.update(conversation, stage="STALLED")
+    assert len(effects("tell")) == 1
+
+
 # -- roles -------------------------------------------------------------------------------------------------------------
 
 
@@ -400,13 +417,13 @@ def test_what_comes_in_and_who_leads_are_events(conversation_in: ConversationIn)
     close_engine.record_payment(conversation.lead_id, "pi_1")
     close_engine.record_payment(conversation.lead_id, "pi_2")
     text, first, second = (entry.id for entry in close_engine.InboxEntry.select().order_by(close_engine.InboxEntry.id))
-    assert [message.payload for message in effects("see")] == [
+    assert effects("see") == [
         {"event": "lead:wrote", "text_id": text, "key": "SM1", "text": "Paid!"},
         {"event": "action:superseded", "action_id": waits.id, "type": "SEND_MESSAGE", "by": "close_engine"},
         {"event": "payment:recorded", "payment_id": first, "key": "pi_1", "amount": 1, "currency": "USD"},
         {"event": "payment:surplus", "payment_id": second, "key": "pi_2"},
     ]
-    assert [message.payload for message in effects("lead")] == [
+    assert effects("lead") == [
         {"event": "conversation:taken_over", "by": "dana"},
         {"event": "conversation:handed_back", "by": "lee"},
     ]
