@@ -67,8 +67,8 @@ def subscribe(
     Its payload is the subscription's, and the facts of the event: for `stage:entered` the `change_id`, `from`, `to` and
     `trigger`; for an action the `action_id`, its `type` and `by` whom; for a dead message the `message_id`, its `topic`
     and `error`; for a text of the lead the `text_id`, its `key` and the `text`; for a payment the `payment_id`, its
-    `key`, `amount` and `currency`; for a takeover `by` whom and `until` when; and always the `event`. Subscribing again
-    replaces payload and delay.
+    `key`, `amount` and `currency`; for an opt-out the `lead_id` and the `source`; for a takeover `by` whom and `until`
+    when; and always the `event`. Subscribing again replaces payload and delay.
 
     Args:
         topic: what your sender should do, for example `build_site`.
