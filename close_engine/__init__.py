@@ -13,7 +13,14 @@ from close_engine.approvals import (
     submit,
 )
 from close_engine.carriers import KEYWORDS, Keyword
-from close_engine.conversations import Answer, CloseEngineConversation, Takeover, locked, open_conversation
+from close_engine.conversations import (
+    Answer,
+    CloseEngineConversation,
+    Takeover,
+    locked,
+    open_conversation,
+    waiting_for_us,
+)
 from close_engine.database.binding import Tables, bind
 from close_engine.database.provenance import ProvenanceArguments
 from close_engine.database.transaction import atomic
@@ -84,6 +91,7 @@ from close_engine.sweeps import (
     Swept,
     expire_actions,
     lose_stalled,
+    lose_unanswered,
     release_leases,
     stall_silent,
     supersede_drafts,
@@ -143,6 +151,7 @@ __all__ = [
     "LeaseLost",
     "locked",
     "lose_stalled",
+    "lose_unanswered",
     "MessageCleared",
     "MessageNotDead",
     "MessageNotFound",
@@ -205,6 +214,7 @@ __all__ = [
     "User",
     "UserNotFound",
     "verify",
+    "waiting_for_us",
     "Worker",
 ]
 

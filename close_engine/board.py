@@ -1,4 +1,4 @@
-"""The board: conversations and time in each stage, drafts that wait for approval, the state of the outbox.
+"""The board: conversations and time in each stage, what waits for us, the state of the outbox.
 
     board = pipeline()                                  # plain numbers, for your own dashboard
 
@@ -33,7 +33,7 @@ from close_engine.models import StageChange
 from close_engine.outbox import CLAIMABLE, OutboxMessage
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
-__all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "outbox_line", "pipeline"]
+__all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "WaitingLine", "outbox_line", "pipeline"]
 
 #: How long a message is in flight before the board calls it hanging.
 HANGING_AFTER = timedelta(minutes=5)
@@ -81,6 +81,19 @@ class ApprovalLine:
 
 
 @dataclass(frozen=True)
+class WaitingLine:
+    """The conversations in which it is our turn: the lead waits for an answer.
+
+    Attributes:
+        count: int, how many there are.
+        longest: timedelta, how long the lead has been waiting in one of them; None if there is none.
+    """
+
+    count: int
+    longest: timedelta | None
+
+
+@dataclass(frozen=True)
 class OutboxLine:
     """The state of the outbox.
 
@@ -108,6 +121,7 @@ class Pipeline:
         stages: list of StageLine, one per Stage, in order.
         approvals: list of ApprovalLine, one per type that has drafts waiting.
         outbox: OutboxLine.
+        waiting_for_us: WaitingLine; `close_engine.waiting_for_us()` returns the conversations.
         unreadable: int, number of conversations and drafts that are left out, because Python does not know their stage
             or type, or cannot read their times; `close_engine.verify` lists them.
         taken_over: int, number of conversations that a human has taken over.
@@ -118,6 +132,7 @@ class Pipeline:
     stages: list[StageLine]
     approvals: list[ApprovalLine]
     outbox: OutboxLine
+    waiting_for_us: WaitingLine
     unreadable: int
     taken_over: int
     surplus: int
@@ -136,7 +151,15 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
     stages, strange = _stage_lines(at)
     approvals, unreadable = _approval_lines(at)
     taken_over, surplus = current().count(Takeover.lasting()), current().count(surplus_payments().order_by())
-    return Pipeline(at, stages, approvals, outbox_line(hanging_after), strange + unreadable, taken_over, surplus)
+    waiting, unread = _waiting_line(at), strange + unreadable
+    return Pipeline(at, stages, approvals, outbox_line(hanging_after), waiting, unread, taken_over, surplus)
+
+
+def _waiting_line(at: datetime) -> WaitingLine:
+    ours = f"FROM {{deadlines}} WHERE \"trigger\" = 'answer' AND {_is_readable('at')}"
+    ((count,),) = current().execute(f"SELECT {current().dialect.builtin}count(*) {ours}").fetchall()
+    first = current().execute(f"SELECT at {ours} ORDER BY at LIMIT 1").fetchone()
+    return WaitingLine(count, None if first is None else at - StageChange.created_at.python_value(first[0]))
 
 
 def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
@@ -238,7 +261,8 @@ def _entered(stages: Sequence[Stage], one_of: int = 1) -> list[tuple[Stage, date
     if one_of > 1:
         # Sample from the deadlines: each active conversation has one, and its rows are small.
         dialect = current().dialect
-        chosen = f"SELECT subject_id FROM ({dialect.sample('deadlines', one_of)}) AS chosen WHERE \"trigger\" = 'stall'"
+        chosen = dialect.sample("deadlines", one_of)
+        chosen = f"SELECT subject_id FROM ({chosen}) AS chosen WHERE \"trigger\" IN ('stall', 'answer')"
         query = query.where(peewee.NodeList((model.id, peewee.SQL(dialect.in_subquery(chosen)))))
     read: Any = StageChange.created_at.python_value
     return [(stage, read(at)) for stage, at in query.tuples() if at is not None]

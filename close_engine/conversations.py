@@ -73,7 +73,15 @@ from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, AutonomyLevel, Ent
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Answer", "CloseEngineConversation", "Takeover", "locked", "open_conversation", "open_under"]
+__all__ = [
+    "Answer",
+    "CloseEngineConversation",
+    "Takeover",
+    "locked",
+    "open_conversation",
+    "open_under",
+    "waiting_for_us",
+]
 
 
 @dataclass(frozen=True)
@@ -297,6 +305,39 @@ class CloseEngineConversation(WithoutStage, BaseModel):
                 # Somebody changed it since it was loaded. Keep the old version, so that the next trigger conflicts.
                 del values["updated_at"]
             accept(self, {name: getattr(written, name) for name in values})
+
+    def no_reply(self, reason: str, *, actor: str | None = None) -> None:
+        """Say that the lead's last words need no reply: it is the lead's turn again, and the silence counts from now.
+
+        If it is not our turn, nothing changes. Who said so, and why, is kept in the inbox, with the lead's text.
+
+        Args:
+            reason: why, for example "they only said thanks".
+            actor: who says so.
+
+        Raises:
+            StageConflict: somebody changed the conversation since it was loaded; perhaps the lead wrote again.
+            ConversationNotFound: it was deleted.
+            InvalidValue: the reason is empty, or an argument cannot be stored.
+        """
+        provenance = Provenance(actor, reason)
+        if not reason.strip():
+            raise InvalidValue("reason", reason, "a reason must be given")
+        execute = current().execute
+        with atomic():
+            require_whole(self)
+            write_fields(self, {}, "no_reply()")
+            turned = execute(
+                "UPDATE {deadlines} SET \"trigger\" = 'stall', at = {moment} "
+                "WHERE \"trigger\" = 'answer' AND subject_id = %s RETURNING subject_id",
+                (self.id,),
+            ).fetchall()
+            if turned:
+                execute(
+                    "UPDATE {inbox} SET no_reply_reason = %s, no_reply_by = %s WHERE id = (SELECT id FROM {inbox} "
+                    "WHERE kind = 'text' AND conversation_id = %s ORDER BY id DESC LIMIT 1)",
+                    (provenance.reason, provenance.actor, self.id),
+                )
 
     # -- who leads it --------------------------------------------------------------------------------------------
 
@@ -551,6 +592,25 @@ def locked(conversation_id: str) -> Iterator[CloseEngineConversation]:
         if conversation is None:
             raise ConversationNotFound(conversation_id)
         yield conversation
+
+
+def waiting_for_us(longer_than: timedelta = timedelta(0)) -> Rows[CloseEngineConversation]:
+    """Return a `readable()` query for the conversations in which it is our turn, the longest-waiting first.
+
+    It is our turn from the lead's first text that we have not answered, until a text of ours is sent, `no_reply()` says
+    that none is needed, or the conversation closes.
+
+    Args:
+        longer_than: timedelta, how long the lead must have been waiting.
+    """
+    model, dialect = CloseEngineConversation, current().dialect
+    due = "FROM {deadlines} WHERE \"trigger\" = 'answer'"
+    ids = dialect.in_subquery(f"SELECT subject_id {due} AND at <= %s")
+    before = stored_time(moment() - longer_than)
+    waiting = peewee.NodeList((model.id, SQL(dialect.sql(ids), [before])))
+    since = peewee.NodeList((SQL(dialect.sql(f"(SELECT at {due} AND subject_id =")), model.id, SQL(")")))
+    open_ = model.stage.in_([*ACTIVE_STAGES, Stage.STALLED])
+    return model.select().readable().where(waiting, open_).order_by(since, model.id)
 
 
 def open_conversation(

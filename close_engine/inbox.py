@@ -24,7 +24,7 @@ from close_engine.approvals import PendingAction, supersede
 from close_engine.carriers import Keyword
 from close_engine.conversations import CloseEngineConversation, open_under
 from close_engine.database.binding import current, now
-from close_engine.database.fields import JsonField, TextField, UtcDateTimeField, clean_json, clean_text, stored_time
+from close_engine.database.fields import JsonField, TextField, UtcDateTimeField, clean_json, clean_text
 from close_engine.database.provenance import Provenance
 from close_engine.database.reading import Rows
 from close_engine.database.transaction import atomic
@@ -51,6 +51,7 @@ class InboxEntry(BaseModel):
         is_surplus: whether the conversation had been paid for already.
         metadata: what else was given with it.
         result: what `receive()` did: the ids of what it wrote.
+        no_reply_reason, no_reply_by: why a text needed no reply, and who said so; None if nobody did.
     """
 
     id: Any = peewee.BigAutoField()
@@ -64,6 +65,8 @@ class InboxEntry(BaseModel):
     is_surplus: Any = peewee.BooleanField(default=False, constraints=[peewee.SQL("DEFAULT false")])
     metadata = JsonField(null=True)
     result = JsonField(null=True)
+    no_reply_reason = TextField["str | None"](null=True)
+    no_reply_by = TextField["str | None"](null=True)
     received_at = UtcDateTimeField[datetime](default=now)
 
     class Meta:
@@ -119,6 +122,8 @@ def receive(
 ) -> Received:
     """Process an inbound text once: it is our turn now, and a stalled conversation is resumed.
 
+    It stays our turn until a text of ours is sent, or `no_reply()` says that none is needed.
+
     Replies that were drafted before the text and still wait are superseded, unless they were submitted with
     `if_lead_writes="send"`: messages are withdrawn, pending actions expire. Other drafts that wait for approval stay;
     their metadata says `leadWroteSince`.
@@ -140,8 +145,8 @@ def receive(
         LeadNotFound: there is no such lead.
         LeadHasNoPhone: the conversation was to be opened, and the lead has no phone number. Nothing is recorded.
         TextOfAnotherLead: the key was used for a text of another lead. Nothing is recorded.
-        UnreadableRow: Python cannot read the lead's conversation. The text is in the inbox all the same, and the lead
-            no longer counts as silent. Correct the row, then answer by hand: the same key again is a duplicate.
+        UnreadableRow: Python cannot read the lead's conversation. The text is in the inbox all the same, and it is
+            our turn. Correct the row, then answer by hand: the same key again is a duplicate.
         InvalidValue: an argument cannot be stored.
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
@@ -158,7 +163,7 @@ def receive(
             entry_id = entry.add(conversation_id)
             heard = entry_id is not None and _heard(entry, entry_id, provenance) is not None
             if entry_id is not None and conversation_id is not None and not heard:
-                _no_longer_silent(conversation_id)
+                _our_turn(conversation_id)
                 _supersede(conversation_id, entry_id)
         raise
 
@@ -193,7 +198,7 @@ def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> 
         change = change_stage(conversation, "resume", {}, provenance.under("text"))
     elif change is None:
         write_fields(conversation, {}, "receive()")
-    _no_longer_silent(conversation.id)
+    _our_turn(conversation.id)
     superseded = _supersede(conversation.id, entry_id)
     if any(each.type is ActionType.SEND_PAYMENT_LINK for each in superseded if isinstance(each, PendingAction)):
         conversation.reload()  # nothing may be left that it waits for in PENDING_APPROVAL
@@ -263,9 +268,13 @@ def _repeated(entry: _Entry, conversation: CloseEngineConversation | None) -> Re
     return _result(conversation, change, superseded, duplicate=True)
 
 
-def _no_longer_silent(conversation_id: str) -> None:
-    moved_on = "UPDATE {deadlines} SET at = %s WHERE \"trigger\" = 'stall' AND subject_id = %s"
-    current().execute(moved_on, (stored_time(now()), conversation_id))
+def _our_turn(conversation_id: str) -> None:
+    """Note that the lead waits for our answer. If the lead waited before, it is since then."""
+    noted = (
+        "UPDATE {deadlines} SET \"trigger\" = 'answer', at = CASE \"trigger\" WHEN 'answer' THEN at ELSE {moment} END "
+        "WHERE \"trigger\" IN ('stall', 'answer') AND subject_id = %s"
+    )
+    current().execute(noted, (conversation_id,))
 
 
 _MESSAGES = """UPDATE {outbox} SET status = 'WITHDRAWN', last_error = 'the lead has written since'

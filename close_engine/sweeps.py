@@ -34,6 +34,7 @@ __all__ = [
     "Swept",
     "expire_actions",
     "lose_stalled",
+    "lose_unanswered",
     "release_leases",
     "stall_silent",
     "supersede_drafts",
@@ -45,7 +46,10 @@ STALL_AFTER = timedelta(hours=72)
 #: … and how long it is stalled before it is lost.
 LOSE_AFTER = timedelta(days=7)
 
-#: The longest that either can be: more is a mistake, and some dates are too early for Python.
+#: How long the lead waits for our answer before the conversation is lost, if that is wanted at all.
+LOSE_UNANSWERED_AFTER = timedelta(days=30)
+
+#: The longest that any of them can be: more is a mistake, and some dates are too early for Python.
 _LONGEST = timedelta(days=36500)
 
 #: The actor of these changes in the history.
@@ -58,7 +62,7 @@ class Swept:
 
     Attributes:
         stalled: list of str, ids of the conversations that were stalled.
-        lost: list of str, ids of the conversations that were closed as lost.
+        lost: list of str, ids of the conversations that were closed as lost: stalled or unanswered for too long.
         expired: list of str, ids of the pending actions that expired.
         released: list of int, ids of the messages whose lease had run out.
         superseded: list of str, ids of the pending actions that the lead's words had superseded.
@@ -85,19 +89,28 @@ class _Due(NamedTuple):
     lock: tuple[str, ...]
 
 
+_ACTIVE = ", ".join(f"'{stage}'" for stage in ACTIVE_STAGES)
+
 # A deadline only says where to look. The row itself decides, so a deadline that was left behind takes no place in a
 # batch, nor does a stage that the guard does not know. {but} leaves out what was found and cannot be read. On
 # PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, d SKIP LOCKED.
-_PERHAPS_SILENT = f"""
+_SILENT = f"""
     SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'stall' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage IN ({", ".join(f"'{stage}'" for stage in ACTIVE_STAGES)}) {{but}}
+        AND c.stage IN ({_ACTIVE}) {{but}}
+    ORDER BY d.at LIMIT %s {{lock}}
+"""
+_UNANSWERED = f"""
+    SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
+    WHERE d."trigger" = 'answer' AND d.at <= %s AND c.updated_at < %s
+        AND c.stage IN ({_ACTIVE}, 'STALLED') {{but}}
     ORDER BY d.at LIMIT %s {{lock}}
 """
 _STALLED = """
     SELECT c.id FROM {deadlines} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'close_lost' AND d.at <= %s AND c.updated_at < %s
         AND c.stage = 'STALLED' AND c.stalled_at <= %s {but}
+        AND NOT EXISTS (SELECT 1 FROM {deadlines} a WHERE a."trigger" = 'answer' AND a.subject_id = c.id)
     ORDER BY d.at LIMIT %s {lock}
 """
 _EXPIRED = """
@@ -118,12 +131,18 @@ _RUN_OUT = """
 """
 
 
-def sweep(*, stall_after: timedelta = STALL_AFTER, lose_after: timedelta = LOSE_AFTER) -> Swept:
+def sweep(
+    *,
+    stall_after: timedelta = STALL_AFTER,
+    lose_after: timedelta = LOSE_AFTER,
+    lose_unanswered_after: timedelta | None = None,
+) -> Swept:
     """Run all sweeps.
 
     Args:
         stall_after: timedelta, as for `stall_silent`.
         lose_after: timedelta, as for `lose_stalled`.
+        lose_unanswered_after: timedelta, as for `lose_unanswered`; None to close nothing that waits for us.
 
     Returns:
         Swept.
@@ -131,16 +150,18 @@ def sweep(*, stall_after: timedelta = STALL_AFTER, lose_after: timedelta = LOSE_
     Raises:
         InvalidValue: a timedelta is negative or too long.
     """
-    return Swept(
-        stall_silent(stall_after), lose_stalled(lose_after), expire_actions(), release_leases(), supersede_drafts()
-    )
+    stalled, lost = stall_silent(stall_after), lose_stalled(lose_after)
+    if lose_unanswered_after is not None:
+        lost += lose_unanswered(lose_unanswered_after)
+    return Swept(stalled, lost, expire_actions(), release_leases(), supersede_drafts())
 
 
 def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[str]:
-    """Stall active conversations whose leads are silent.
+    """Stall active conversations whose leads are silent. Where it is our turn, the lead is not silent.
 
     Args:
-        after: timedelta, how long since the last inbound text or the last stage change, whichever is later.
+        after: timedelta, how long it has been the lead's turn: since the last text of ours was sent, or else since the
+            conversation was opened, resumed, reopened or adopted.
         batch: int, how many to change in one transaction.
 
     Returns:
@@ -151,14 +172,13 @@ def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[s
         GuardMissing: the database would not record the changes.
     """
     before, at = _before_and_now(after)
-    due = _Due(_PERHAPS_SILENT, (before, at), lock=("c", "d"))
-    return _move("stall", at, due, batch, spared=lambda held: _not_silent(held, before))
+    return _move("stall", at, _Due(_SILENT, (before, at), lock=("c", "d")), batch)
 
 
 def lose_stalled(
     after: timedelta = LOSE_AFTER, reason: str = "silent since it stalled", *, batch: int = 1000
 ) -> list[str]:
-    """Close long-stalled conversations as lost.
+    """Close long-stalled conversations as lost. Where it is our turn, the lead is not lost: see `lose_unanswered`.
 
     Args:
         after: timedelta, how long since the conversation stalled.
@@ -172,10 +192,38 @@ def lose_stalled(
         InvalidValue: the reason is empty, `after` is negative or too long, or the batch is less than 1.
         GuardMissing: the database would not record the changes.
     """
+    before, at = _before_and_now(after)
+    return _move("close_lost", at, _Due(_STALLED, (before, at, before), lock=("c",)), batch, _given(reason))
+
+
+def lose_unanswered(
+    after: timedelta = LOSE_UNANSWERED_AFTER,
+    reason: str = "the lead's last words were not answered",
+    *,
+    batch: int = 1000,
+) -> list[str]:
+    """Close conversations as lost in which the lead has waited for us for too long.
+
+    Args:
+        after: timedelta, how long it has been our turn.
+        reason: str, for `closed_lost_reason` and the history.
+        batch: int, how many to change in one transaction.
+
+    Returns:
+        list of str, ids of the conversations.
+
+    Raises:
+        InvalidValue: the reason is empty, `after` is negative or too long, or the batch is less than 1.
+        GuardMissing: the database would not record the changes.
+    """
+    before, at = _before_and_now(after)
+    return _move("close_lost", at, _Due(_UNANSWERED, (before, at), lock=("c", "d")), batch, _given(reason))
+
+
+def _given(reason: str) -> str:
     if not reason.strip():
         raise InvalidValue("reason", reason, "a reason must be given")
-    before, at = _before_and_now(after)
-    return _move("close_lost", at, _Due(_STALLED, (before, at, before), lock=("c",)), batch, reason)
+    return reason
 
 
 def _before_and_now(after: timedelta) -> tuple[str, str]:
@@ -269,12 +317,8 @@ def _move(
     due: _Due,
     batch: int,
     reason: str | None = None,
-    spared: Callable[[list[str]], set[str]] | None = None,
 ) -> list[str]:
-    """Fire a trigger on every conversation that is due: in one statement, or one by one if hooks must run.
-
-    `spared` returns those of the locked conversations that are not due after all.
-    """
+    """Fire a trigger on every conversation that is due: in one statement, or one by one if hooks must run."""
     transition, given = TRIGGERS[trigger], {"closed_lost_reason": reason}
     provenance = Provenance(ACTOR, reason)
     assignments = assigned_by(transition, at, given)
@@ -282,35 +326,18 @@ def _move(
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
     unreadable: set[str] = set()
 
-    def move(held: list[str]) -> list[str]:
-        not_due = spared(held) if spared else set()
-        ids = [conversation_id for conversation_id in held if conversation_id not in not_due]
+    def move(ids: list[str]) -> list[str]:
         if hooks.crosses_a_hook(transition):
             read = CloseEngineConversation.select().readable().where(CloseEngineConversation.id.in_(ids))
             for conversation in read:
                 change_stage(conversation, trigger, given, provenance)
             ids = [conversation.id for conversation in read]
             unreadable.update(row.row_id for row in read.passed_over)
-        elif ids:
+        else:
             _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
         return ids
 
     return _in_batches(due, batch, move, (provenance, Write(trigger, None, at)), unreadable)
-
-
-def _not_silent(held: list[str], before: str) -> set[str]:
-    """Return those whose stage changed after their deadline, and move the deadline up to that change."""
-    changed = (
-        "(SELECT created_at FROM {history} WHERE conversation_id = subject_id "
-        "AND \"trigger\" <> 'adopted' ORDER BY id DESC LIMIT 1)"
-    )
-    rows = _execute(
-        f"UPDATE {{deadlines}} SET at = {changed} "
-        f"WHERE \"trigger\" = 'stall' AND {changed} > %s AND subject_id IN {{these}} RETURNING subject_id",
-        before,
-        these=held,
-    )
-    return {row[0] for row in rows}
 
 
 def _in_batches(

@@ -33,8 +33,8 @@ CREATE INDEX IF NOT EXISTS history_conversation_id_idx ON close_engine.history (
 CREATE UNIQUE INDEX IF NOT EXISTS history_key_key ON close_engine.history (conversation_id, key) WHERE key IS NOT NULL;
 
 -- What the sweeps look for, by time: Prisma would drop an index on its own tables. Triggers keep the rows up to date:
---   'stall', an active conversation: silent since. It is only a lower bound: a stage change does not update the row,
---       because that would slow down every change. When the sweep finds a row due, it checks the history.
+--   'stall', an active conversation: it has been the lead's turn since.
+--   'answer', in place of 'stall': the lead wrote then, and it has been our turn since, also while it is stalled.
 --   'close_lost', a stalled conversation: stalled since.
 --   'expire', a pending action: when it expires.
 CREATE TABLE IF NOT EXISTS close_engine.deadlines (

@@ -294,13 +294,17 @@ BEGIN
         recorded := pg_catalog.set_config('close_engine.context', '[' || recorded || ', "'
             || pg_catalog.to_char(moment, 'YYYY-MM-DD HH24:MI:SS.MS') || '"]', true);
     END IF;
-    -- From one active stage to another, the deadline stays.
-    IF NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
-        OR fired = 'adopted' THEN
+    -- Whose turn it is stays as it is from one active stage to another: a stage change is no text. If it is ours, that
+    -- outlives stalling. If not, the lead's silence counts from now.
+    IF NEW.stage IN ('COMPLETED', 'CLOSED_LOST') THEN
+        DELETE FROM close_engine.deadlines
+        WHERE trigger IN ('stall', 'answer', 'close_lost') AND subject_id = NEW.id;
+    ELSIF NEW.stage = 'STALLED' OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR fired = 'adopted' THEN
         DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
-        IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
-            INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('stall', NEW.id, moment);
-        ELSIF NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL THEN
+        IF NEW.stage <> 'STALLED' THEN
+            INSERT INTO close_engine.deadlines (trigger, subject_id, at) SELECT 'stall', NEW.id, moment
+            WHERE NOT EXISTS (SELECT FROM close_engine.deadlines WHERE trigger = 'answer' AND subject_id = NEW.id);
+        ELSIF NEW.stalled_at IS NOT NULL THEN
             INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('close_lost', NEW.id, NEW.stalled_at);
         END IF;
     END IF;
@@ -352,7 +356,7 @@ BEGIN
         PERFORM close_engine.publish('stage:entered', NEW.stage, NEW.id, recorded::text,
             pg_catalog.jsonb_build_object('change_id', recorded, 'to', NEW.stage, 'trigger', 'open'));
     END IF;
-    DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
+    DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'answer', 'close_lost') AND subject_id = NEW.id;
     IF NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') THEN
         INSERT INTO close_engine.deadlines (trigger, subject_id, at) VALUES ('stall', NEW.id, moment);
     ELSIF NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL THEN
@@ -370,9 +374,10 @@ BEGIN
         PERFORM close_engine.refuse_table(TG_RELID, $table$public.close_engine_conversations$table$::text);
     END IF;
     IF TG_OP = 'TRUNCATE' THEN
-        DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost');
+        DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'answer', 'close_lost');
     ELSE
-        DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = OLD.id;
+        DELETE FROM close_engine.deadlines
+        WHERE trigger IN ('stall', 'answer', 'close_lost') AND subject_id = OLD.id;
     END IF;
     RETURN NULL;
 END
@@ -403,13 +408,16 @@ LEFT JOIN LATERAL (SELECT h.dest FROM close_engine.history h WHERE h.conversatio
                    ORDER BY h.id DESC LIMIT 1) newest ON true
 WHERE newest.dest IS DISTINCT FROM c.stage
 ORDER BY c.created_at, c.id;
-DELETE FROM close_engine.deadlines d WHERE d.trigger IN ('stall', 'close_lost') AND NOT EXISTS (
+-- A silence whose beginning nobody knows counts from now.
+DELETE FROM close_engine.deadlines d WHERE d.trigger IN ('stall', 'answer', 'close_lost') AND NOT EXISTS (
     SELECT FROM public.close_engine_conversations c WHERE c.id = d.subject_id AND CASE d.trigger
         WHEN 'stall' THEN c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        WHEN 'answer' THEN c.stage NOT IN ('COMPLETED', 'CLOSED_LOST')
         ELSE c.stage = 'STALLED' AND c.stalled_at = d.at END);
 INSERT INTO close_engine.deadlines (trigger, subject_id, at)
-SELECT 'stall', c.id, c.updated_at FROM public.close_engine_conversations c
+SELECT 'stall', c.id, close_engine.moment() FROM public.close_engine_conversations c
 WHERE c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    AND NOT EXISTS (SELECT FROM close_engine.deadlines d WHERE d.trigger = 'answer' AND d.subject_id = c.id)
 UNION ALL
 SELECT 'close_lost', c.id, c.stalled_at FROM public.close_engine_conversations c
 WHERE c.stage = 'STALLED' AND c.stalled_at IS NOT NULL

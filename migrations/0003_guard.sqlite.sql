@@ -176,7 +176,7 @@ BEGIN
         WHEN 'PAYMENT_SENT' THEN payment_link_sent_at WHEN 'COMPLETED' THEN completed_at
         WHEN 'STALLED' THEN stalled_at WHEN 'CLOSED_LOST' THEN closed_lost_at ELSE '' END IS NULL;
 
-    DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND subject_id = NEW.id;
+    DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'answer', 'close_lost') AND subject_id = NEW.id;
     INSERT INTO close_engine_deadlines ("trigger", subject_id, at)
     SELECT CASE stage WHEN 'STALLED' THEN 'close_lost' ELSE 'stall' END, id,
         CASE stage WHEN 'STALLED' THEN stalled_at ELSE (
@@ -237,14 +237,19 @@ BEGIN
         AND NOT EXISTS (SELECT 1 FROM close_engine_transitions
                         WHERE machine = 'conversation' AND OLD.stage IN (source, dest));
 
+    -- Whose turn it is stays as it is from one active stage to another: a stage change is no text. If it is ours, that
+    -- outlives stalling. If not, the lead's silence counts from now.
     DELETE FROM close_engine_deadlines WHERE "trigger" = 'stall' AND subject_id = NEW.id
         AND NEW.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST');
+    DELETE FROM close_engine_deadlines WHERE "trigger" = 'answer' AND subject_id = NEW.id
+        AND NEW.stage IN ('COMPLETED', 'CLOSED_LOST');
     INSERT OR REPLACE INTO close_engine_deadlines ("trigger", subject_id, at)
     SELECT 'stall', NEW.id, created_at FROM close_engine_history
     WHERE NEW.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
         AND (OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
             OR NOT EXISTS (SELECT 1 FROM close_engine_transitions
                            WHERE machine = 'conversation' AND OLD.stage IN (source, dest)))
+        AND NOT EXISTS (SELECT 1 FROM close_engine_deadlines WHERE "trigger" = 'answer' AND subject_id = NEW.id)
         AND conversation_id = NEW.id
     ORDER BY id DESC LIMIT 1;
 
@@ -326,7 +331,7 @@ DROP TRIGGER IF EXISTS close_engine_deletion;
 CREATE TRIGGER close_engine_deletion
 AFTER DELETE ON close_engine_conversations
 BEGIN
-    DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND subject_id = OLD.id;
+    DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'answer', 'close_lost') AND subject_id = OLD.id;
 END;
 
 -- Whatever happened while there was no guard, bring the history and the deadlines up to the rows: every conversation
@@ -337,12 +342,16 @@ FROM (SELECT c.*, (SELECT h.dest FROM close_engine_history h WHERE h.conversatio
                    ORDER BY h.id DESC LIMIT 1) AS known FROM close_engine_conversations c)
 WHERE known IS NOT stage
 ORDER BY created_at, id;
-DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'close_lost') AND NOT EXISTS (
+-- A silence whose beginning nobody knows counts from now.
+DELETE FROM close_engine_deadlines WHERE "trigger" IN ('stall', 'answer', 'close_lost') AND NOT EXISTS (
     SELECT 1 FROM close_engine_conversations c WHERE c.id = subject_id AND CASE "trigger"
         WHEN 'stall' THEN c.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+        WHEN 'answer' THEN c.stage NOT IN ('COMPLETED', 'CLOSED_LOST')
         ELSE c.stage = 'STALLED' AND c.stalled_at = at END);
 INSERT OR IGNORE INTO close_engine_deadlines ("trigger", subject_id, at)
-SELECT 'stall', id, updated_at FROM close_engine_conversations
+SELECT 'stall', id, coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+FROM close_engine_conversations c
 WHERE stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')
+    AND NOT EXISTS (SELECT 1 FROM close_engine_deadlines d WHERE d."trigger" = 'answer' AND d.subject_id = c.id)
 UNION ALL
 SELECT 'close_lost', id, stalled_at FROM close_engine_conversations WHERE stage = 'STALLED' AND stalled_at IS NOT NULL;

@@ -2,7 +2,7 @@ DROP FUNCTION close_engine.claim(integer, double precision, text, text[], boolea
 UPDATE close_engine.transitions SET subscribed = false WHERE subscribed;
 DROP TRIGGER IF EXISTS close_engine_subscribed ON close_engine.subscriptions;
 DROP TABLE close_engine.outbox;
-DROP FUNCTION close_engine.announce_message();
+DROP FUNCTION close_engine.announce_message(), close_engine.follow_sent();
 DROP FUNCTION IF EXISTS
     close_engine.follow_subscriptions(), close_engine.follow_death(), close_engine.publish(text, text, text, text, jsonb);
 DROP TABLE close_engine.inbox;

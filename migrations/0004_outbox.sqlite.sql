@@ -82,6 +82,17 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_number_key
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_key_key
     ON close_engine_optouts (lead_id, "key") WHERE "key" IS NOT NULL;
 
+-- After a text of ours it is the lead's turn, whoever marks it sent.
+DROP TRIGGER IF EXISTS close_engine_sent;
+CREATE TRIGGER close_engine_sent
+AFTER UPDATE ON close_engine_outbox
+WHEN NEW.status = 'SENT' AND OLD.status <> 'SENT' AND NEW.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+BEGIN
+    UPDATE close_engine_deadlines SET "trigger" = 'stall',
+        at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    WHERE "trigger" IN ('stall', 'answer') AND subject_id = NEW.conversation_id;
+END;
+
 CREATE TABLE IF NOT EXISTS close_engine_inbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     kind TEXT NOT NULL,
@@ -89,6 +100,8 @@ CREATE TABLE IF NOT EXISTS close_engine_inbox (
     lead_id TEXT NOT NULL,
     conversation_id TEXT,
     body TEXT,
+    no_reply_reason TEXT,
+    no_reply_by TEXT,
     amount INTEGER,
     currency TEXT,
     is_surplus INTEGER NOT NULL DEFAULT 0,

@@ -65,7 +65,7 @@ def test_a_lead_is_silent_after_72_hours_to_the_millisecond(
     conversation_in: ConversationIn, close_engine_clock: MovableClock
 ) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    close_engine_clock.now = conversation.history()[-1].created_at + THREE_DAYS - MILLISECOND
+    close_engine_clock.now = conversation.created_at + THREE_DAYS - MILLISECOND
     assert stall_silent() == []
     assert copy_of(conversation).stage is Stage.QUALIFYING
     moment = milliseconds(close_engine_clock.move(MILLISECOND))
@@ -97,16 +97,18 @@ def test_every_active_stage_can_stall_and_no_other(
     assert_consistent()
 
 
-@pytest.mark.parametrize("sign", ["a text", "a stage change"])
-def test_silence_counts_from_the_last_text_or_stage_change(
-    conversation_in: ConversationIn, close_engine_clock: MovableClock, sign: str
+@pytest.mark.parametrize("begun_by", ["a text of ours", "a resuming", "a reopening"])
+def test_silence_counts_from_where_it_became_the_leads_turn(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, begun_by: str
 ) -> None:
-    conversation = conversation_in(Stage.QUALIFYING)
+    stage = {"a resuming": Stage.STALLED, "a reopening": Stage.CLOSED_LOST}.get(begun_by, Stage.QUALIFYING)
+    conversation = conversation_in(stage)
     close_engine_clock.move(HOUR)
-    if sign == "a text":
-        receive(conversation.lead_id, "SM1", "hello")
+    if begun_by == "a text of ours":
+        outbox.enqueue(conversation, "SEND_MESSAGE", "hello")
+        claimed().sent("p1")
     else:
-        conversation.collect_info()
+        conversation.fire("resume" if begun_by == "a resuming" else "reopen")
     close_engine_clock.move(THREE_DAYS - MILLISECOND)
     assert stall_silent() == []
     close_engine_clock.move(MILLISECOND)
@@ -117,15 +119,19 @@ def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(
     conversation_in: ConversationIn, close_engine_clock: MovableClock
 ) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    close_engine_clock.move(timedelta(seconds=1))
     receive(conversation.lead_id, "SM1", "hello")
+    close_engine_clock.move(timedelta(seconds=1))
+    outbox.enqueue(conversation.id, "SEND_MESSAGE", "hello")
+    claimed().sent("p1")
     close_engine_clock.move(THREE_DAYS - HOUR)
     conversation = copy_of(conversation)
     conversation.record(data={"name": "Ada"})
     conversation.collected_data = {"name": "Ada L."}
     conversation.save()
-    submit(conversation, ActionType.SEND_MESSAGE, "still there?")
-    claimed().sent("p1")
+    conversation.collect_info()
+    submit(conversation, ActionType.SEND_MESSAGE, "still there?", send_after=timedelta(days=1))
+    outbox.enqueue(conversation, "tell_the_rep")
+    claimed().sent("p2")
     receive(conversation.lead_id, "SM1", "hello")
     sql("UPDATE close_engine_conversations SET edit_rounds = 3 WHERE id = %s", conversation.id)
     sql("UPDATE close_engine_conversations SET updated_at = %s", str(close_engine_clock.now)[:23])
@@ -135,7 +141,7 @@ def test_silence_does_not_begin_anew_with_what_is_no_sign_of_the_lead(
 
 def test_another_time_can_be_asked_for(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
-    close_engine_clock.now = conversation.history()[-1].created_at + HOUR
+    close_engine_clock.now = conversation.created_at + HOUR
     assert stall_silent(after=HOUR + MILLISECOND) == []
     assert stall_silent(after=HOUR) == [conversation.id]
 

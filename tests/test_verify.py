@@ -69,7 +69,7 @@ ON_BOTH = {
     "a deadline": (
         "DELETE FROM {deadlines} WHERE subject_id = 'c1'",
         [
-            f"For 1 row of {TABLE} ('c1'), {{deadlines}} has no row stall, so no sweep finds it: "
+            f"For 1 row of {TABLE} ('c1'), {{deadlines}} has no row stall or answer, so no sweep finds it: "
             "run close-engine verify --repair, which adds it."
         ],
     ),

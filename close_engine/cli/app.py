@@ -215,12 +215,12 @@ def open_migrated(context: typer.Context, *, wait: bool = False) -> None:
         raise SchemaError(f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate.")
 
 
-def in_seconds(text: str, default: float, unit: Literal["seconds", "hours", "days"] = "seconds") -> Any:
+def in_seconds(text: str, default: float | None, unit: Literal["seconds", "hours", "days"] = "seconds") -> Any:
     """Declare an option whose value is a number of seconds, or of another unit.
 
     Args:
         text: str, the help text: one sentence.
-        default: the default in that unit, for the help only.
+        default: the default in that unit, for the help only; None if there is none.
         unit: the unit.
 
     Returns:
@@ -236,7 +236,8 @@ def in_seconds(text: str, default: float, unit: Literal["seconds", "hours", "day
             raise typer.BadParameter(f"{given!r} is less than zero.")
         return length
 
-    return typer.Option(metavar=unit.upper(), parser=parse, help=f"{text} Default {default:g}.", show_default=False)
+    shown = text if default is None else f"{text} Default {default:g}."
+    return typer.Option(metavar=unit.upper(), parser=parse, help=shown, show_default=False)
 
 
 def _without_secrets(sentence: str) -> str:

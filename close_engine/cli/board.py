@@ -35,7 +35,9 @@ def render(board: Pipeline) -> RenderableType:
         approvals.add_row(waiting.type.value, f"{waiting.waiting:,}", duration(waiting.oldest))
     if not board.approvals:
         approvals.add_row("nothing", "-", "-")
-    right_side = Group(approvals, "", render_outbox(board.outbox))
+    ours = table("our turn", "count", "longest", title="Waiting for us", numbers=("count", "longest"))
+    ours.add_row("leads who wrote", f"{board.waiting_for_us.count:,}", duration(board.waiting_for_us.longest))
+    right_side = Group(ours, "", approvals, "", render_outbox(board.outbox))
     parts: list[RenderableType] = [Columns([_render_stages(board), right_side], padding=(0, 4))]
     if any(line.sampled for line in board.stages):
         parts += ["", "~ approximate, >= at least: estimated from a sample"]

@@ -102,6 +102,12 @@ def _time(text: str) -> datetime | timedelta:
 
 StallAfter = Annotated[timedelta, in_seconds("How long a lead is silent before its conversation stalls.", 72, "hours")]
 LoseAfter = Annotated[timedelta, in_seconds("How long a conversation is stalled before it is lost.", 7, "days")]
+LoseUnansweredAfter = Annotated[
+    timedelta | None,
+    in_seconds(
+        "How long a lead waits for our answer before the conversation is lost: never, unless given.", None, "days"
+    ),
+]
 
 
 @command()
@@ -109,14 +115,15 @@ def sweep(
     context: typer.Context,
     stall_after: StallAfter = sweeps.STALL_AFTER,
     lose_after: LoseAfter = sweeps.LOSE_AFTER,
+    lose_unanswered_after: LoseUnansweredAfter = None,
 ) -> None:
-    """Stall silent conversations, close stalled ones as lost, expire drafts, release messages of dead workers.
+    """Stall conversations of silent leads, close stalled ones as lost, expire drafts, release messages of dead workers.
 
     A worker does this on its timer. This command does it once, for example
     from a cron job.
     """
     open_migrated(context)
-    swept = sweeps.sweep(stall_after=stall_after, lose_after=lose_after)
+    swept = sweeps.sweep(stall_after=stall_after, lose_after=lose_after, lose_unanswered_after=lose_unanswered_after)
     print(
         f"Conversations stalled: {len(swept.stalled)}, lost: {len(swept.lost)}. "
         f"Actions expired: {len(swept.expired)}. Messages released from dead workers: {len(swept.released)}."
@@ -167,6 +174,7 @@ def worker(
     ),
     stall_after: StallAfter = sweeps.STALL_AFTER,
     lose_after: LoseAfter = sweeps.LOSE_AFTER,
+    lose_unanswered_after: LoseUnansweredAfter = None,
     no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Do not sweep; other workers do.")] = False,
     until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when nothing can be sent now.")] = False,
 ) -> None:
@@ -198,7 +206,9 @@ def worker(
                 "leave out one of the two."
             )
         context.call_on_close(current().database.close)
-    swept = None if no_sweep else partial(sweeps.sweep, stall_after=stall_after, lose_after=lose_after)
+    swept = partial(
+        sweeps.sweep, stall_after=stall_after, lose_after=lose_after, lose_unanswered_after=lose_unanswered_after
+    )
     sending_worker = Worker(
         send,
         name=name,
@@ -206,7 +216,7 @@ def worker(
         topics=topics,
         lease=lease,
         idle=idle,
-        sweep=swept,
+        sweep=None if no_sweep else swept,
         sweep_every=sweep_every,
     )
     _log_to_standard_error()

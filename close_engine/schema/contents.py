@@ -252,26 +252,27 @@ def _stamp_problems() -> Iterator[Problem]:
                 )
 
 
-#: A row that the sweeps must find by time: the model, which of its rows, and the trigger that is due.
-_DUE: tuple[tuple[type[BaseModel], str, str], ...] = (
-    (CloseEngineConversation, "s.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')", "stall"),
-    (CloseEngineConversation, "s.stage = 'STALLED' AND s.stalled_at IS NOT NULL", "close_lost"),
-    (approvals.PendingAction, "s.status = 'PENDING' AND s.expires_at IS NOT NULL", "expire"),
+#: A row that the sweeps must find by time: the model, which of its rows, and what one of its deadlines must say.
+_DUE: tuple[tuple[type[BaseModel], str, tuple[str, ...]], ...] = (
+    (CloseEngineConversation, "s.stage NOT IN ('COMPLETED', 'STALLED', 'CLOSED_LOST')", ("stall", "answer")),
+    (CloseEngineConversation, "s.stage = 'STALLED' AND s.stalled_at IS NOT NULL", ("close_lost",)),
+    (approvals.PendingAction, "s.status = 'PENDING' AND s.expires_at IS NOT NULL", ("expire",)),
 )
 
 
 def _deadline_problems() -> Iterator[Problem]:
-    for model, due, trigger in _DUE:
+    for model, due, triggers in _DUE:
+        marks = ", ".join(["%s"] * len(triggers))
         found = fetch(
             f"SELECT {current().dialect.builtin}count(*) OVER (), s.id FROM {table_name(model)} s WHERE {due} "
-            'AND NOT EXISTS (SELECT 1 FROM {deadlines} d WHERE d."trigger" = %s AND d.subject_id = s.id) '
+            f'AND NOT EXISTS (SELECT 1 FROM {{deadlines}} d WHERE d."trigger" IN ({marks}) AND d.subject_id = s.id) '
             "ORDER BY s.id LIMIT 1",
-            [trigger],
+            triggers,
         )
         for count, example in found:
             yield Problem(
                 f"For {rows_of(model, count, repr(example))}, {current().sql('{deadlines}')} has no row "
-                f"{trigger}, so no sweep finds it",
+                f"{' or '.join(triggers)}, so no sweep finds it",
                 f"{REPAIR}, which adds it",
                 again=True,
             )
