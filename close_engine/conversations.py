@@ -198,7 +198,12 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return self.fire("stall", **provenance)
 
     def resume(self, **provenance: Unpack[ProvenanceArguments]) -> StageChange:
-        """STALLED → the stage it stalled in (QUALIFYING if unknown). Arguments, result and errors as for `fire`."""
+        """STALLED → where things stand. Arguments, result and errors as for `fire`.
+
+        That is the stage it stalled in, corrected by what happened since: after a first text it is QUALIFYING, after a
+        preview PREVIEW_SENT, after a payment link PAYMENT_SENT. If it stalled in PENDING_APPROVAL and no payment link
+        waits any more, it is PREVIEW_SENT.
+        """
         return self.fire("resume", **provenance)
 
     def close_lost(

@@ -60,7 +60,7 @@ class Assignment(NamedTuple):
 
     Attributes:
         column: the column's name.
-        sql: an expression. Each %s is a parameter, {history} stands for the history's table, {moment} for now.
+        sql: an expression, written as `Dialect.sql` takes it. Each %s is a parameter.
         parameters: tuple of values, as the database stores them.
     """
 
@@ -69,17 +69,18 @@ class Assignment(NamedTuple):
     parameters: tuple[Any, ...] = ()
 
 
-#: What writes the stage that a transition leads to; None is the stage that the conversation stalled in. An adopted row
-#: may have come from a closed stage, which nothing resumes to.
+#: What writes the stage that a transition leads to; None is where things stand, which the database knows.
 _STAGE: dict[Stage | None, Assignment] = {
-    None: Assignment(
-        "stage",
-        "COALESCE((SELECT CASE WHEN source NOT IN ('COMPLETED', 'CLOSED_LOST') THEN source END FROM {history} "
-        "WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), "
-        "'QUALIFYING')",
-    ),
+    None: Assignment("stage", "{resumes_to}"),
     **{stage: Assignment("stage", "%s", (stage.value,)) for stage in Stage},
 }
+
+
+#: A payment link that was sent past the library while the conversation was stalled: its stamp is missing.
+_LINK_SENT = (
+    "CASE WHEN payment_link_sent_at IS NULL AND {resumes_to} = 'PAYMENT_SENT' THEN {moment} "
+    "ELSE payment_link_sent_at END"
+)
 
 
 def change_stage(
@@ -118,7 +119,9 @@ def change_stage(
             at = stored_time(next_version(conversation))
             assignments = assigned_by(transition, at, given)
             if also:
-                assignments += assigned(type(conversation), also)
+                fields = assigned(type(conversation), also)
+                named = [assignment.column for assignment in fields]
+                assignments = [*fields, *(each for each in assignments if each.column not in named)]
             row = _write(conversation, source, assignments, provenance, Write(trigger, conversation.id, at))
             if row is None:
                 raise conflict(conversation, trigger, source)
@@ -170,6 +173,8 @@ def assigned_by(transition: Transition, at: str, given: Mapping[str, Any]) -> li
         given: the arguments of the trigger, by name.
     """
     assignments = [_STAGE[transition.dest], Assignment("updated_at", "%s", (at,))]
+    if transition.dest is None:
+        assignments.append(Assignment("payment_link_sent_at", _LINK_SENT))
     for column, stamp in transition.stamps.items():
         if stamp is Stamp.GIVEN:
             assignments.append(Assignment(column, "%s", (clean_text(column, given[column]),)))

@@ -86,7 +86,7 @@ class Transition:
     Attributes:
         trigger: the trigger's name.
         sources: the stages that it can be fired from.
-        dest: the stage that it leads to; None is "the stage it stalled in", which only the history knows.
+        dest: the stage that it leads to; None is "where things stand", which only the database knows.
         meaning: what the trigger means, for the documentation.
         conditions: what must be met besides the stage, in the order in which it is checked.
         stamps: column name to what happens to that column.
@@ -157,7 +157,7 @@ TRANSITIONS: tuple[Transition, ...] = (
         "resume",
         (S.STALLED,),
         None,
-        "the lead is back: go on from the stage it stalled in (QUALIFYING if unknown)",
+        "the lead is back: go on from where things stand, the stage it stalled in and what was sent since",
         stamps={"stalled_at": Stamp.CLEARED},
     ),
     Transition(
@@ -200,7 +200,7 @@ def _build_machine() -> Machine:
         model=None, states=list(Stage), initial=S.INITIATED, auto_transitions=False, model_attribute="stage"
     )
     for row in TRANSITIONS:
-        # `resume` has no dest here, because only the history knows where it leads. To the machine it is internal.
+        # `resume` has no dest here, because only the database knows where it leads. To the machine it is internal.
         conditions: list[str | Callable[..., bool | None]] = [condition.is_among for condition in row.conditions]
         machine.add_transition(row.trigger, list(row.sources), row.dest, conditions=conditions)
     return machine
@@ -306,11 +306,11 @@ def mermaid() -> str:
             sources = ("ACTIVE", *(stage for stage in sources if stage not in ACTIVE_STAGES))
         for source in sources:
             within = source in ACTIVE_STAGES and transition.dest in ACTIVE_STAGES
-            arrow = f"{source} --> {transition.dest or 'WHERE_IT_STALLED'}: {transition.trigger}"
+            arrow = f"{source} --> {transition.dest or 'WHERE_THINGS_STAND'}: {transition.trigger}"
             (inside if within else outside).append(arrow)
     group = [
         'state "any active stage" as ACTIVE {',
-        '    state "the stage it stalled in" as WHERE_IT_STALLED',
+        '    state "where things stand" as WHERE_THINGS_STAND',
         *(f"    {arrow}" for arrow in inside),
         "}",
     ]

@@ -29,7 +29,7 @@ import peewee
 
 from close_engine import numbers
 from close_engine.conversations import CloseEngineConversation, locked
-from close_engine.database.binding import current, is_transient, now
+from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text
 from close_engine.database.provenance import Provenance
@@ -50,9 +50,10 @@ from close_engine.errors import (
     UnknownTrigger,
     UnreadableRow,
 )
+from close_engine.firing import change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, Lead, StageChange
-from close_engine.stages import CLOSED_STAGES, ActionType, AutonomyLevel, IfLeadWrites, MessageStatus
+from close_engine.stages import CLOSED_STAGES, ActionType, AutonomyLevel, IfLeadWrites, MessageStatus, Stage
 
 __all__ = [
     "DeadLine",
@@ -179,6 +180,8 @@ class OutboxMessage(BaseModel):
     def sent(self, provider_id: str | None = None) -> OutboxMessage:
         """Record that the message was sent, and fire its trigger, in one transaction.
 
+        A text to the lead of a stalled conversation brings it back: it is resumed, in the same transaction.
+
         If the trigger is no longer allowed (for example, because the lead has paid in the meantime), the message is
         still recorded as sent, and `refusal` says why. The same happens if a hook of the trigger fails; its error is
         raised after the commit. If the database fails (it is down, or there was a deadlock), nothing is recorded: call
@@ -196,13 +199,12 @@ class OutboxMessage(BaseModel):
             MessageNotFound: the message was deleted.
         """
         failure: Exception | None = None
+        done: dict[str, Any] = {"status": MessageStatus.SENT, "provider_id": provider_id, "refusal": None}
+        done |= {"sent_at": _moment(), "unreported": 0}
         try:
             with atomic() if self.trigger or current().database.in_transaction() else nullcontext():
-                refusal = None
-                if self.trigger and self._holds_lease():
-                    refusal, failure = self._fire(self.trigger, provider_id)
-                done = {"status": MessageStatus.SENT, "provider_id": provider_id, "refusal": refusal}
-                self._report({**done, "sent_at": _moment(), "unreported": 0})
+                if self.trigger or not self._is_written(done, f"{_SAME_LEASE} AND NOT ({_BRINGS_BACK})", self._lease()):
+                    failure = self._sent_with_effects(done)
         except peewee.IntegrityError:
             # Another message got this provider's id at the same moment.
             self._refuse_unless_reported(provider_id)
@@ -326,6 +328,11 @@ class OutboxMessage(BaseModel):
         return self._write(values, _SAME_LEASE, self._lease())
 
     def _write(self, values: dict[str, Any], condition: str, parameters: list[Any]) -> OutboxMessage:
+        if not self._is_written(values, condition, parameters):
+            self._refuse_unless_reported(values.get("provider_id"))
+        return self
+
+    def _is_written(self, values: dict[str, Any], condition: str, parameters: list[Any]) -> bool:
         # As text: building Peewee's query would take as long as all the rest of sending.
         assignments: list[str] = []
         written: list[Any] = []
@@ -340,12 +347,10 @@ class OutboxMessage(BaseModel):
         returning = ", ".join(f'"{name}"' for name in values)
         statement = f"UPDATE {{outbox}} SET {', '.join(assignments)} WHERE {condition} RETURNING {returning}"
         row = current().execute(statement, written + parameters).fetchone()
-        if row is None:
-            self._refuse_unless_reported(provider_id)
-        else:
+        if row is not None:
             read = {name: _FIELDS[name].python_value(value) for name, value in zip(values, row, strict=True)}
             accept(self, read)
-        return self
+        return row is not None
 
     def drop(self) -> OutboxMessage:
         """Take back the claim, because the lease was lost before sending began, whoever holds the message now.
@@ -377,17 +382,34 @@ class OutboxMessage(BaseModel):
             raise ProviderIdTaken(provider_id, self.id, first.id)
         accept_row(self, found)
 
-    def _fire(self, trigger: str, provider_id: str | None) -> tuple[str | None, Exception | None]:
-        """Fire the trigger; return the sentence for `refusal` and the error of a hook that failed, or None for each."""
+    def _sent_with_effects(self, done: dict[str, Any]) -> Exception | None:
+        """Record what was done, and what follows from it. Return the error of a hook that failed, or None."""
+        refusal, failure = None, None
+        with nullcontext() if current().database.in_transaction() else atomic():
+            if self._holds_lease():
+                refusal, failure = self._fire(self.trigger, done)
+            if self.status is not MessageStatus.SENT:
+                self._report({**done, "refusal": refusal})
+            elif refusal is not None:
+                self._write({"refusal": refusal}, '"id" = %s', [self.id])
+        return failure
+
+    def _fire(self, trigger: str | None, done: dict[str, Any]) -> tuple[str | None, Exception | None]:
+        """Fire the trigger; return the sentence for `refusal` and the error of a hook that failed, or None for each.
+
+        If the conversation is stalled, first mark a text as sent, as `done` says it, and resume the conversation.
+        """
         payload = self.payload if isinstance(self.payload, dict) else {}
         try:
             with locked(self.conversation_id) as conversation:
-                if conversation.stage is TRIGGERS[trigger].dest:
-                    return None, None
                 link = payload.get("paymentUrl")
-                metadata = {"message_id": self.id, "provider_id": provider_id}
+                metadata = {"message_id": self.id, "provider_id": done["provider_id"]}
                 if self.submitted_by is not None:
                     metadata["submitted_by"] = self.submitted_by
+                if conversation.stage is Stage.STALLED and self.topic in TEXTS:
+                    self._bring_back(conversation, done, link, metadata)
+                if trigger is None or conversation.stage is TRIGGERS[trigger].dest:
+                    return None, None
                 try:
                     conversation.fire(
                         trigger,
@@ -411,6 +433,19 @@ class OutboxMessage(BaseModel):
                 raise  # The database may recover: record nothing, so that the worker can report again.
             return _error_text(error), error
 
+    def _bring_back(
+        self, conversation: CloseEngineConversation, done: dict[str, Any], link: str | None, metadata: dict[str, Any]
+    ) -> None:
+        """Mark the text as sent, then resume the conversation to where things stand after it."""
+        # The text was sent after it stalled, even if the clock shows the same millisecond.
+        newest = conversation.history()[-1].created_at
+        at = max(moment(), newest + timedelta(milliseconds=1))
+        self._report({**done, "sent_at": at})
+        stamps = {"payment_link_url": link, "payment_link_sent_at": at}
+        provenance = Provenance(self.leased_by, "a text was sent", metadata)
+        also = stamps if self.topic == ActionType.SEND_PAYMENT_LINK else None
+        change_stage(conversation, "resume", {}, provenance, also)
+
     def __repr__(self) -> str:
         return f"<OutboxMessage {self.id}: {self.topic} of {self.conversation_id}, {self.status}>"
 
@@ -422,9 +457,13 @@ _STILL_PENDING = """"id" = %s AND status || '' = 'PENDING'"""
 _STILL_WAITING = f"{_STILL_PENDING} AND leased_by IS NULL"
 #: The number of claims tells this lease from a later one of the same worker.
 _SAME_LEASE = f"{_STILL_PENDING} AND leased_by = %s AND claims = %s"
+#: Whether a text goes to a lead whose conversation is stalled, and so brings it back.
+_BRINGS_BACK = f"""topic IN ({", ".join(f"'{topic.value}'" for topic in TEXTS)}) AND EXISTS (
+    SELECT 1 FROM close_engine_conversations c WHERE c.id = conversation_id AND c.stage = 'STALLED')"""
 
 _IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
 _WAITING = OutboxMessage.status == MessageStatus.PENDING
+_WAS_SENT = OutboxMessage.status == MessageStatus.SENT
 _IS_TEXT = OutboxMessage.topic.in_([topic.value for topic in TEXTS])
 
 for fields, unique, where in (
@@ -433,6 +472,7 @@ for fields, unique, where in (
     ((OutboxMessage.conversation_id,), True, _IN_FLIGHT & _IS_TEXT),
     ((OutboxMessage.conversation_id, OutboxMessage.topic), True, _IN_FLIGHT & ~_IS_TEXT),
     ((OutboxMessage.available_at,), False, _IN_FLIGHT),
+    ((OutboxMessage.conversation_id, OutboxMessage.sent_at), False, _WAS_SENT & _IS_TEXT),
     ((OutboxMessage.id,), False, OutboxMessage.status == MessageStatus.DEAD),
     ((OutboxMessage.conversation_id, OutboxMessage.key), True, OutboxMessage.key.is_null(False)),
     ((OutboxMessage.provider_id,), True, OutboxMessage.provider_id.is_null(False)),

@@ -233,6 +233,19 @@ BEGIN
         END IF;
     END IF;
 
+    -- Where things stand may just have changed, so the library's own write is corrected, and any other is refused.
+    IF fired = 'resume' AND NEW.stage <> close_engine.resumes_to(NEW.id, NEW.payment_link_sent_at) THEN
+        IF context IS NULL OR ours IS NOT TRUE THEN
+            RAISE EXCEPTION USING ERRCODE = 'check_violation',
+                MESSAGE = 'close_engine: conversation ' || NEW.id || ' can resume only to '
+                    || close_engine.resumes_to(NEW.id, NEW.payment_link_sent_at) || ', where things stand, and not to '
+                    || NEW.stage;
+        END IF;
+        NEW.stage := close_engine.resumes_to(NEW.id, NEW.payment_link_sent_at);
+        SELECT t.subscribed INTO followed FROM close_engine.transitions t
+        WHERE t.machine = 'conversation' AND t.source = OLD.stage AND t.dest = NEW.stage;
+    END IF;
+
     -- Fill only columns that the writer did not change.
     CASE fired
     WHEN 'request_edits' THEN
@@ -254,6 +267,9 @@ BEGIN
     WHEN 'resume' THEN
         IF NEW.stalled_at IS NOT DISTINCT FROM OLD.stalled_at THEN
             NEW.stalled_at := NULL;
+        END IF;
+        IF NEW.stage = 'PAYMENT_SENT' THEN
+            NEW.payment_link_sent_at := coalesce(NEW.payment_link_sent_at, moment);
         END IF;
     WHEN 'close_lost' THEN
         IF NEW.closed_lost_at IS NOT DISTINCT FROM OLD.closed_lost_at THEN

@@ -6,6 +6,9 @@
 --
 -- SQLite promises no order in which triggers fire, so each of them works in any order. The file can safely run twice.
 
+-- It reads a view, without which no conversation could be written. Both are made again later.
+DROP TRIGGER IF EXISTS close_engine_guard_resume;
+
 -- The library finds a row by the text of its updated_at, so all rows need the same format. strftime() rounds text with
 -- more than three decimals, but moments are cut, never rounded. So remove the extra digits first.
 UPDATE close_engine_conversations SET updated_at = coalesce(
@@ -278,6 +281,8 @@ BEGIN
     WHERE id = NEW.id AND NEW.stalled_at IS OLD.stalled_at AND stalled_at IS NOT NULL
         AND EXISTS (SELECT 1 FROM close_engine_transitions WHERE machine = 'conversation'
                     AND "trigger" = 'resume' AND source = OLD.stage AND dest = NEW.stage);
+    UPDATE close_engine_conversations SET payment_link_sent_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    WHERE id = NEW.id AND OLD.stage = 'STALLED' AND NEW.stage = 'PAYMENT_SENT' AND payment_link_sent_at IS NULL;
     UPDATE close_engine_conversations SET closed_lost_at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE id = NEW.id AND NEW.closed_lost_at IS OLD.closed_lost_at
         AND closed_lost_at IS NOT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))

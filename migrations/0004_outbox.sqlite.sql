@@ -49,6 +49,9 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_effect_in_flight_key
         AND topic NOT IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
 CREATE INDEX IF NOT EXISTS close_engine_outbox_leased_idx
     ON close_engine_outbox (available_at) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
+-- What was sent to a lead since its conversation stalled says where things stand.
+CREATE INDEX IF NOT EXISTS close_engine_outbox_sent_idx ON close_engine_outbox (conversation_id, sent_at)
+    WHERE status = 'SENT' AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
 CREATE INDEX IF NOT EXISTS close_engine_outbox_dead_idx ON close_engine_outbox (id) WHERE status = 'DEAD';
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_key_key
     ON close_engine_outbox (conversation_id, "key") WHERE "key" IS NOT NULL;

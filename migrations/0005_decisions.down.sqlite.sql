@@ -1,3 +1,5 @@
+DROP TRIGGER IF EXISTS close_engine_guard_resume;
+DROP VIEW IF EXISTS close_engine_resumes_to;
 DROP TRIGGER IF EXISTS close_engine_action_insert;
 DROP TRIGGER IF EXISTS close_engine_action_begins;
 DROP TRIGGER IF EXISTS close_engine_action_update;

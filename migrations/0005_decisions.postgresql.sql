@@ -65,6 +65,34 @@ BEGIN
 END
 $body$;
 
+-- Where a stalled conversation resumes: where things stand. That is the stage it stalled in, corrected by what happened
+-- since. Of an adopted one, the history may not know it. The guard asks this for every writer.
+CREATE OR REPLACE FUNCTION close_engine.resumes_to(conversation text, link_sent_at timestamp) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $body$
+SELECT CASE
+    WHEN link_sent_at > stalled.at OR 'SEND_PAYMENT_LINK' = ANY (sent.topics) THEN 'PAYMENT_SENT'
+    WHEN 'SEND_PREVIEW' = ANY (sent.topics) THEN 'PREVIEW_SENT'
+    WHEN stalled.source = 'INITIATED' AND sent.topics <> '{}' THEN 'QUALIFYING'
+    WHEN stalled.source = 'PENDING_APPROVAL' AND NOT EXISTS (
+            SELECT FROM public.pending_actions a WHERE a.conversation_id = conversation
+                AND a.status = 'PENDING' AND a.type = 'SEND_PAYMENT_LINK')
+        AND NOT EXISTS (
+            SELECT FROM close_engine.outbox o WHERE o.conversation_id = conversation
+                AND o.status = 'PENDING' AND o.topic = 'SEND_PAYMENT_LINK') THEN 'PREVIEW_SENT'
+    ELSE coalesce(stalled.source, CASE WHEN link_sent_at IS NULL THEN 'QUALIFYING' ELSE 'PAYMENT_SENT' END)
+    END
+FROM (SELECT) one
+LEFT JOIN LATERAL (
+    SELECT h.id, h.created_at AS at, CASE WHEN h.source IN ('INITIATED', 'QUALIFYING', 'COLLECTING_INFO', 'BUILDING',
+        'PREVIEW_SENT', 'EDIT_LOOP', 'PENDING_APPROVAL', 'PAYMENT_SENT') THEN h.source END AS source
+    FROM close_engine.history h WHERE h.conversation_id = conversation AND h.dest = 'STALLED'
+    ORDER BY h.id DESC LIMIT 1) stalled ON true
+CROSS JOIN LATERAL (
+    SELECT ARRAY(SELECT o.topic FROM close_engine.outbox o WHERE o.conversation_id = conversation
+        AND o.status = 'SENT' AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+        AND (o.sent_at > stalled.at OR o.sent_at IS NULL AND o.after_change >= stalled.id)) AS topics) sent
+$body$;
+
 CREATE OR REPLACE FUNCTION close_engine.guard_action() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE

@@ -15,6 +15,64 @@ INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
     ('action', 'expire', 'PENDING', 'EXPIRED')
 ON CONFLICT (machine, source, dest) DO UPDATE SET "trigger" = EXCLUDED."trigger";
 
+-- Where a stalled conversation resumes: where things stand. That is the stage it stalled in, corrected by what happened
+-- since. Of an adopted one, the history may not know it. The guard asks this for every writer.
+DROP TRIGGER IF EXISTS close_engine_guard_resume;
+DROP VIEW IF EXISTS close_engine_resumes_to;
+CREATE VIEW close_engine_resumes_to (conversation_id, stage) AS
+SELECT c.id, CASE
+    WHEN strftime('%Y-%m-%d %H:%M:%f', c.payment_link_sent_at) > h.created_at OR EXISTS (
+        SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
+            AND o.topic = 'SEND_PAYMENT_LINK'
+            AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'PAYMENT_SENT'
+    WHEN EXISTS (
+        SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
+            AND o.topic = 'SEND_PREVIEW'
+            AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'PREVIEW_SENT'
+    WHEN h.source = 'INITIATED' AND EXISTS (
+        SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
+            AND o.topic = 'SEND_MESSAGE'
+            AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'QUALIFYING'
+    WHEN h.source = 'PENDING_APPROVAL' AND NOT EXISTS (
+            SELECT 1 FROM pending_actions a WHERE a.conversation_id = c.id
+                AND a.status = 'PENDING' AND a.type = 'SEND_PAYMENT_LINK')
+        AND NOT EXISTS (
+            SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id
+                AND o.status = 'PENDING' AND o.topic = 'SEND_PAYMENT_LINK') THEN 'PREVIEW_SENT'
+    WHEN h.source IN ('INITIATED', 'QUALIFYING', 'COLLECTING_INFO', 'BUILDING', 'PREVIEW_SENT', 'EDIT_LOOP',
+        'PENDING_APPROVAL', 'PAYMENT_SENT') THEN h.source
+    WHEN c.payment_link_sent_at IS NULL THEN 'QUALIFYING'
+    ELSE 'PAYMENT_SENT' END
+FROM close_engine_conversations c LEFT JOIN close_engine_history h ON h.id = (
+    SELECT stalled.id FROM close_engine_history stalled
+    WHERE stalled.conversation_id = c.id AND stalled.dest = 'STALLED' ORDER BY stalled.id DESC LIMIT 1);
+
+-- Who writes along that a payment link was sent since may resume to PAYMENT_SENT. RAISE takes nothing but a literal.
+CREATE TRIGGER close_engine_guard_resume
+BEFORE UPDATE ON close_engine_conversations
+WHEN OLD.stage = 'STALLED' AND NEW.stage NOT IN ('STALLED', 'COMPLETED', 'CLOSED_LOST')
+    AND (NEW.stage = 'PAYMENT_SENT' AND strftime('%Y-%m-%d %H:%M:%f', NEW.payment_link_sent_at) > (
+        SELECT h.created_at FROM close_engine_history h WHERE h.conversation_id = OLD.id AND h.dest = 'STALLED'
+        ORDER BY h.id DESC LIMIT 1)) IS NOT TRUE
+BEGIN
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to INITIATED, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'INITIATED' AND NEW.stage <> 'INITIATED';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to QUALIFYING, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'QUALIFYING' AND NEW.stage <> 'QUALIFYING';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to COLLECTING_INFO, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'COLLECTING_INFO' AND NEW.stage <> 'COLLECTING_INFO';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to BUILDING, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'BUILDING' AND NEW.stage <> 'BUILDING';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to PREVIEW_SENT, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'PREVIEW_SENT' AND NEW.stage <> 'PREVIEW_SENT';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to EDIT_LOOP, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'EDIT_LOOP' AND NEW.stage <> 'EDIT_LOOP';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to PENDING_APPROVAL, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'PENDING_APPROVAL' AND NEW.stage <> 'PENDING_APPROVAL';
+    SELECT RAISE(ABORT, 'close_engine: this conversation can resume only to PAYMENT_SENT, where things stand')
+    FROM close_engine_resumes_to WHERE conversation_id = OLD.id AND stage = 'PAYMENT_SENT' AND NEW.stage <> 'PAYMENT_SENT';
+END;
+
 DROP TRIGGER IF EXISTS close_engine_action_insert;
 CREATE TRIGGER close_engine_action_insert
 BEFORE INSERT ON pending_actions

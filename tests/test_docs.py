@@ -101,7 +101,7 @@ def test_the_guides_table_is_the_machines() -> None:
         active = [str(stage) for stage in close_engine.ACTIVE_STAGES]
         if set(active) <= set(sources):
             sources = ["any active", *sources[len(active) :]]
-        dest = "the stage it stalled in" if transition.dest is None else str(transition.dest)
+        dest = "where things stand" if transition.dest is None else str(transition.dest)
         expected[transition.trigger] = (", ".join(sources), dest)
     assert shown == expected
 

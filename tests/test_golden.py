@@ -16,7 +16,7 @@ from tests.design import GIVEN, TABLE
 GOLDEN = Path(__file__).parent / "golden"
 
 #: Breaks a statement into the lines of the golden files.
-CLAUSES = re.compile(r" (?=(?:SET|WHERE(?! conversation_id)|AND(?! dest| key)|RETURNING) )")
+CLAUSES = re.compile(r" (?=(?:SET|WHERE(?! conversation_id| r\.)|AND(?! key| close_engine\.| \(SELECT)|RETURNING) )")
 
 
 @pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"], indirect=True)

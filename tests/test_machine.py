@@ -134,7 +134,7 @@ def test_the_machine_is_built_once_and_never_for_a_row() -> None:
 
 def read_off(diagram: str) -> set[tuple[str, str, str]]:
     """Return every (trigger, from, to) in the diagram. An arrow from or to a group counts for each of its stages."""
-    meant = {"ACTIVE": ACTIVE, "WHERE_IT_STALLED": ACTIVE}
+    meant = {"ACTIVE": ACTIVE, "WHERE_THINGS_STAND": ACTIVE}
     arrows = re.findall(r"^ *(\w+) --> (\w+): (\w+)$", diagram, re.MULTILINE)
     assert len(set(arrows)) == len(arrows)
     return {
@@ -155,7 +155,7 @@ def test_the_diagram_shows_every_transition_and_no_other() -> None:
 def test_the_diagram_groups_the_active_stages_and_no_other() -> None:
     group = re.search(r'state "any active stage" as ACTIVE \{\n(.*?)\n    \}', mermaid(), re.DOTALL)
     assert group is not None
-    assert set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", group[1])) == {*ACTIVE, "WHERE_IT_STALLED"}
+    assert set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", group[1])) == {*ACTIVE, "WHERE_THINGS_STAND"}
 
 
 def test_what_must_be_given_is_what_the_conditions_ask_for() -> None:

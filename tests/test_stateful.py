@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from close_engine import (
+    ACTIVE_STAGES,
     TRANSITIONS,
     CloseEngineConversation,
     ConversationNotFound,
@@ -173,7 +174,7 @@ class Conversations(RuleBasedStateMachine):
     @precondition(lambda self: not self.deleted)
     @rule(stage=st.sampled_from(Stage), aside=st.booleans())
     def somebody_writes_sql(self, stage: Stage, aside: bool) -> None:
-        """Write with or without a stage; the guard allows what the table allows."""
+        """Write with or without a stage; the guard allows what the table allows, and resuming only where it stalled."""
         found = copy_of(self.conversation).stage
         mark = self.database.param
         write = "UPDATE close_engine_conversations SET edit_rounds = 7 WHERE id = " + mark
@@ -181,12 +182,21 @@ class Conversations(RuleBasedStateMachine):
         if not aside:
             write = f"UPDATE close_engine_conversations SET stage = {mark} WHERE id = {mark}"
             values.insert(0, stage.value)
-        if aside or stage is found or (found, stage) in ALLOWED:
+        is_allowed = (found, stage) in ALLOWED
+        if found is Stage.STALLED and stage in ACTIVE_STAGES:
+            is_allowed = stage is self.stalled_in()
+        if aside or stage is found or is_allowed:
             self.database.execute_sql(write, values)
             self.stale = True
         else:
             with pytest.raises(peewee.IntegrityError):
                 self.database.execute_sql(write, values)
+
+    def stalled_in(self) -> Stage:
+        """Return where it stalled. Nothing is sent here, and nothing waits for approval."""
+        source = next(change.source for change in reversed(self.conversation.history()) if change.trigger == "stall")
+        assert source is not None
+        return Stage.PREVIEW_SENT if source is Stage.PENDING_APPROVAL else Stage(source)
 
     @precondition(lambda self: not self.deleted)
     @rule()

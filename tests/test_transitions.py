@@ -19,7 +19,7 @@ from close_engine import (
     TransitionNotAllowed,
     UnknownTrigger,
 )
-from close_engine.testing import MovableClock
+from close_engine.testing import MovableClock, bring_to
 from tests.design import ACTIVE, GIVEN, NOW, PLUS_ONE, STAGES, TABLE, URL, triggers_from
 from tests.foreign import Change, ForeignWriter
 
@@ -140,17 +140,19 @@ def test_an_approval_lets_the_payment_link_out_and_is_remembered(
 
 def test_a_stalled_conversation_resumes_where_it_stalled(conversation_in: Factory, foreign: ForeignWriter) -> None:
     for stage in ACTIVE:
-        conversation = conversation_in(Stage.STALLED)  # it stalled once before, in QUALIFYING
-        foreign.update(conversation.id, stage=stage)
-        conversation.reload()
+        conversation = conversation_in(Stage.INITIATED)
+        conversation.stall()  # it stalled once before, elsewhere
+        conversation.resume()
+        bring_to(conversation, Stage(stage))
         conversation.stall()
         assert conversation.stalled_at is not None
 
         change = conversation.resume()
 
-        assert (change.source, change.dest) == ("STALLED", stage)
-        assert (conversation.stage, conversation.stalled_at) == (stage, None)  # type: ignore[comparison-overlap]
-        assert foreign.history(conversation.id)[-1][:3] == ("resume", "STALLED", stage)
+        expected = "PREVIEW_SENT" if stage == "PENDING_APPROVAL" else stage  # nothing waits for approval
+        assert (change.source, change.dest) == ("STALLED", expected)
+        assert (conversation.stage, conversation.stalled_at) == (expected, None)  # type: ignore[comparison-overlap]
+        assert foreign.history(conversation.id)[-1][:3] == ("resume", "STALLED", expected)
         assert_equals_its_row(conversation)
 
 

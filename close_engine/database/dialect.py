@@ -51,6 +51,9 @@ class Dialect:
     #: The moment that is some seconds later, a %s in the text.
     later: str
 
+    #: The stage that a stalled conversation resumes to, in an UPDATE of it: where things stand.
+    resumes_to: str
+
     def unreadable_time(self, column: str) -> str:
         """Return the SQL that says of a column, given by its quoted name, whether Python cannot read the time in it."""
         raise NotImplementedError
@@ -78,7 +81,8 @@ class Dialect:
     def sql(self, text: str) -> str:
         """Translate a statement for this database.
 
-        `%s` is a value, `{history}` a table of the library, `{moment}` and `{later}` are those of this class.
+        `%s` is a value, `{history}` a table of the library, `{moment}`, `{later}` and `{resumes_to}` are those of
+        this class.
         """
         raise NotImplementedError
 

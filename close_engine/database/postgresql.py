@@ -355,7 +355,13 @@ class Postgres(Dialect):
             None if name == kept else f"PostgreSQL cuts it off after {_LONGEST_NAME} bytes; give what is left, {kept!r}"
         )
 
+    resumes_to = (
+        "close_engine.resumes_to(close_engine_conversations.id::text, "
+        "close_engine_conversations.payment_link_sent_at::timestamp)"
+    )
+
     def sql(self, text: str) -> str:
+        text = text.replace("{resumes_to}", self.resumes_to)
         text = text.replace("{moment}", self.moment).replace("{later}", self.later)
         return text.replace("{", "close_engine.").replace("}", "")
 

@@ -63,7 +63,7 @@ class Sqlite(Dialect):
 
     catalog = SqliteCatalog
 
-    guards = (("close_engine_conversations", 13), ("pending_actions", 20))
+    guards = (("close_engine_conversations", 14), ("pending_actions", 20))
 
     row_lock = ""  # SQLite has one writer at a time
 
@@ -107,7 +107,12 @@ class Sqlite(Dialect):
             if at is not None:
                 database.execute_sql("INSERT INTO close_engine_clock VALUES (?)", (at,))
 
+    resumes_to = (
+        "(SELECT r.stage FROM close_engine_resumes_to r WHERE r.conversation_id = close_engine_conversations.id)"
+    )
+
     def sql(self, text: str) -> str:
+        text = text.replace("{resumes_to}", self.resumes_to)
         text = text.replace("{moment}", self.moment).replace("{later}", self.later)
         return text.replace("{", "close_engine_").replace("}", "").replace("%s", "?")
 

@@ -58,6 +58,7 @@ _SQLITE_HELPERS = {
     "clock": Helper(("at",)),
     "context": Helper(("id", "context")),
     "events": Helper(("event", "stage", "conversation_id", "fact", "facts")),
+    "resumes_to": Helper(("conversation_id", "stage")),
 }
 
 

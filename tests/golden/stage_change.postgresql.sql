@@ -90,12 +90,12 @@ RETURNING "stage", "updated_at", "stalled_at", close_engine.recorded();
 
 -- resume
 UPDATE "close_engine_conversations"
-SET "stage" = COALESCE((SELECT CASE WHEN source NOT IN ('COMPLETED', 'CLOSED_LOST') THEN source END FROM close_engine.history WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING'), "updated_at" = %s, "stalled_at" = NULL
+SET "stage" = close_engine.resumes_to(close_engine_conversations.id::text, close_engine_conversations.payment_link_sent_at::timestamp), "updated_at" = %s, "payment_link_sent_at" = CASE WHEN payment_link_sent_at IS NULL AND close_engine.resumes_to(close_engine_conversations.id::text, close_engine_conversations.payment_link_sent_at::timestamp) = 'PAYMENT_SENT' THEN (SELECT close_engine.moment()) ELSE payment_link_sent_at END, "stalled_at" = NULL
 WHERE "id" = %s
 AND "stage" || '' = %s
 AND "updated_at" = %s
 AND pg_catalog.set_config('close_engine.context'::text, %s::text, true) IS NOT NULL
-RETURNING "stage", "updated_at", "stalled_at", close_engine.recorded();
+RETURNING "stage", "updated_at", "payment_link_sent_at", "stalled_at", close_engine.recorded();
 
 -- close_lost
 UPDATE "close_engine_conversations"

@@ -80,11 +80,11 @@ RETURNING "stage", "updated_at", "stalled_at";
 
 -- resume
 UPDATE "close_engine_conversations"
-SET "stage" = COALESCE((SELECT CASE WHEN source NOT IN ('COMPLETED', 'CLOSED_LOST') THEN source END FROM close_engine_history WHERE conversation_id = close_engine_conversations.id AND dest = 'STALLED' ORDER BY id DESC LIMIT 1), 'QUALIFYING'), "updated_at" = ?, "stalled_at" = NULL
+SET "stage" = (SELECT r.stage FROM close_engine_resumes_to r WHERE r.conversation_id = close_engine_conversations.id), "updated_at" = ?, "payment_link_sent_at" = CASE WHEN payment_link_sent_at IS NULL AND (SELECT r.stage FROM close_engine_resumes_to r WHERE r.conversation_id = close_engine_conversations.id) = 'PAYMENT_SENT' THEN (SELECT coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))) ELSE payment_link_sent_at END, "stalled_at" = NULL
 WHERE "id" = ?
 AND "stage" || '' = ?
 AND "updated_at" = ?
-RETURNING "stage", "updated_at", "stalled_at";
+RETURNING "stage", "updated_at", "payment_link_sent_at", "stalled_at";
 
 -- close_lost
 UPDATE "close_engine_conversations"
