@@ -173,13 +173,15 @@ BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.outbox'::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.outbox');
     END IF;
-    PERFORM pg_catalog.pg_notify('close_engine_outbox'::text, ''::text);
+    IF NEW.status = 'PENDING' AND NEW.available_at <= close_engine.moment() + interval '1 second' THEN
+        PERFORM pg_catalog.pg_notify('close_engine_outbox'::text, ''::text);
+    END IF;
     RETURN NULL;
 END
 $body$;
 REVOKE EXECUTE ON FUNCTION close_engine.announce_message() FROM PUBLIC;
+-- No WHEN: PostgreSQL prepares it again for every statement, which takes longer than to call the function.
 CREATE OR REPLACE TRIGGER close_engine_announce_insert AFTER INSERT ON close_engine.outbox FOR EACH ROW
-    WHEN (NEW.status = 'PENDING' AND NEW.available_at <= close_engine.moment() + '00:00:01'::interval)
     EXECUTE FUNCTION close_engine.announce_message();
 CREATE OR REPLACE TRIGGER close_engine_announce_requeue AFTER UPDATE ON close_engine.outbox FOR EACH ROW
     WHEN (NEW.status = 'PENDING' AND OLD.status = 'DEAD')
@@ -253,7 +255,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS takeovers_conversation_id_key
 CREATE OR REPLACE FUNCTION close_engine.publish(
     event text, stage text, conversation_id text, fact text, facts jsonb
 ) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
     moment timestamp := close_engine.moment();
