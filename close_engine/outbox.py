@@ -422,7 +422,7 @@ class OutboxMessage(BaseModel):
                 except TransitionRefused as refusal:
                     if trigger == "send_payment_link" and conversation.payment_link_sent_at is None:
                         # The lead has the link and can pay, whatever the stage is: record that.
-                        conversation.payment_link_url, conversation.payment_link_sent_at = link, now()
+                        conversation.payment_link_url, conversation.payment_link_sent_at = link, moment()
                         conversation.save()
                     return str(refusal), None
                 return None, None

@@ -11,7 +11,16 @@ import peewee
 import pytest
 
 import close_engine
-from close_engine import ActionType, CloseEngineConversation, EntryPoint, PendingAction, Stage, StageChange, submit
+from close_engine import (
+    ActionType,
+    CloseEngineConversation,
+    EntryPoint,
+    PendingAction,
+    Stage,
+    StageChange,
+    outbox,
+    submit,
+)
 from close_engine.database.binding import current, moment
 from close_engine.database.provenance import Provenance, Write
 from close_engine.testing import bring_to, new_lead
@@ -87,6 +96,20 @@ def test_d10_a_worker_whose_clock_is_ahead_records_real_time(database: peewee.Da
         assert at is not None
         assert begun <= at <= done
     assert CloseEngineConversation.get_by_id(conversation.id).completed_at == conversation.completed_at
+
+
+def test_d10_nor_does_the_link_that_reached_the_lead_in_the_wrong_stage(
+    database: peewee.Database, conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    """The trigger is refused, and that the lead can pay is recorded all the same."""
+    conversation = conversation_in(Stage.BUILDING)
+    outbox.enqueue(conversation, "SEND_PAYMENT_LINK", "Pay", payload={"paymentUrl": LINK}, trigger="send_payment_link")
+    close_engine.bind(database, clock=lambda: datetime.now(timezone.utc) + HOUR)
+    (message,) = outbox.claim()
+    assert message.sent().refusal is not None
+    sent_at = CloseEngineConversation.get_by_id(conversation.id).payment_link_sent_at
+    assert sent_at is not None
+    assert sent_at <= moment()
 
 
 def test_d10_a_conversation_waits_in_its_stage_by_the_clock_of_the_history(
