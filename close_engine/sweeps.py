@@ -89,6 +89,10 @@ class _Due(NamedTuple):
     lock: tuple[str, ...]
 
 
+#: Whether a human leads the conversation `c`: sweeps leave it alone.
+_TAKEN_OVER = """EXISTS (SELECT 1 FROM {takeovers} t WHERE t.conversation_id = c.id
+            AND t.handed_back_at IS NULL AND (t.until IS NULL OR t.until > {moment}))"""
+
 _ACTIVE = ", ".join(f"'{stage}'" for stage in ACTIVE_STAGES)
 
 # A deadline only says where to look. The row itself decides, so a deadline that was left behind takes no place in a
@@ -97,21 +101,21 @@ _ACTIVE = ", ".join(f"'{stage}'" for stage in ACTIVE_STAGES)
 _SILENT = f"""
     SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'stall' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage IN ({_ACTIVE}) {{but}}
+        AND c.stage IN ({_ACTIVE}) AND NOT {_TAKEN_OVER} {{but}}
     ORDER BY d.at LIMIT %s {{lock}}
 """
 _UNANSWERED = f"""
     SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'answer' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage IN ({_ACTIVE}, 'STALLED') {{but}}
+        AND c.stage IN ({_ACTIVE}, 'STALLED') AND NOT {_TAKEN_OVER} {{but}}
     ORDER BY d.at LIMIT %s {{lock}}
 """
-_STALLED = """
-    SELECT c.id FROM {deadlines} d JOIN close_engine_conversations c ON c.id = d.subject_id
+_STALLED = f"""
+    SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'close_lost' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage = 'STALLED' AND c.stalled_at <= %s {but}
-        AND NOT EXISTS (SELECT 1 FROM {deadlines} a WHERE a."trigger" = 'answer' AND a.subject_id = c.id)
-    ORDER BY d.at LIMIT %s {lock}
+        AND c.stage = 'STALLED' AND c.stalled_at <= %s AND NOT {_TAKEN_OVER} {{but}}
+        AND NOT EXISTS (SELECT 1 FROM {{deadlines}} a WHERE a."trigger" = 'answer' AND a.subject_id = c.id)
+    ORDER BY d.at LIMIT %s {{lock}}
 """
 _EXPIRED = """
     SELECT a.id FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id

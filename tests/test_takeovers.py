@@ -176,3 +176,18 @@ def test_of_many_who_take_it_over_at_once_one_has_it(postgres: peewee.Database) 
     takers = [lambda n=number: copy_of(conversation).take_over(by=f"human {n}") for number in range(6)]
     results = race(takers)
     assert sorted(isinstance(result, ConversationTakenOver) for result in results) == [False] + [True] * 5
+
+
+def test_sweeps_leave_it_alone(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
+    silent, stalled, unanswered = (
+        conversation_in(stage) for stage in (Stage.QUALIFYING, Stage.STALLED, Stage.BUILDING)
+    )
+    receive(unanswered.lead_id, "SM1", "Hello?")
+    for conversation in (silent, stalled, unanswered):
+        copy_of(conversation).take_over(by="dana", until=100 * 24 * HOUR)
+    close_engine_clock.move(99 * 24 * HOUR)
+    swept = close_engine.sweep(lose_unanswered_after=HOUR)
+    assert (swept.stalled, swept.lost) == ([], [])
+    close_engine_clock.move(2 * 24 * HOUR)
+    swept = close_engine.sweep(lose_unanswered_after=HOUR)
+    assert (swept.stalled, sorted(swept.lost)) == ([silent.id], sorted([stalled.id, unanswered.id]))
