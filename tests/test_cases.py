@@ -109,6 +109,8 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.LeaseLost(7, "worker-7", MessageStatus.SENT, None),
     errors.MessageNotDead(7, MessageStatus.PENDING),
     errors.ProviderIdTaken("SM1", 7, 3),
+    errors.LeadOptedOut("lead_1"),
+    errors.RecipientOptedOut("21610"),
     errors.ConversationTakenOver("c1", "dana"),
     errors.ActionSuperseded("a1"),
     errors.MessageCleared("a1"),

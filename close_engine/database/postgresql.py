@@ -411,6 +411,10 @@ class Postgres(Dialect):
                     raise
                 if database.in_transaction():
                     raise StageConflict(None, None, None, None) from error
+            except peewee.ProgrammingError as error:
+                if _says_guard_missing(error):
+                    raise GuardMissing("close_engine_conversations") from error
+                raise
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
         # Setting the context is part of the WHERE clause, so it needs no round trip of its own:

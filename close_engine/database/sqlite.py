@@ -10,7 +10,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import peewee
 
 from close_engine.database.catalog import Catalog, ForeignKey, Trigger
-from close_engine.database.dialect import Dialect
+from close_engine.database.dialect import Dialect, Found
 from close_engine.database.fields import dump_json
 from close_engine.database.provenance import Provenance, Write
 from close_engine.errors import GuardMissing, SchemaError
@@ -115,6 +115,10 @@ class Sqlite(Dialect):
         text = text.replace("{resumes_to}", self.resumes_to)
         text = text.replace("{moment}", self.moment).replace("{later}", self.later)
         return text.replace("{", "close_engine_").replace("}", "").replace("%s", "?")
+
+    def run(self, database: peewee.Database, statement: Callable[[], Found]) -> Found:
+        with _guard_missing():
+            return statement()
 
     def guarded_update(self, table: str, assignments: str, conditions: str, returning: str) -> str:
         return self.sql(f'UPDATE "{table}" SET {assignments} WHERE {conditions} RETURNING {returning}')
