@@ -154,7 +154,8 @@ def test_verify_repair_says_what_it_mended(database: Any, database_url: str) -> 
     dialect = close_engine.database.binding.current().dialect
     table = dialect.sql("{transitions}")
     database.execute_sql(f"DELETE FROM {table} WHERE source = 'INITIATED' AND dest = 'QUALIFYING'")
-    database.execute_sql(f"INSERT INTO {table} VALUES ('conversation', 'undo', 'COMPLETED', 'INITIATED')")
+    undo = "('conversation', 'undo', 'COMPLETED', 'INITIATED')"
+    database.execute_sql(f'INSERT INTO {table} (machine, "trigger", source, dest) VALUES {undo}')
 
     result = run("verify", "--repair", "--database", database_url)
 
