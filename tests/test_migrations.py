@@ -799,11 +799,15 @@ def test_what_a_rollback_would_lose_is_counted(crm_url: str) -> None:
         bring_to(close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY), Stage.QUALIFYING)
         PendingAction.create(conversation_id="c", lead_id="l", type="SEND_MESSAGE", draft_message="Hi")
 
-        history = "close_engine_history" if crm_url.startswith("sqlite") else "close_engine.history"
+        history, numbers = (
+            f"close_engine_{name}" if crm_url.startswith("sqlite") else f"close_engine.{name}"
+            for name in ("history", "numbers")
+        )
         assert rows_at_stake(SCRIPTS[-1]) == rows_at_stake() == {}
         assert rows_at_stake(SCRIPTS[0]) == {
             "close_engine_conversations": 1,
             history: 2,
+            numbers: 1,
             "leads.autonomy_level": 2,
             "leads.close_entry_point": 1,
             "pending_actions": 1,
@@ -821,7 +825,7 @@ def test_what_prisma_made_is_not_at_stake(pushed_url: str) -> None:
         close_engine.migrate()
         close_engine.open_conversation("lead_1", EntryPoint.SMS_REPLY)
 
-        assert rows_at_stake(SCRIPTS[0]) == {"close_engine.history": 1}
+        assert rows_at_stake(SCRIPTS[0]) == {"close_engine.history": 1, "close_engine.numbers": 1}
 
 
 # -- the SQL files -------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ WORKER = [
     "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
     "GRANT INSERT ON close_engine.inbox, close_engine.outbox, close_engine.takeovers TO {role}",
     "GRANT UPDATE ON close_engine.inbox, close_engine.outbox, close_engine.takeovers, close_engine.deadlines TO {role}",
+    "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.
@@ -188,6 +189,8 @@ def work() -> None:
     reopened.stall()
     assert close_engine.receive("lead STALLED", "SM3", "Hi").resumed
     assert close_engine.record_payment("lead PAYMENT_SENT", "pay 1")
+    assert close_engine.receive("lead STALLED", "SM4", "STOP").keyword
+    assert close_engine.opt_in("lead STALLED", source="web form")
     close_engine.sweep()
 
 
@@ -206,9 +209,12 @@ RIGHTS = [
     *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
     *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
     "USAGE ON SCHEMA close_engine",
-    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "outbox", "inbox", "takeovers")),
-    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers")),
-    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "deadlines")),
+    *(
+        f"SELECT ON close_engine.{name}"
+        for name in ("migrations", "history", "outbox", "inbox", "takeovers", "numbers", "optouts")
+    ),
+    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "numbers", "optouts")),
+    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "deadlines", "numbers", "optouts")),
 ]
 
 
