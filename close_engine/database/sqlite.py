@@ -17,7 +17,7 @@ from typing import Any
 
 import peewee
 
-from close_engine.database.catalog import Catalog, ForeignKey, Trigger
+from close_engine.database.catalog import Catalog, Column, ForeignKey, Trigger
 from close_engine.database.dialect import Dialect, Found
 from close_engine.database.fields import dump_json
 from close_engine.database.provenance import Provenance, Write
@@ -39,6 +39,14 @@ class SqliteCatalog(Catalog):
     """Reads SQLite's catalog. Only names and nullability must match."""
 
     exact = False
+
+    def columns(self, table: str, schema: str | None = None) -> dict[str, Column]:
+        try:
+            return super().columns(table, schema)
+        except peewee.OperationalError as error:
+            if "no such table" in str(error):  # a view, and what it reads is gone
+                return {}
+            raise
 
     def foreign_keys(self, table: str) -> list[ForeignKey]:
         return [
