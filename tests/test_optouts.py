@@ -10,8 +10,9 @@ from typing import Any
 import peewee
 import phonenumbers
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import close_engine
 from close_engine import (
@@ -687,3 +688,155 @@ def test_two_leads_with_one_number_opt_out_at_once(postgres: peewee.Database) ->
         assert errors == []
         assert [copy_of(each).stage for each in pair] == [Stage.CLOSED_LOST] * 2
         assert [triggers(each) for each in pair] == [["open", "close_lost"]] * 2
+
+
+# -- in any order --------------------------------------------------------------------------------------------------
+
+NUMBERS = ["+12125550100", "+12125550101", "+12125550102"]
+SPELLINGS = st.sampled_from(["{}", " {} ", "({})"])
+LEADS = st.integers(0, 3)
+
+
+class People(RuleBasedStateMachine):
+    """Leads who share numbers, change them, opt out and in, while texts are drafted and sent.
+
+    The model knows who said what, and nothing of rows: a lead is banned, or its number is.
+    """
+
+    database: peewee.Database
+
+    @initialize(phones=st.lists(st.sampled_from(NUMBERS), min_size=4, max_size=4))
+    def begin(self, phones: list[str]) -> None:
+        for table in (OptOut, close_engine.LeadNumber, OutboxMessage):
+            table.delete().execute()
+        self.leads = [new_lead(phone) for phone in phones]
+        self.phone = dict(enumerate(phones))
+        self.read: dict[int, str] = {}
+        self.banned_leads: set[int] = set()
+        self.banned_numbers: set[str] = set()
+        self.keys = 0
+
+    def is_banned(self, place: int) -> bool:
+        return place in self.banned_leads or self.phone[place] in self.banned_numbers
+
+    def sharing(self, place: int, numbers: set[str]) -> set[int]:
+        return {place, *(other for other, number in self.read.items() if number in numbers)}
+
+    def place_of(self, message: OutboxMessage) -> int:
+        return [lead.id for lead in self.leads].index(message.lead_id)
+
+    @rule(place=LEADS)
+    def open(self, place: int) -> None:
+        conversation = self.conversation_of(place)
+        if conversation is not None and conversation.stage in close_engine.ACTIVE_STAGES:
+            return
+        if self.is_banned(place):
+            with pytest.raises(LeadOptedOut):
+                open_conversation(self.leads[place].id, EntryPoint.SMS_REPLY)
+        else:
+            open_conversation(self.leads[place].id, EntryPoint.SMS_REPLY)
+            self.read[place] = self.phone[place]
+
+    @rule(place=LEADS)
+    def draft(self, place: int) -> None:
+        """A lead that is banned by its number of now only may be found out as late as at the claim."""
+        conversation = self.conversation_of(place)
+        if conversation is None:
+            return
+        try:
+            submit(conversation, ActionType.SEND_MESSAGE, "Hello?")
+        except LeadOptedOut:
+            assert place in self.banned_leads or self.read[place] in self.banned_numbers
+        except close_engine.ConversationClosed:
+            assert conversation.stage is Stage.CLOSED_LOST
+
+    @rule()
+    def deliver(self) -> None:
+        def send(message: OutboxMessage) -> str:
+            assert not self.is_banned(self.place_of(message))
+            return f"SM-{message.send_key}"
+
+        waiting = OutboxMessage.select().where(OutboxMessage.status == MessageStatus.PENDING)
+        places = {self.place_of(message) for message in waiting}
+        Worker(send, concurrency=1, sweep=None).run_until_empty()
+        assert waiting.clone().count() == 0
+        assert OutboxMessage.select().where(OutboxMessage.status == MessageStatus.DEAD).count() == 0
+        for place in places - self.banned_leads:
+            if self.read[place] not in self.banned_numbers:
+                self.read[place] = self.phone[place]
+
+    @rule(place=LEADS, number=st.sampled_from(NUMBERS), spelling=SPELLINGS)
+    def change_the_number(self, place: int, number: str, spelling: str) -> None:
+        close_engine.Lead.update(phone=spelling.format(number)).where(
+            close_engine.Lead.id == self.leads[place].id
+        ).execute()
+        self.phone[place] = number
+
+    @rule(place=LEADS, data=st.data())
+    def draft_and_change_the_number_before_it_is_sent(self, place: int, data: st.DataObject) -> None:
+        """Preferably to a number that opted out."""
+        self.open(place)
+        self.draft(place)
+        number = data.draw(st.sampled_from(sorted(self.banned_numbers) or NUMBERS))
+        self.change_the_number(place, number, data.draw(SPELLINGS))
+        self.deliver()
+
+    @rule(place=LEADS, by_text=st.booleans())
+    def out(self, place: int, by_text: bool) -> None:
+        numbers = {self.phone[place], *filter(None, [self.read.get(place)])}
+        concerned = self.sharing(place, numbers)
+        self.say(place, "STOP") if by_text else opt_out(self.leads[place], source="phone call")
+        self.banned_leads.add(place)
+        self.banned_numbers |= numbers
+        self.read[place] = self.phone[place]
+        for other in concerned:
+            conversation = self.conversation_of(other)
+            assert conversation is None or conversation.stage in close_engine.CLOSED_STAGES
+
+    @rule(place=LEADS, by_text=st.booleans())
+    def back_in(self, place: int, by_text: bool) -> None:
+        before = self.stage_of(place)
+        lifted = self.banned_leads & self.sharing(place, {self.phone[place]})
+        was_any = bool(lifted) or self.phone[place] in self.banned_numbers
+        if by_text and was_any:
+            self.say(place, "Start!")
+        elif not by_text:
+            assert opt_in(self.leads[place], source="web form") is was_any
+        self.banned_leads -= lifted
+        self.banned_numbers.discard(self.phone[place])
+        assert self.stage_of(place) is before
+
+    def say(self, place: int, text: str) -> None:
+        self.keys += 1
+        assert not receive(self.leads[place], key=f"SM{self.keys}-{id(self)}", text=text).answer
+
+    def conversation_of(self, place: int) -> CloseEngineConversation | None:
+        found: CloseEngineConversation | None = CloseEngineConversation.get_or_none(
+            CloseEngineConversation.lead == self.leads[place]
+        )
+        return found
+
+    def stage_of(self, place: int) -> Stage | None:
+        conversation = self.conversation_of(place)
+        return None if conversation is None else conversation.stage
+
+    @invariant()
+    def the_library_knows_who_opted_out(self) -> None:
+        for place, lead in enumerate(self.leads):
+            assert bool(opted_out(lead)) is self.is_banned(place)
+
+
+def test_nobody_who_opted_out_is_texted_whatever_happens(database: peewee.Database) -> None:
+    People.database = database
+    run_state_machine_as_test(
+        People,
+        settings=settings(
+            max_examples=25 if isinstance(database, peewee.PostgresqlDatabase) else 60,
+            stateful_step_count=20,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
