@@ -422,10 +422,9 @@ def test_a_phone_that_is_no_number_hinders_nobody(database: peewee.Database) -> 
         assert opted_out(lead) is None
 
 
-def test_a_phone_that_is_no_text_hinders_nobody(database: peewee.Database) -> None:
+@pytest.mark.parametrize("kind", ["sqlite-file", "sqlite-memory"])
+def test_a_phone_that_is_no_text_hinders_nobody(kind: str, database: peewee.Database) -> None:
     """SQLite keeps what it is given, also bytes that are no text."""
-    if isinstance(database, peewee.PostgresqlDatabase):
-        pytest.skip("the column is text on PostgreSQL")
     lead = new_lead(NUMBER)
     message = texted(open_conversation(lead, EntryPoint.SMS_REPLY))
     for value in ("x'ff'", "12125550100.5", "CAST(x'ff2b31' AS TEXT)"):
