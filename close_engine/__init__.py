@@ -88,6 +88,7 @@ from close_engine.stages import (
 )
 from close_engine.subscriptions import Subscription, subscribe, unsubscribe
 from close_engine.sweeps import (
+    Moved,
     Swept,
     expire_actions,
     lose_stalled,
@@ -157,6 +158,7 @@ __all__ = [
     "MessageNotFound",
     "MessageStatus",
     "migrate",
+    "Moved",
     "needs_approval",
     "NotFound",
     "on_enter",

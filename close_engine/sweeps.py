@@ -6,24 +6,31 @@
 A sweep finds in the table `deadlines` what is due. It locks those rows, a batch at a time, and changes each batch with
 one statement. It skips rows that others have locked, so any number of workers may sweep at once. The guard checks every
 change and the history has it.
+
+If hooks must run, each row gets a transaction of its own. What fails is passed over and named, and everything else goes
+on. The database may refuse a row, too: then the rows of its batch are written one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
+
+import peewee
 
 from close_engine import hooks
 from close_engine.approvals import expire_superseded, if_lead_writes
 from close_engine.conversations import CloseEngineConversation
-from close_engine.database.binding import current, moment
+from close_engine.database.binding import current, is_transient, moment
 from close_engine.database.fields import stored_time
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.transaction import atomic
-from close_engine.errors import InvalidValue
+from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing, InvalidValue, one_line
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.outbox import MAX_UNREPORTED
@@ -31,6 +38,7 @@ from close_engine.stages import ACTIVE_STAGES
 
 __all__ = [
     "ACTOR",
+    "Moved",
     "Swept",
     "expire_actions",
     "lose_stalled",
@@ -52,6 +60,11 @@ LOSE_UNANSWERED_AFTER = timedelta(days=30)
 #: The longest that any of them can be: more is a mistake, and some dates are too early for Python.
 _LONGEST = timedelta(days=36500)
 
+#: As many as there are.
+_ALL = 2**63 - 1
+
+logger = logging.getLogger(__name__)
+
 #: The actor of these changes in the history.
 ACTOR = "sweep"
 
@@ -66,6 +79,8 @@ class Swept:
         expired: list of str, ids of the pending actions that expired.
         released: list of int, ids of the messages whose lease had run out.
         superseded: list of str, ids of the pending actions that the lead's words had superseded.
+        failed: dict, the id of each conversation, action or message that was passed over because it failed, for
+            example because a hook raised, to a sentence that says why. The next sweep tries it again.
     """
 
     stalled: list[str] = field(default_factory=list)
@@ -73,6 +88,20 @@ class Swept:
     expired: list[str] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
+    failed: dict[Any, str] = field(default_factory=dict)
+
+
+class Moved(list[Any]):
+    """The ids of what a sweep changed.
+
+    Attributes:
+        failed: dict, id to sentence: what was passed over, as in `Swept`. If a function that runs after the commit
+            failed, the id is among the changed ones, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: dict[Any, str] = {}
 
 
 class _Due(NamedTuple):
@@ -81,7 +110,7 @@ class _Due(NamedTuple):
     Attributes:
         query: the ids of the rows that are due, oldest first. Its last value is the size of a batch; it ends in {lock}.
         values: the query's other values.
-        lock: the aliases in the query whose rows to lock.
+        lock: the aliases in the query whose rows to lock. The first is that of the ids.
     """
 
     query: str
@@ -96,41 +125,41 @@ _TAKEN_OVER = """EXISTS (SELECT 1 FROM {takeovers} t WHERE t.conversation_id = c
 _ACTIVE = ", ".join(f"'{stage}'" for stage in ACTIVE_STAGES)
 
 # A deadline only says where to look. The row itself decides, so a deadline that was left behind takes no place in a
-# batch, nor does a stage that the guard does not know. {but} leaves out what was found and cannot be read. On
+# batch, nor does a stage that the guard does not know. {only} names one row, for what is tried alone. On
 # PostgreSQL, {lock} becomes FOR NO KEY UPDATE OF c, d SKIP LOCKED.
 _SILENT = f"""
     SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'stall' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage IN ({_ACTIVE}) AND NOT {_TAKEN_OVER} {{but}}
+        AND c.stage IN ({_ACTIVE}) AND NOT {_TAKEN_OVER} {{only}}
     ORDER BY d.at LIMIT %s {{lock}}
 """
 _UNANSWERED = f"""
     SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'answer' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage IN ({_ACTIVE}, 'STALLED') AND NOT {_TAKEN_OVER} {{but}}
+        AND c.stage IN ({_ACTIVE}, 'STALLED') AND NOT {_TAKEN_OVER} {{only}}
     ORDER BY d.at LIMIT %s {{lock}}
 """
 _STALLED = f"""
     SELECT c.id FROM {{deadlines}} d JOIN close_engine_conversations c ON c.id = d.subject_id
     WHERE d."trigger" = 'close_lost' AND d.at <= %s AND c.updated_at < %s
-        AND c.stage = 'STALLED' AND c.stalled_at <= %s AND NOT {_TAKEN_OVER} {{but}}
+        AND c.stage = 'STALLED' AND c.stalled_at <= %s AND NOT {_TAKEN_OVER} {{only}}
         AND NOT EXISTS (SELECT 1 FROM {{deadlines}} a WHERE a."trigger" = 'answer' AND a.subject_id = c.id)
     ORDER BY d.at LIMIT %s {{lock}}
 """
 _EXPIRED = """
     SELECT a.id FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id
-    WHERE d."trigger" = 'expire' AND d.at <= %s AND a.status = 'PENDING' AND a.expires_at <= %s
+    WHERE d."trigger" = 'expire' AND d.at <= %s AND a.status = 'PENDING' AND a.expires_at <= %s {only}
     ORDER BY d.at LIMIT %s {lock}
 """
 _STALE = """
     SELECT a.id FROM {drafts} d JOIN pending_actions a ON a.id = d.action_id
     WHERE a.status = 'PENDING' AND {rule} = 'withdraw' AND EXISTS (SELECT 1 FROM {inbox} i
-        WHERE i.kind = 'text' AND i.conversation_id = a.conversation_id AND i.id > d.after_text)
+        WHERE i.kind = 'text' AND i.conversation_id = a.conversation_id AND i.id > d.after_text) {only}
     ORDER BY a.id LIMIT %s {lock}
 """
 _RUN_OUT = """
     SELECT o.id FROM {outbox} o
-    WHERE o.status = 'PENDING' AND o.leased_by IS NOT NULL AND o.available_at <= %s
+    WHERE o.status = 'PENDING' AND o.leased_by IS NOT NULL AND o.available_at <= %s {only}
     ORDER BY o.available_at LIMIT %s {lock}
 """
 
@@ -141,7 +170,7 @@ def sweep(
     lose_after: timedelta = LOSE_AFTER,
     lose_unanswered_after: timedelta | None = None,
 ) -> Swept:
-    """Run all sweeps.
+    """Run all sweeps. One that fails keeps no other from running; its error is raised after them.
 
     Args:
         stall_after: timedelta, as for `stall_silent`.
@@ -154,13 +183,32 @@ def sweep(
     Raises:
         InvalidValue: a timedelta is negative or too long.
     """
-    stalled, lost = stall_silent(stall_after), lose_stalled(lose_after)
+    for after in (stall_after, lose_after, lose_unanswered_after or stall_after):
+        _before_and_now(after)
+    steps: list[tuple[str, Callable[[], Moved]]] = [
+        ("stalled", partial(stall_silent, stall_after)),
+        ("lost", partial(lose_stalled, lose_after)),
+        ("expired", expire_actions),
+        ("released", release_leases),
+        ("superseded", supersede_drafts),
+    ]
     if lose_unanswered_after is not None:
-        lost += lose_unanswered(lose_unanswered_after)
-    return Swept(stalled, lost, expire_actions(), release_leases(), supersede_drafts())
+        steps.append(("lost", partial(lose_unanswered, lose_unanswered_after)))
+    swept, errors = Swept(), []
+    for kind, step in steps:
+        try:
+            moved = step()
+        except Exception as error:
+            errors.append(error)
+            continue
+        getattr(swept, kind).extend(moved)
+        swept.failed.update(moved.failed)
+    if errors:
+        raise errors[0]
+    return swept
 
 
-def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[str]:
+def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> Moved:
     """Stall active conversations whose leads are silent. Where it is our turn, the lead is not silent.
 
     Args:
@@ -169,7 +217,7 @@ def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[s
         batch: int, how many to change in one transaction.
 
     Returns:
-        list of str, ids of the conversations.
+        Moved, a list of the ids of the conversations.
 
     Raises:
         InvalidValue: `after` is negative or too long, or the batch is less than 1.
@@ -179,9 +227,7 @@ def stall_silent(after: timedelta = STALL_AFTER, *, batch: int = 1000) -> list[s
     return _move("stall", at, _Due(_SILENT, (before, at), lock=("c", "d")), batch)
 
 
-def lose_stalled(
-    after: timedelta = LOSE_AFTER, reason: str = "silent since it stalled", *, batch: int = 1000
-) -> list[str]:
+def lose_stalled(after: timedelta = LOSE_AFTER, reason: str = "silent since it stalled", *, batch: int = 1000) -> Moved:
     """Close long-stalled conversations as lost. Where it is our turn, the lead is not lost: see `lose_unanswered`.
 
     Args:
@@ -190,7 +236,7 @@ def lose_stalled(
         batch: int, how many to change in one transaction.
 
     Returns:
-        list of str, ids of the conversations.
+        Moved, a list of the ids of the conversations.
 
     Raises:
         InvalidValue: the reason is empty, `after` is negative or too long, or the batch is less than 1.
@@ -205,7 +251,7 @@ def lose_unanswered(
     reason: str = "the lead's last words were not answered",
     *,
     batch: int = 1000,
-) -> list[str]:
+) -> Moved:
     """Close conversations as lost in which the lead has waited for us for too long.
 
     Args:
@@ -214,7 +260,7 @@ def lose_unanswered(
         batch: int, how many to change in one transaction.
 
     Returns:
-        list of str, ids of the conversations.
+        Moved, a list of the ids of the conversations.
 
     Raises:
         InvalidValue: the reason is empty, `after` is negative or too long, or the batch is less than 1.
@@ -238,14 +284,14 @@ def _before_and_now(after: timedelta) -> tuple[str, str]:
     return stored_time(present - after), stored_time(present)
 
 
-def expire_actions(*, batch: int = 1000) -> list[str]:
+def expire_actions(*, batch: int = 1000) -> Moved:
     """Expire pending actions whose time is up. A conversation without a pending payment link leaves PENDING_APPROVAL.
 
     Args:
         batch: int, how many to change in one transaction.
 
     Returns:
-        list of str, ids of the actions.
+        Moved, a list of the ids of the actions.
 
     Raises:
         InvalidValue: the batch is less than 1.
@@ -254,22 +300,21 @@ def expire_actions(*, batch: int = 1000) -> list[str]:
     at = stored_time(moment())
     provenance = Provenance(ACTOR, "it was not approved in time")
 
-    def expire(held: list[str]) -> list[str]:
+    def expire(held: list[str]) -> None:
         _execute("UPDATE pending_actions SET status = 'EXPIRED' WHERE id IN {these}", these=held)
-        return held
 
     due = _Due(_EXPIRED, (at, at), lock=("a",))
     return _in_batches(due, batch, expire, (provenance, Write("expire", None, at)))
 
 
-def supersede_drafts(*, batch: int = 1000) -> list[str]:
+def supersede_drafts(*, batch: int = 1000) -> Moved:
     """Expire the drafts that the lead's words have superseded, and that somebody was deciding on when they came.
 
     Args:
         batch: int, how many to change in one transaction.
 
     Returns:
-        list of str, ids of the actions.
+        Moved, a list of the ids of the actions.
 
     Raises:
         InvalidValue: the batch is less than 1.
@@ -280,29 +325,28 @@ def supersede_drafts(*, batch: int = 1000) -> list[str]:
         "ORDER BY i.id DESC LIMIT 1) FROM pending_actions a WHERE a.id IN {these} ORDER BY a.id"
     )
 
-    def supersede(held: list[str]) -> list[str]:
+    def supersede(held: list[str]) -> None:
         for action_id, text_id in _execute(last_text, these=held):
             expire_superseded([action_id], text_id)
-        return held
 
     stale = _STALE.replace("{rule}", if_lead_writes("a.type", "a.metadata"))
     return _in_batches(_Due(stale, (), lock=("a",)), batch, supersede)
 
 
-def release_leases(*, batch: int = 1000) -> list[int]:
+def release_leases(*, batch: int = 1000) -> Moved:
     """Reclaim messages whose lease has run out. After too many of them, or after `max_attempts`, a message is DEAD.
 
     Args:
         batch: int, how many to change in one transaction.
 
     Returns:
-        list of int, ids of the messages.
+        Moved, a list of the ids of the messages.
 
     Raises:
         InvalidValue: the batch is less than 1.
     """
 
-    def release(held: list[int]) -> list[int]:
+    def release(held: list[int]) -> None:
         _execute(
             "UPDATE {outbox} SET leased_by = NULL, leased_at = NULL, unreported = unreported + 1, "
             "last_error = 'the lease of ' || leased_by || ' ran out', status = CASE "
@@ -310,71 +354,94 @@ def release_leases(*, batch: int = 1000) -> list[int]:
             MAX_UNREPORTED - 1,
             these=held,
         )
-        return held
 
     return _in_batches(_Due(_RUN_OUT, (stored_time(moment()),), lock=("o",)), batch, release)
 
 
-def _move(
-    trigger: str,
-    at: str,
-    due: _Due,
-    batch: int,
-    reason: str | None = None,
-) -> list[str]:
+def _move(trigger: str, at: str, due: _Due, batch: int, reason: str | None = None) -> Moved:
     """Fire a trigger on every conversation that is due: in one statement, or one by one if hooks must run."""
     transition, given = TRIGGERS[trigger], {"closed_lost_reason": reason}
     provenance = Provenance(ACTOR, reason)
     assignments = assigned_by(transition, at, given)
     columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
-    unreadable: set[str] = set()
+    is_hooked = hooks.crosses_a_hook(transition)
 
-    def move(ids: list[str]) -> list[str]:
-        if hooks.crosses_a_hook(transition):
-            read = CloseEngineConversation.select().readable().where(CloseEngineConversation.id.in_(ids))
-            for conversation in read:
-                change_stage(conversation, trigger, given, provenance)
-            ids = [conversation.id for conversation in read]
-            unreadable.update(row.row_id for row in read.passed_over)
+    def move(ids: list[str]) -> None:
+        if is_hooked:
+            for conversation_id in ids:
+                change_stage(CloseEngineConversation.get_by_id(conversation_id), trigger, given, provenance)
         else:
             _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
-        return ids
 
-    return _in_batches(due, batch, move, (provenance, Write(trigger, None, at)), unreadable)
+    attributed_to = None if is_hooked else (provenance, Write(trigger, None, at))
+    return _in_batches(due, batch, move, attributed_to, one_by_one=is_hooked)
 
 
 def _in_batches(
     due: _Due,
     batch: int,
-    write: Callable[[list[Any]], list[Any]],
+    write: Callable[[list[Any]], None],
     attributed_to: tuple[Provenance, Write] | None = None,
-    but: Collection[str] = (),
-) -> list[Any]:
+    *,
+    one_by_one: bool = False,
+) -> Moved:
     """Lock the rows that are due and write them, one batch per transaction, until a batch is not full.
+
+    If the database refuses a row of a batch, each row that is left gets a transaction of its own.
 
     Args:
         due: what to look for.
         batch: int, how many rows to lock at a time.
-        write: function that gets the ids of the locked rows and returns those that it changed.
+        write: function that gets the ids of the locked rows, and writes them.
         attributed_to: the provenance of the changes, and their write.
-        but: ids of rows that `write` passed over: they must not fill the next batch.
+        one_by_one: bool, whether each row gets a transaction of its own from the beginning.
 
     Returns:
-        list of the ids of all changed rows.
+        Moved, the ids of all changed rows.
     """
     if batch < 1:
         raise InvalidValue("batch", batch, "it must be at least 1")
-    binding, moved = current(), []
-    query = due.query.replace("{lock}", binding.dialect.skip_locked(*due.lock))
-    while True:
-        find = query.replace("{but}", f"AND c.id NOT IN ({', '.join(['%s'] * len(but))})" if but else "")
+    binding, moved = current(), Moved()
+    lock = binding.dialect.skip_locked(*due.lock)
+
+    def locked_and_written(limit: int, only: str = "", *values: Any) -> list[Any]:
+        find = due.query.replace("{only}", only).replace("{lock}", lock)
         with atomic(), binding.attributed(*attributed_to) if attributed_to else nullcontext():
-            held = [row[0] for row in binding.execute(find, (*due.values, *but, batch)).fetchall()]
+            held = [row[0] for row in binding.execute(find, (*due.values, *values, limit)).fetchall()]
             if held:
-                moved += write(held)
-        if len(held) < batch:
-            return moved
+                write(held)
+        return held
+
+    while not one_by_one:
+        try:
+            held = locked_and_written(batch)
+        except (peewee.DataError, peewee.IntegrityError, peewee.InternalError, peewee.OperationalError) as error:
+            if is_transient(error):
+                raise
+            one_by_one = True  # to find the row that is refused
+        else:
+            moved += held
+            if len(held) < batch:
+                return moved
+
+    every = due.query.replace("{only}", "").replace("{lock}", "")
+    for (row_id,) in binding.execute(every, (*due.values, _ALL)).fetchall():
+        try:
+            moved += locked_and_written(1, f"AND {due.lock[0]}.id = %s", row_id)
+        except GuardMissing:
+            raise
+        except Exception as error:
+            moment()  # if the database itself is away, nothing goes on
+            logger.warning("the sweep passed over %s: %s", row_id, _sentence(error))
+            moved.failed[row_id] = _sentence(error)
+            if isinstance(error, AfterCommitError):
+                moved.append(row_id)
+    return moved
+
+
+def _sentence(error: Exception) -> str:
+    return one_line(error) if isinstance(error, CloseEngineError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _execute(text: str, *values: Any, these: list[Any]) -> list[tuple[Any, ...]]:

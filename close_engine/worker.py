@@ -255,7 +255,7 @@ class Worker:
         self._wake.put(None)
 
     def sweep_if_due(self) -> None:
-        """Sweep if it is time. If a hook of the user's fails, the next sweep tries again."""
+        """Sweep if it is time. What fails, for example a hook of the user's, is logged; the next sweep tries again."""
         moment, last = now(), self._swept_at
         if self.sweep is None or (last is not None and last <= moment < last + self.sweep_every):
             return
@@ -268,6 +268,8 @@ class Worker:
                 raise
             logger.exception("sweep failed worker=%s", self.name)
             return
+        for row_id, sentence in swept.failed.items():
+            logger.error("sweep passed over worker=%s id=%s error=%s", self.name, row_id, sentence)
         if any(vars(swept).values()):
             counts = " ".join(f"{kind}={len(ids)}" for kind, ids in vars(swept).items())
             logger.info("swept worker=%s %s", self.name, counts)

@@ -318,7 +318,7 @@ BEGIN
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
     SELECT CASE WHEN NEW.status = 'PENDING' THEN 'action:pending' WHEN NEW.status = 'APPROVED' THEN 'action:approved'
             WHEN NEW.status = 'REJECTED' THEN 'action:rejected'
-            WHEN json_extract(NEW.metadata, '$.supersededBy') IS NOT NULL THEN 'action:superseded'
+            WHEN json_valid(NEW.metadata) AND json_extract(NEW.metadata, '$.supersededBy') IS NOT NULL THEN 'action:superseded'
             ELSE 'action:expired' END,
         '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type,
             'by', coalesce(NEW.approved_by, (

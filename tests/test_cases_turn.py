@@ -5,8 +5,10 @@ Each runs on every database, and has a variant: another writer, table or stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import peewee
 import pytest
@@ -19,13 +21,17 @@ from close_engine import (
     CloseEngineConversation,
     ConversationNotFound,
     EntryPoint,
+    GuardMissing,
     InboxEntry,
     InvalidValue,
     MessageStatus,
+    Moved,
+    OutboxMessage,
     PendingAction,
     Stage,
     StageChange,
     StageConflict,
+    after_commit,
     expire_actions,
     lose_stalled,
     lose_unanswered,
@@ -48,6 +54,7 @@ from tests.waiting import Running, until_they_wait
 from tests.workers import LINK, claimed, race, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
+Register = Callable[..., Callable[..., Any]]
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -541,3 +548,205 @@ def test_g10_what_is_sent_at_that_moment_is_no_error_of_the_librarys(postgres: p
         assert row.stage is resumed.dest is conversation.stage
         assert row.stage in (Stage.BUILDING, Stage.PREVIEW_SENT)
         assert row.history()[-1].dest is row.stage
+
+
+# -- B5: one hook that fails stops all sweeps for all ------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(conversation_in: ConversationIn, register: Register) -> CloseEngineConversation:
+    """A silent conversation for which a hook fails, with its neighbours."""
+    conversation_in(Stage.BUILDING)
+    poison = conversation_in(Stage.BUILDING)
+    conversation_in(Stage.BUILDING)
+
+    def fail(conversation: CloseEngineConversation, change: StageChange) -> None:
+        outbox.enqueue(conversation, "tell_the_rep", key="stalled")
+        if conversation.id == poison.id:
+            raise KeyError("phone")
+
+    register(on_enter, Stage.STALLED)(fail)
+    return poison
+
+
+@pytest.fixture
+def register() -> Iterator[Register]:
+    """Registers hooks until the test ends."""
+    hooks = []
+
+    def make(kind: Callable[..., Any], *stages: Stage) -> Callable[..., Any]:
+        def decorate(function: Callable[..., Any]) -> Any:
+            hooks.append(kind(*stages)(function))
+            return hooks[-1]
+
+        return decorate
+
+    yield make
+    for hook in hooks:
+        hook.remove()
+
+
+def test_b5_what_a_hook_fails_on_is_passed_over_and_named(
+    poisoned: CloseEngineConversation, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    """B5: nobody was stalled or lost, no action expired and no lease was taken back, for ever."""
+    lost = conversation_in(Stage.STALLED)
+    asked = conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL)
+    action = submit(asked, ActionType.SEND_MESSAGE, "hello", expires_after=HOUR)
+    outbox.enqueue(asked, "build_site")
+    message = claimed(lease=HOUR)
+    close_engine_clock.move(WEEK + HOUR)
+    swept = sweep()
+    others = [c.id for c in CloseEngineConversation.select() if c.id not in (poisoned.id, lost.id)]
+    assert sorted(swept.stalled) == sorted(others)
+    assert (swept.lost, swept.expired, swept.released) == ([lost.id], [action.id], [message.id])
+    assert swept.failed == {poisoned.id: "KeyError: 'phone'"}
+    assert copy_of(poisoned).stage is Stage.BUILDING
+    told = OutboxMessage.select().where(OutboxMessage.topic == "tell_the_rep")
+    assert poisoned.id not in {message.conversation_id for message in told}, "its effect is undone, too"
+    again = sweep()
+    assert (again.stalled, again.failed) == ([], {poisoned.id: "KeyError: 'phone'"})
+
+
+def test_b5_one_sweep_alone_names_it_too(
+    poisoned: CloseEngineConversation, close_engine_clock: MovableClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """B5, for who calls one sweep."""
+    close_engine_clock.move(THREE_DAYS)
+    moved = stall_silent(batch=1)
+    assert len(moved) == 2
+    assert moved.failed == {poisoned.id: "KeyError: 'phone'"}
+    assert f"the sweep passed over {poisoned.id}: KeyError: 'phone'" in caplog.text
+
+
+def test_b5_what_fails_after_the_commit_has_moved(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, register: Register
+) -> None:
+    """B5, for a function that runs after the commit: the change stands, and is named as well."""
+    conversations = [conversation_in(Stage.BUILDING) for _ in range(2)]
+
+    def fail(conversation: CloseEngineConversation, change: StageChange) -> None:
+        raise RuntimeError("no disk")
+
+    register(after_commit, Stage.STALLED)(fail)
+    close_engine_clock.move(THREE_DAYS)
+    moved = stall_silent()
+    assert sorted(moved) == sorted(moved.failed) == sorted(each.id for each in conversations)
+    assert {copy_of(each).stage for each in conversations} == {Stage.STALLED}
+    assert set(moved.failed.values()) == {
+        "The change is committed, but functions that ran after it failed: RuntimeError: no disk"
+    }
+
+
+TRIGGERS_OF_THE_CRM = {
+    "close_engine_conversations": "NEW.stage = 'STALLED' AND NEW.id = %s",
+    "pending_actions": "NEW.status = 'EXPIRED' AND NEW.id = %s",
+}
+
+
+def refuse_in_the_crm(foreign: ForeignWriter, table: str, row_id: str) -> None:
+    """Make a trigger of the CRM's that refuses what the sweep writes into one row."""
+    when = TRIGGERS_OF_THE_CRM[table].replace("%s", f"'{row_id}'")
+    if foreign.is_postgres:
+        foreign.run(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$body$BEGIN RAISE EXCEPTION 'not this one'; END$body$"
+        )
+        foreign.run(f"CREATE TRIGGER crm BEFORE UPDATE ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION refuse()")
+    else:
+        foreign.run(
+            f"CREATE TRIGGER crm BEFORE UPDATE ON {table} WHEN {when} BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+        )
+
+
+@pytest.mark.parametrize("table", list(TRIGGERS_OF_THE_CRM))
+@pytest.mark.parametrize("batch", [1, 2, 1000])
+def test_b5_what_the_database_refuses_is_passed_over_and_named(
+    foreign: ForeignWriter,
+    conversation_in: ConversationIn,
+    close_engine_clock: MovableClock,
+    table: str,
+    batch: int,
+) -> None:
+    """B5, for a trigger of the CRM's own: without hooks, a batch is one statement, and one row failed it."""
+    conversations = [conversation_in(Stage.QUALIFYING, autonomy_level=AutonomyLevel.MANUAL) for _ in range(4)]
+    ids = [conversation.id for conversation in conversations]
+    job: Callable[..., Moved] = stall_silent
+    if table == "pending_actions":
+        ids = [submit(each, ActionType.SEND_MESSAGE, "hello", expires_after=HOUR).id for each in conversations]
+        job = expire_actions
+    refuse_in_the_crm(foreign, table, ids[1])
+    close_engine_clock.move(THREE_DAYS + HOUR)
+    close_engine_clock.rule()
+    moved = job(batch=batch)
+    assert sorted(moved) == sorted(set(ids) - {ids[1]})
+    assert list(moved.failed) == [ids[1]]
+    assert "not this one" in moved.failed[ids[1]]
+    assert job(batch=batch) == []
+
+
+def test_b5_a_sweep_with_hooks_holds_one_row_while_they_run(postgres: peewee.Database, register: Register) -> None:
+    """B5: `receive()` waited for seconds behind a thousand rows that a slow hook held."""
+    conversations = [
+        bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.BUILDING) for _ in range(5)
+    ]
+    seen: list[str] = []
+
+    def look(conversation: CloseEngineConversation, change: StageChange) -> None:
+        seen.append(conversation.id)
+        if len(seen) == 2:
+            for other in conversations:
+                if other.id != conversation.id:
+                    text = Running(partial(receive, other.lead_id, f"SM {other.id}", "hello"))
+                    assert text.result().answer, "no other row is held"
+
+    register(on_enter, Stage.STALLED)(look)
+    sql("UPDATE {deadlines} SET at = '2026-01-01 00:00:00.000'")
+    moved = stall_silent()
+    assert (moved, moved.failed) == (seen, {})
+    assert len(seen) == 2, "whose leads have written since are not silent any more"
+
+
+def test_b5_a_sweep_that_fails_as_a_whole_stops_no_other(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, foreign: ForeignWriter
+) -> None:
+    """B5, for a table without its guards: the other sweeps go on, and the error is raised after them."""
+    conversation = conversation_in(Stage.BUILDING)
+    outbox.enqueue(conversation, "build_site")
+    message = claimed(lease=HOUR)
+    close_engine_clock.move(THREE_DAYS)
+    close_engine_clock.rule()
+    if foreign.is_postgres:
+        foreign.run("ALTER TABLE close_engine_conversations DISABLE TRIGGER USER")
+    else:
+        foreign.run("DROP TRIGGER close_engine_record")
+    with pytest.raises(GuardMissing):
+        sweep()
+    assert copy_of(message).leased_by is None
+    assert copy_of(conversation).stage is Stage.BUILDING
+    for after in (timedelta(days=-1), timedelta(days=400_000)):
+        with pytest.raises(InvalidValue):
+            sweep(lose_unanswered_after=after)
+
+
+def test_b5_sweeps_leave_alone_what_a_human_has_taken_over(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    """B5's neighbour: what a human leads is neither stalled nor lost, until it is handed back or the time is up."""
+    active, stalled, asked = (
+        conversation_in(Stage.BUILDING),
+        conversation_in(Stage.STALLED),
+        conversation_in(Stage.BUILDING),
+    )
+    receive(asked.lead_id, "SM1", "hello?")
+    for conversation in (active, stalled, asked):
+        copy_of(conversation).take_over(by="dana", until=timedelta(days=40))
+    close_engine_clock.move(timedelta(days=39))
+    swept = sweep(lose_unanswered_after=timedelta(days=30))
+    assert (swept.stalled, swept.lost) == ([], [])
+    copy_of(stalled).hand_back(by="dana")
+    close_engine_clock.move(HOUR)
+    assert sweep(lose_unanswered_after=timedelta(days=30)).lost == [stalled.id]
+    close_engine_clock.move(DAY)
+    swept = sweep(lose_unanswered_after=timedelta(days=30))
+    assert (swept.stalled, swept.lost) == ([active.id], [asked.id])

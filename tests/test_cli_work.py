@@ -30,7 +30,9 @@ from close_engine import (
 )
 from tests.command_line import COMMAND, Result, as_user, background, process, refused, run
 from tests.crm import query
+from tests.foreign import ForeignWriter
 from tests.servers import execute
+from tests.test_cases_turn import refuse_in_the_crm
 from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +234,36 @@ def test_the_limits_of_the_sweeps_can_be_given(
     wrong = run("sweep", "--lose-after", "soon")
     assert (wrong.code, wrong.out) == (2, "")
     assert "'soon' is not a number of days." in wrong.err
+
+
+def test_what_the_sweep_passes_over_is_listed_and_its_exit_status_tells(
+    conversation_in: Any, database_url: str, close_engine_clock: Any, foreign: ForeignWriter
+) -> None:
+    """B5: a trigger of the CRM's refuses one of them."""
+    close_engine_clock.rule()
+    conversations = [conversation_in(Stage.BUILDING) for _ in range(2)]
+    refuse_in_the_crm(foreign, "close_engine_conversations", conversations[0].id)
+    close_engine_clock.move(timedelta(days=4))
+
+    swept = run("sweep", "--database", database_url)
+
+    first, second = swept.out.splitlines()
+    assert (swept.code, swept.err) == (1, "")
+    assert first.startswith("Conversations stalled: 1, lost: 0.")
+    assert second.startswith(f"Passed over {conversations[0].id}: ")
+    assert "not this one" in second
+
+
+def test_what_waits_for_us_is_closed_if_that_is_asked_for(
+    conversation_in: Any, database_url: str, close_engine_clock: Any
+) -> None:
+    conversation = conversation_in(Stage.BUILDING)
+    close_engine.receive(conversation.lead_id, "SM1", "Hello?")
+    close_engine_clock.move(timedelta(days=31))
+
+    place = "--database", database_url
+    assert "stalled: 0, lost: 0" in run("sweep", *place).out
+    assert "stalled: 0, lost: 1" in run("sweep", *place, "--lose-unanswered-after", "30").out
 
 
 def test_a_worker_sends_until_nothing_is_left(messages: list[OutboxMessage], database: Any) -> None:

@@ -93,7 +93,8 @@ def test_every_active_stage_can_stall_and_no_other(
         if stalled:
             copy = copy_of(conversation)
             copy.resume()
-            assert copy.stage is conversation.stage
+            waits_for_nothing = conversation.stage is Stage.PENDING_APPROVAL
+            assert copy.stage is (Stage.PREVIEW_SENT if waits_for_nothing else conversation.stage)
     assert_consistent()
 
 
@@ -265,7 +266,7 @@ def test_hooks_run_in_the_transaction_of_the_sweep_too(
     assert_consistent()
 
 
-def test_a_hook_that_fails_undoes_its_batch(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
+def test_a_hook_that_fails_undoes_the_change(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     conversation = conversation_in(Stage.STALLED)
     close_engine_clock.move(WEEK + SECOND)
 
@@ -274,8 +275,8 @@ def test_a_hook_that_fails_undoes_its_batch(conversation_in: ConversationIn, clo
         raise RuntimeError("no disk")
 
     try:
-        with pytest.raises(RuntimeError, match="no disk"):
-            lose_stalled()
+        moved = lose_stalled()
+        assert (moved, moved.failed) == ([], {conversation.id: "RuntimeError: no disk"})
         with pytest.raises(InvalidValue):
             lose_stalled(batch=0)
     finally:

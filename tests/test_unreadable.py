@@ -292,7 +292,10 @@ def test_the_others_are_swept(
     try:
         stalled = close_engine.stall_silent(batch=batch)
         expired = close_engine.expire_actions(batch=batch)
-        assert close_engine.sweep() == close_engine.Swept()
+        swept = close_engine.sweep()
+        assert swept == close_engine.Swept(failed=swept.failed)
+        assert all("cannot be read" in sentence for sentence in swept.failed.values())
+        assert bool(swept.failed) is hooked
     finally:
         if hook is not None:
             hook.remove()

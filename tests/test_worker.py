@@ -551,7 +551,7 @@ def test_it_sweeps_at_the_start_and_then_on_a_timer(
     conversation.reload()
     assert conversation.stage is Stage.STALLED
     assert swept_before == []
-    assert caplog.messages == ["swept worker=worker-7 stalled=1 lost=0 expired=0 released=0"]
+    assert caplog.messages == ["swept worker=worker-7 stalled=1 lost=0 expired=0 released=0 superseded=0 failed=0"]
 
 
 def test_it_sweeps_as_often_as_it_is_told(database: peewee.Database, close_engine_clock: MovableClock) -> None:
@@ -577,6 +577,18 @@ def test_a_sweep_that_fails_stops_no_message(
     worker_with(fake_sender, sweep=fail).run_once()
 
     assert told() == [("ERROR", "sweep failed"), ("INFO", "sent")]
+
+
+def test_what_a_sweep_passed_over_is_logged(
+    database: peewee.Database, told: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """B5: one line for each, and the worker goes on."""
+    worker_with(nothing, sweep=lambda: Swept(stalled=["c1"], failed={"c2": "KeyError: 'phone'"})).run_once()
+
+    assert caplog.messages == [
+        "sweep passed over worker=worker-7 id=c2 error=KeyError: 'phone'",
+        "swept worker=worker-7 stalled=1 lost=0 expired=0 released=0 superseded=0 failed=1",
+    ]
 
 
 def test_what_a_dead_worker_held_is_sent_by_the_next(

@@ -128,6 +128,10 @@ def sweep(
         f"Conversations stalled: {len(swept.stalled)}, lost: {len(swept.lost)}. "
         f"Actions expired: {len(swept.expired)}. Messages released from dead workers: {len(swept.released)}."
     )
+    for row_id, sentence in swept.failed.items():
+        print(cell(f"Passed over {row_id}: {sentence}"))
+    if swept.failed:
+        raise typer.Exit(1)
 
 
 @command()

@@ -178,7 +178,8 @@ class Sqlite(Dialect):
     merged_mapping = merged_list
 
     def json_text(self, column: str, key: str) -> str:
-        return f"json_extract({column}, '$.{key}')"
+        # What stood there before the guards may be no JSON.
+        return f"CASE WHEN json_valid({column}) THEN json_extract({column}, '$.{key}') END"
 
     def prepare(self, database: peewee.Database) -> None:
         database.register_function(_merge_json, "close_engine_merge", 2)  # type: ignore[attr-defined]
