@@ -34,7 +34,8 @@ from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.outbox import MAX_UNREPORTED
-from close_engine.stages import ACTIVE_STAGES
+from close_engine.stages import ACTIVE_STAGES, Event
+from close_engine.subscriptions import publish
 
 __all__ = [
     "ACTOR",
@@ -56,6 +57,9 @@ LOSE_AFTER = timedelta(days=7)
 
 #: How long the lead waits for our answer before the conversation is lost, if that is wanted at all.
 LOSE_UNANSWERED_AFTER = timedelta(days=30)
+
+#: How long before an action expires `action:expiring` is published.
+WARN_BEFORE = timedelta(hours=1)
 
 #: The longest that any of them can be: more is a mistake, and some dates are too early for Python.
 _LONGEST = timedelta(days=36500)
@@ -151,6 +155,13 @@ _EXPIRED = """
     WHERE d."trigger" = 'expire' AND d.at <= %s AND a.status = 'PENDING' AND a.expires_at <= %s {only}
     ORDER BY d.at LIMIT %s {lock}
 """
+_EXPIRING = """
+    SELECT a.id, a.conversation_id, a.type, CAST(d.at AS TEXT)
+    FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id
+    WHERE d."trigger" = 'expire' AND d.at > {moment} AND d.at <= {later} AND a.status = 'PENDING'
+        AND EXISTS (SELECT 1 FROM {subscriptions} s WHERE s.event = %s)
+    ORDER BY d.at
+"""
 _STALE = """
     SELECT a.id FROM {drafts} d JOIN pending_actions a ON a.id = d.action_id
     WHERE a.status = 'PENDING' AND {rule} = 'withdraw' AND EXISTS (SELECT 1 FROM {inbox} i
@@ -189,6 +200,7 @@ def sweep(
         ("stalled", partial(stall_silent, stall_after)),
         ("lost", partial(lose_stalled, lose_after)),
         ("expired", expire_actions),
+        ("expired", _announce_expiring),  # which expires nothing itself
         ("released", release_leases),
         ("superseded", supersede_drafts),
     ]
@@ -305,6 +317,15 @@ def expire_actions(*, batch: int = 1000) -> Moved:
 
     due = _Due(_EXPIRED, (at, at), lock=("a",))
     return _in_batches(due, batch, expire, (provenance, Write("expire", None, at)))
+
+
+def _announce_expiring() -> Moved:
+    """Say of the pending actions that expire soon that they do, once of each time, to whoever subscribed to that."""
+    event = Event.ACTION_EXPIRING
+    soon = current().execute(_EXPIRING, (WARN_BEFORE.total_seconds(), event.value)).fetchall()
+    for action_id, conversation_id, type, at in soon:
+        publish(event, conversation_id, f"{action_id}:{at}", {"action_id": action_id, "type": type, "expires_at": at})
+    return Moved()
 
 
 def supersede_drafts(*, batch: int = 1000) -> Moved:

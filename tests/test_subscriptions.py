@@ -298,6 +298,29 @@ def test_what_makes_no_sense_is_refused(
     assert subscriptions() == []
 
 
+def test_of_an_action_that_expires_soon_it_is_said_once(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    conversation = conversation_in(Stage.PREVIEW_SENT)
+    link = waiting_link(conversation, expires_after=timedelta(hours=3))
+    waiting_link(conversation_in(Stage.PREVIEW_SENT), expires_after=None)
+    close_engine_clock.move(timedelta(hours=2))
+    close_engine.sweep()
+    subscribe("ask_owner", events=["action:expiring"])
+    close_engine_clock.move(-MINUTE)
+    close_engine.sweep()
+    assert effects("ask_owner") == []
+    close_engine_clock.move(MINUTE)
+    for _ in range(2):
+        close_engine.sweep()
+        (told,) = effects("ask_owner")
+    assert (told["action_id"], told["type"], told["event"]) == (link.id, "SEND_PAYMENT_LINK", "action:expiring")
+    PendingAction.update(expires_at=close_engine_clock.now + timedelta(hours=3)).execute()
+    close_engine_clock.move(timedelta(hours=2))
+    close_engine.sweep()
+    assert len(effects("ask_owner")) == 2 + 1, "the time of both is another one now"
+
+
 def test_without_a_subscription_nothing_is_put_in(conversation_in: ConversationIn) -> None:
     subscribe("tell", stages=[Stage.CLOSED_LOST], events=["lead:wrote"])
     conversation = conversation_in(Stage.PREVIEW_SENT)
