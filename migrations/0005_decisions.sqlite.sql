@@ -318,7 +318,8 @@ BEGIN
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
     SELECT CASE WHEN NEW.status = 'PENDING' THEN 'action:pending' WHEN NEW.status = 'APPROVED' THEN 'action:approved'
             WHEN NEW.status = 'REJECTED' THEN 'action:rejected'
-            WHEN json_valid(NEW.metadata) AND json_extract(NEW.metadata, '$.supersededBy') IS NOT NULL THEN 'action:superseded'
+            WHEN json_valid(NEW.metadata) AND json_extract(NEW.metadata, '$.supersededBy') IS NOT NULL
+                THEN 'action:superseded'
             ELSE 'action:expired' END,
         '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type,
             'by', coalesce(NEW.approved_by, (
@@ -487,9 +488,10 @@ BEGIN
         AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
         AND NEW.taken_by NOT IN (coalesce(submitted_by, ''), coalesce(approved_by, ''));
     UPDATE pending_actions SET status = 'EXPIRED',
-        metadata = json_set(CASE json_type(metadata) WHEN 'object' THEN metadata ELSE '{}' END, '$.takenOverBy', NEW.taken_by)
+        metadata = json_set(CASE WHEN json_valid(metadata) AND json_type(metadata) = 'object' THEN metadata ELSE '{}' END,
+            '$.takenOverBy', NEW.taken_by)
     WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
-        AND coalesce(json_extract(metadata, '$.submittedBy'), '') <> NEW.taken_by;
+        AND coalesce(CASE WHEN json_valid(metadata) THEN json_extract(metadata, '$.submittedBy') END, '') <> NEW.taken_by;
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
     VALUES ('conversation:taken_over', '', NEW.conversation_id, NEW.id,
         json_object('by', NEW.taken_by, 'until', NEW.until));

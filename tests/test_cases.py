@@ -350,7 +350,7 @@ def test_e8_with_foreign_keys_on_a_rebuilt_table_takes_conversations_along(
 
 @pytest.mark.parametrize("table", ["close_engine_conversations", "pending_actions"])
 def test_e8_the_librarys_own_tables_cannot_be_rebuilt(with_a_crm: peewee.SqliteDatabase, table: str) -> None:
-    """SQLite refuses it because of our triggers and a view. Told to look away, it drops them; `migrate` makes them again."""
+    """SQLite refuses it because of our triggers and a view. Told to look away, it drops them: `migrate` makes them."""
     migrator = SqliteMigrator(with_a_crm)
     refused = pytest.raises(peewee.OperationalError, match=r"error in (trigger|view) close_engine_")
     with refused, migrator.migration_context():
