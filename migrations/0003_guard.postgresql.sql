@@ -319,6 +319,13 @@ BEGIN
         DELETE FROM close_engine.deadlines
         WHERE trigger IN ('stall', 'answer', 'close_lost') AND subject_id = NEW.id;
     ELSIF NEW.stage = 'STALLED' OR OLD.stage IN ('COMPLETED', 'STALLED', 'CLOSED_LOST') OR fired = 'adopted' THEN
+        -- In place, which is cheaper, unless it was our turn or a row was left behind.
+        UPDATE close_engine.deadlines SET trigger = 'close_lost', at = NEW.stalled_at
+        WHERE NEW.stage = 'STALLED' AND NEW.stalled_at IS NOT NULL AND trigger = 'stall' AND subject_id = NEW.id
+            AND NOT EXISTS (SELECT FROM close_engine.deadlines WHERE trigger = 'close_lost' AND subject_id = NEW.id);
+        IF FOUND THEN
+            RETURN NEW;
+        END IF;
         DELETE FROM close_engine.deadlines WHERE trigger IN ('stall', 'close_lost') AND subject_id = NEW.id;
         IF NEW.stage <> 'STALLED' THEN
             INSERT INTO close_engine.deadlines (trigger, subject_id, at) SELECT 'stall', NEW.id, moment
