@@ -181,7 +181,7 @@ def test_a_value_that_a_column_cannot_hold_is_refused_in_any_expression(statemen
 )
 def test_a_moment_is_a_datetime_with_a_timezone(moment: Any, why: str) -> None:
     with pytest.raises(InvalidValue) as caught:
-        PendingAction(expires_at=moment)
+        PendingAction.expires_at.clean(moment)
 
     assert str(caught.value).startswith("PendingAction.expires_at cannot be ")
     assert str(caught.value).endswith(f": {why}.")
@@ -230,7 +230,7 @@ def test_a_moment_in_memory_is_what_a_reload_gives_wherever_one_is(
     conversation.start_qualifying()
     conversation.stall()
     assert values(CloseEngineConversation.get_by_id(conversation.id)) == values(conversation)
-    assert conversation.stalled_at == conversation.updated_at == conversation.history()[-1].created_at
+    assert conversation.stalled_at == conversation.history()[-1].created_at <= conversation.updated_at
     database.close()
 
 
