@@ -24,7 +24,7 @@ from peewee import SQL
 
 from close_engine import numbers
 from close_engine.conversations import CloseEngineConversation
-from close_engine.database.binding import current, moment, now
+from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.fields import (
     CleaningAccessor,
     EnumField,
@@ -296,8 +296,7 @@ def supersede(conversation_id: str, text_id: int) -> list[str]:
     waiting = dict(binding.execute(query, (conversation_id,)).fetchall())
     expired = sorted(action_id for action_id, rule in waiting.items() if rule == IfLeadWrites.WITHDRAW)
     expire_superseded(expired, text_id)
-    if kept := sorted(waiting.keys() - set(expired)):
-        PendingAction.update(metadata=_with(leadWroteSince=text_id)).where(PendingAction.id.in_(kept)).execute()
+    _mark(sorted(waiting.keys() - set(expired)), {}, leadWroteSince=text_id)
     return expired
 
 
@@ -310,8 +309,25 @@ def expire_superseded(action_ids: list[str], text_id: int) -> None:
         Write("expire", None, stored_time(moment())),
     )
     with current().attributed(provenance, write):
-        update = PendingAction.update(status=ActionStatus.EXPIRED, metadata=_with(supersededBy=text_id))
-        update.where(PendingAction.id.in_(action_ids)).execute()
+        _mark(action_ids, {"status": ActionStatus.EXPIRED}, supersededBy=text_id)
+
+
+def _mark(action_ids: list[str], values: Mapping[str, Any], **added: Any) -> None:
+    """Write values to actions, and a mark into their metadata. Metadata that nobody can read gets no mark."""
+    if not action_ids:
+        return
+    these = PendingAction.id.in_(action_ids)
+    try:
+        with atomic():
+            PendingAction.update({**values, "metadata": _with(**added)}).where(these).execute()
+    except (peewee.IntegrityError, peewee.OperationalError) as error:
+        if is_transient(error):
+            raise
+        if len(action_ids) > 1:
+            for action_id in action_ids:
+                _mark([action_id], values, **added)
+        elif values:
+            PendingAction.update(values).where(these).execute()
 
 
 def if_lead_writes(type: str, metadata: str) -> str:

@@ -391,10 +391,7 @@ BEGIN
         AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
         AND NEW.taken_by NOT IN (coalesce(submitted_by, ''), coalesce(approved_by, ''));
     -- Skip actions that another transaction is deciding.
-    UPDATE public.pending_actions SET status = 'EXPIRED',
-        metadata = CASE pg_catalog.jsonb_typeof(metadata) WHEN 'object' THEN metadata ELSE '{}' END
-            || pg_catalog.jsonb_build_object('takenOverBy', NEW.taken_by)
-    WHERE id IN (SELECT id FROM public.pending_actions WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
+    UPDATE public.pending_actions SET status = 'EXPIRED' WHERE id IN (SELECT id FROM public.pending_actions WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
         AND coalesce(metadata ->> 'submittedBy', '') <> NEW.taken_by FOR UPDATE SKIP LOCKED);
     RETURN NULL;
 END

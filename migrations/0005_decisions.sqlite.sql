@@ -487,9 +487,7 @@ BEGIN
     WHERE conversation_id = NEW.conversation_id AND status = 'PENDING' AND leased_by IS NULL
         AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
         AND NEW.taken_by NOT IN (coalesce(submitted_by, ''), coalesce(approved_by, ''));
-    UPDATE pending_actions SET status = 'EXPIRED',
-        metadata = json_set(CASE WHEN json_valid(metadata) AND json_type(metadata) = 'object' THEN metadata ELSE '{}' END,
-            '$.takenOverBy', NEW.taken_by)
+    UPDATE pending_actions SET status = 'EXPIRED'
     WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
         AND coalesce(CASE WHEN json_valid(metadata) THEN json_extract(metadata, '$.submittedBy') END, '') <> NEW.taken_by;
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)

@@ -50,7 +50,6 @@ def test_the_drafts_of_others_are_refused_and_what_waits_of_theirs_is_withdrawn(
     message = outbox.OutboxMessage.get_by_id(waiting.id)
     assert (message.status, message.last_error) == (MessageStatus.WITHDRAWN, "a human has taken over")
     assert PendingAction.get_by_id(action.id).status is ActionStatus.EXPIRED
-    assert PendingAction.get_by_id(action.id).metadata["takenOverBy"] == "dana"
     for actor in ("ai", None, "Dana"):
         with pytest.raises(ConversationTakenOver) as refused:
             submit(conversation, MESSAGE, "Hello", actor=actor)
