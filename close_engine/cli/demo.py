@@ -104,7 +104,8 @@ def _summary(report: Report) -> str:
         f"{_counted(report.corrected, 'draft')} while approving. The provider did not answer "
         f"{_counted(report.unanswered, 'time')} and was asked again. Leads wrote while "
         f"{_counted(report.superseded, 'draft')} waited, which {'was' if report.superseded == 1 else 'were'} therefore "
-        "not sent."
+        f"not sent. At the end, {_counted(report.our_turn, 'conversation')} "
+        f"{'waits' if report.our_turn == 1 else 'wait'} for us, and {report.their_turn} for the lead."
     )
 
 

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from statistics import median
 
 from close_engine.approvals import PendingAction
-from close_engine.conversations import CloseEngineConversation
+from close_engine.conversations import CloseEngineConversation, waiting_for_us
 from close_engine.demo.mistakes import MISTAKES, Mistake
 from close_engine.demo.provider import Provider
 from close_engine.demo.report import Handover, LevelLine, Report, StageLine
@@ -17,7 +17,7 @@ from close_engine.machine import TRIGGERS
 from close_engine.models import StageChange
 from close_engine.outbox import OutboxMessage
 from close_engine.schema.checks import verify
-from close_engine.stages import AutonomyLevel, MessageStatus, Stage
+from close_engine.stages import ACTIVE_STAGES, AutonomyLevel, MessageStatus, Stage
 
 __all__ = ["Tally", "audit"]
 
@@ -82,6 +82,7 @@ def audit(tally: Tally, provider: Provider, handover: Handover) -> Report:
     messages = list(OutboxMessage.select().order_by(OutboxMessage.id))
     problems += _message_problems(messages, provider)
     actions = list(PendingAction.select())
+    our_turn = len(list(waiting_for_us()))
     return Report(
         conversations=len(stored),
         stages=[
@@ -97,6 +98,8 @@ def audit(tally: Tally, provider: Provider, handover: Handover) -> Report:
         repeated=dict(tally.repeated),
         unanswered=tally.unanswered,
         superseded=tally.superseded,
+        our_turn=our_turn,
+        their_turn=sum(now[stage] for stage in ACTIVE_STAGES) - our_turn,
         handover=handover,
         closing=_median(closing),
         problems=problems + verify(),

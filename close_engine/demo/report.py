@@ -102,6 +102,8 @@ class Report:
         repeated: dict of event to the number of times it was reported again and changed nothing.
         unanswered: number of times the provider did not answer, so that the message was tried again.
         superseded: number of drafts that were not sent, because the lead wrote after they were drafted.
+        our_turn: number of active conversations in which the lead wrote last and waits for us.
+        their_turn: number of active conversations in which it is the lead's turn.
         handover: Handover.
         closing: timedelta, the median time from opening to payment.
         problems: list of str, one sentence for everything that is wrong.
@@ -118,6 +120,8 @@ class Report:
     repeated: dict[str, int]
     unanswered: int
     superseded: int
+    our_turn: int
+    their_turn: int
     handover: Handover
     closing: timedelta
     problems: list[str]
