@@ -11,8 +11,10 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -113,11 +115,14 @@ def database_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> I
 
 
 @pytest.fixture
-def database(database_url: str, close_engine_clock: MovableClock) -> Iterator[peewee.Database]:
+def database(
+    database_url: str, close_engine_clock: MovableClock, request: pytest.FixtureRequest
+) -> Iterator[peewee.Database]:
     """The test's own migrated database, bound to the models, with a clock that the test can move."""
     database = close_engine.connect(database_url, clock=close_engine_clock)
     if database_url.endswith(":memory:"):
-        close_engine.migrate(standalone=True)
+        with closing(sqlite3.connect(request.getfixturevalue("sqlite_template"))) as template:
+            template.backup(database.connection())
     close_engine_clock.rule()
     yield database
     database.close()
