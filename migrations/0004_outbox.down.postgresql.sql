@@ -2,9 +2,9 @@ DROP FUNCTION close_engine.claim(integer, double precision, text, text[], boolea
 UPDATE close_engine.transitions SET subscribed = false WHERE subscribed;
 DROP TRIGGER IF EXISTS close_engine_subscribed ON close_engine.subscriptions;
 DROP TABLE close_engine.outbox;
-DROP FUNCTION close_engine.announce_message(), close_engine.follow_sent();
+DROP FUNCTION close_engine.announce_message(), close_engine.follow_message();
 DROP FUNCTION IF EXISTS
-    close_engine.follow_subscriptions(), close_engine.follow_death(), close_engine.publish(text, text, text, text, jsonb);
+    close_engine.follow_subscriptions(), close_engine.publish(text, text, text, text, jsonb);
 DROP TABLE close_engine.inbox;
 DROP TABLE close_engine.drafts;
 DROP TABLE close_engine.takeovers;

@@ -351,25 +351,6 @@ BEGIN
 END
 $body$;
 
--- A text that a human must see first, since its level has become stricter, does not leave: it becomes an action.
-CREATE OR REPLACE FUNCTION close_engine.ask_human() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
-BEGIN
-    IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.outbox'::text) THEN
-        PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.outbox');
-    END IF;
-    INSERT INTO public.pending_actions
-        (id, conversation_id, lead_id, type, draft_message, metadata, created_at, expires_at)
-    SELECT NEW.action_id, c.id, c.lead_id, NEW.topic, coalesce(NEW.body, ''),
-        CASE pg_catalog.jsonb_typeof(NEW.payload) WHEN 'object' THEN NEW.payload ELSE '{}' END
-            || pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
-                'submittedBy', NEW.submitted_by, 'ifLeadWrites', NEW.if_lead_writes)),
-        NEW.available_at, NEW.available_at + interval '1 day'
-    FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id;
-    RETURN NULL;
-END
-$body$;
-
 -- A human takes over: what others have drafted and waits is withdrawn. Or hands back.
 CREATE OR REPLACE FUNCTION close_engine.follow_takeover() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
@@ -400,7 +381,7 @@ $body$;
 -- Nobody may attach these functions to a table of their own.
 REVOKE EXECUTE ON FUNCTION
     close_engine.guard_action(), close_engine.follow_decision(), close_engine.withdraw_waiting(),
-    close_engine.follow_draft(), close_engine.ask_human(), close_engine.follow_takeover() FROM PUBLIC;
+    close_engine.follow_draft(), close_engine.follow_takeover() FROM PUBLIC;
 
 -- These triggers name no column: the CRM could not alter it any more. What the action knew comes first (aa), so that a
 -- trigger that changes the action again has the last word.
@@ -422,9 +403,6 @@ CREATE OR REPLACE TRIGGER zz_close_engine_gone AFTER DELETE ON public.close_engi
 CREATE OR REPLACE TRIGGER zz_close_engine_emptied AFTER TRUNCATE ON public.close_engine_conversations
     FOR EACH STATEMENT EXECUTE FUNCTION close_engine.withdraw_waiting();
 
-CREATE OR REPLACE TRIGGER close_engine_ask_human AFTER UPDATE ON close_engine.outbox FOR EACH ROW
-    WHEN (NEW.action_id IS NOT NULL AND OLD.action_id IS NULL)
-    EXECUTE FUNCTION close_engine.ask_human();
 CREATE OR REPLACE TRIGGER close_engine_takeover AFTER INSERT OR UPDATE ON close_engine.takeovers
     FOR EACH ROW EXECUTE FUNCTION close_engine.follow_takeover();
 
