@@ -457,9 +457,10 @@ _STILL_PENDING = """"id" = %s AND status || '' = 'PENDING'"""
 _STILL_WAITING = f"{_STILL_PENDING} AND leased_by IS NULL"
 #: The number of claims tells this lease from a later one of the same worker.
 _SAME_LEASE = f"{_STILL_PENDING} AND leased_by = %s AND claims = %s"
-#: Whether a text goes to a lead whose conversation is stalled, and so brings it back.
-_BRINGS_BACK = f"""topic IN ({", ".join(f"'{topic.value}'" for topic in TEXTS)}) AND EXISTS (
-    SELECT 1 FROM close_engine_conversations c WHERE c.id = conversation_id AND c.stage = 'STALLED')"""
+#: Whether a text goes to a lead whose conversation is stalled, and so brings it back. It is a subquery of one value:
+#: PostgreSQL would turn EXISTS into a hash of all that are stalled.
+_BRINGS_BACK = f"""topic IN ({", ".join(f"'{topic.value}'" for topic in TEXTS)}) AND COALESCE(
+    (SELECT c.stage FROM close_engine_conversations c WHERE c.id = conversation_id), '') = 'STALLED'"""
 
 _IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
 _WAITING = OutboxMessage.status == MessageStatus.PENDING
