@@ -119,9 +119,12 @@ def database(
     database_url: str, close_engine_clock: MovableClock, request: pytest.FixtureRequest
 ) -> Iterator[peewee.Database]:
     """The test's own migrated database, bound to the models, with a clock that the test can move."""
+    in_memory = database_url.endswith(":memory:")
+    # Before the models are bound to the test's own: making the template binds them, too.
+    template_path = request.getfixturevalue("sqlite_template") if in_memory else None
     database = close_engine.connect(database_url, clock=close_engine_clock)
-    if database_url.endswith(":memory:"):
-        with closing(sqlite3.connect(request.getfixturevalue("sqlite_template"))) as template:
+    if template_path is not None:
+        with closing(sqlite3.connect(template_path)) as template:
             template.backup(database.connection())
     close_engine_clock.rule()
     yield database
