@@ -262,9 +262,7 @@ def _repeated(entry: _Entry, conversation: CloseEngineConversation | None) -> Re
     if conversation is None or "keyword" in done:
         return Received(conversation, duplicate=True, keyword=Keyword(done["keyword"]) if "keyword" in done else None)
     change = StageChange.get_or_none(StageChange.id == done["change"]) if "change" in done else None
-    messages = OutboxMessage.select().where(OutboxMessage.id.in_(done.get("messages", [])))
-    actions = PendingAction.select().where(PendingAction.id.in_(done.get("actions", [])))
-    superseded = (*messages.order_by(OutboxMessage.id), *actions.order_by(PendingAction.id)) if done else ()
+    superseded = _superseded(done.get("messages", []), done.get("actions", []))
     return _result(conversation, change, superseded, duplicate=True)
 
 
@@ -286,10 +284,15 @@ def _supersede(conversation_id: str, entry_id: int) -> tuple[OutboxMessage | Pen
     """Withdraw what was drafted before a text, and waits; return it. Whoever calls this holds the conversation."""
     withdrawn = [row[0] for row in current().execute(_MESSAGES, (conversation_id,)).fetchall()]
     expired = supersede(conversation_id, entry_id)
-    if not withdrawn and not expired:
+    return _superseded(withdrawn, expired)
+
+
+def _superseded(message_ids: list[int], action_ids: list[str]) -> tuple[OutboxMessage | PendingAction, ...]:
+    """Load what a text has superseded. What cannot be read is passed over."""
+    if not message_ids and not action_ids:
         return ()
-    messages = OutboxMessage.select().readable().where(OutboxMessage.id.in_(withdrawn)).order_by(OutboxMessage.id)
-    actions = PendingAction.select().readable().where(PendingAction.id.in_(expired)).order_by(PendingAction.id)
+    messages = OutboxMessage.select().readable().where(OutboxMessage.id.in_(message_ids)).order_by(OutboxMessage.id)
+    actions = PendingAction.select().readable().where(PendingAction.id.in_(action_ids)).order_by(PendingAction.id)
     return (*messages, *actions)
 
 
