@@ -33,7 +33,7 @@ from close_engine.errors import InvalidValue
 from close_engine.firing import change_stage
 from close_engine.models import Lead
 from close_engine.numbers import OptOut
-from close_engine.outbox import TEXTS
+from close_engine.outbox import TEXT_TOPICS
 from close_engine.stages import CLOSED_STAGES, Event
 from close_engine.subscriptions import publish
 
@@ -151,7 +151,7 @@ def _recorded_under(key: str, lead_id: str) -> OptOut | None:
 
 _WITHDRAW = f"""UPDATE {{outbox}} SET status = 'WITHDRAWN', last_error = 'the lead opted out'
     WHERE conversation_id = %s AND status = 'PENDING' AND leased_by IS NULL
-        AND topic IN ({", ".join(f"'{topic.value}'" for topic in TEXTS)})"""
+        AND topic IN ({TEXT_TOPICS})"""
 
 
 def _close(conversation: CloseEngineConversation, actor: str | None) -> None:

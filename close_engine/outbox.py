@@ -70,6 +70,9 @@ __all__ = [
 #: Topics that are texts to the lead: one lane, and not sent after the conversation has closed. Other effects still are.
 TEXTS = tuple(ActionType)
 
+#: The same in SQL, to stand in IN (…).
+TEXT_TOPICS = ", ".join(f"'{topic.value}'" for topic in TEXTS)
+
 #: The first retry comes after about this long, and each further one after twice as long, …
 BACKOFF = timedelta(seconds=15)
 #: … up to this.
@@ -459,7 +462,7 @@ _STILL_WAITING = f"{_STILL_PENDING} AND leased_by IS NULL"
 _SAME_LEASE = f"{_STILL_PENDING} AND leased_by = %s AND claims = %s"
 #: Whether a text goes to a lead whose conversation is stalled, and so brings it back. It is a subquery of one value:
 #: PostgreSQL would turn EXISTS into a hash of all that are stalled.
-_BRINGS_BACK = f"""topic IN ({", ".join(f"'{topic.value}'" for topic in TEXTS)}) AND COALESCE(
+_BRINGS_BACK = f"""topic IN ({TEXT_TOPICS}) AND COALESCE(
     (SELECT c.stage FROM close_engine_conversations c WHERE c.id = conversation_id), '') = 'STALLED'"""
 
 _IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
@@ -630,8 +633,7 @@ def require_words(label: str, text: str) -> str:
 
 
 def _is_text(message: str) -> str:
-    texts = ", ".join(f"'{topic.value}'" for topic in TEXTS)
-    return f"{message}.topic IN ({texts})"
+    return f"{message}.topic IN ({TEXT_TOPICS})"
 
 
 #: The reason of a text that does not leave, but becomes an action.
