@@ -441,8 +441,9 @@ class OutboxMessage(BaseModel):
     ) -> None:
         """Mark the text as sent, then resume the conversation to where things stand after it."""
         # The text was sent after it stalled, even if the clock shows the same millisecond.
-        newest = conversation.history()[-1].created_at
-        at = max(moment(), newest + timedelta(milliseconds=1))
+        of_conversation = StageChange.select().where(StageChange.conversation_id == conversation.id)
+        newest = of_conversation.order_by(StageChange.id.desc()).get()
+        at = max(moment(), newest.created_at + timedelta(milliseconds=1))
         self._report({**done, "sent_at": at})
         stamps = {"payment_link_url": link, "payment_link_sent_at": at}
         provenance = Provenance(self.leased_by, "a text was sent", metadata)
