@@ -55,7 +55,7 @@ from close_engine.errors import (
 from close_engine.firing import facts_of, write_fields
 from close_engine.machine import LINK_GIVEN, TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
-from close_engine.outbox import OutboxMessage, enqueue, find_by_key, require_words, strictest_level
+from close_engine.outbox import IF_LEAD_WRITES, OutboxMessage, find_by_key, put_in, require_words, strictest_level
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, IfLeadWrites, Stage
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
@@ -304,11 +304,8 @@ def expire_superseded(action_ids: list[str], text_id: int) -> None:
     """Expire drafts that a text of the lead has superseded. Whoever calls this holds them."""
     if not action_ids:
         return
-    provenance, write = (
-        Provenance("close_engine", "the lead has written since"),
-        Write("expire", None, stored_time(moment())),
-    )
-    with current().attributed(provenance, write):
+    provenance = Provenance("close_engine", "the lead has written since")
+    with current().attributed(provenance, Write("expire", None, stored_time(moment()))):
         _mark(action_ids, {"status": ActionStatus.EXPIRED}, supersededBy=text_id)
 
 
@@ -424,17 +421,18 @@ def submit(
         if not waits and takeover is None:
             # If the level requires approval, then the caller's own policy let it through.
             approved_by = "policy" if needs_approval(level, type) else None
-            return enqueue(
-                conversation,
-                type,
-                draft,
+            return put_in(
+                conversation.id,
+                send_after,
+                level=level,
+                topic=str(type),
+                body=draft,
                 payload=details,
-                send_after=send_after,
                 key=key,
                 trigger=trigger,
                 approved_by=approved_by,
                 submitted_by=provenance.actor,
-                if_lead_writes=if_lead_writes,
+                if_lead_writes=if_lead_writes or IF_LEAD_WRITES[type],
             )
         if provenance.actor is not None:
             details["submittedBy"] = provenance.actor

@@ -541,7 +541,7 @@ def enqueue(
         raise InvalidValue("max_attempts", max_attempts, "it must be at least 1")
     if body is not None and topic in TEXTS:
         require_words("body", body)
-    return _enqueue(
+    return put_in(
         conversation if isinstance(conversation, str) else conversation.id,
         send_after,
         topic=str(topic),
@@ -550,14 +550,14 @@ def enqueue(
         trigger=trigger,
         approved_by=approved_by,
         submitted_by=submitted_by,
-        if_lead_writes=if_lead_writes or _IF_LEAD_WRITES.get(topic),
+        if_lead_writes=if_lead_writes or IF_LEAD_WRITES.get(topic),
         key=Provenance(key=key).key,
         max_attempts=max_attempts,
     )
 
 
 #: What becomes of a text by default if the lead writes.
-_IF_LEAD_WRITES: Mapping[str, IfLeadWrites] = {
+IF_LEAD_WRITES: Mapping[str, IfLeadWrites] = {
     ActionType.SEND_MESSAGE: IfLeadWrites.WITHDRAW,
     ActionType.SEND_PREVIEW: IfLeadWrites.SEND,
     ActionType.SEND_PAYMENT_LINK: IfLeadWrites.SEND,
@@ -572,7 +572,21 @@ def strictest_level(conversation: CloseEngineConversation) -> AutonomyLevel:
     return max(conversation.autonomy_level, AutonomyLevel(word) if word in known else known[-1], key=known.index)
 
 
-def _enqueue(conversation_id: str, send_after: timedelta | datetime | None, **values: Any) -> OutboxMessage:
+def put_in(
+    conversation_id: str,
+    send_after: timedelta | datetime | None,
+    *,
+    level: AutonomyLevel | None = None,
+    **values: Any,
+) -> OutboxMessage:
+    """Put a message in, whose values were checked.
+
+    Args:
+        conversation_id: str.
+        send_after: as for `enqueue`.
+        level: AutonomyLevel at which the caller, who holds the conversation, has judged a text; None to judge it here.
+        values: the other fields of the message, by name.
+    """
     topic, key = values["topic"], values["key"]
     fresh = OutboxMessage(conversation_id=conversation_id, **values).__data__
     del fresh["created_at"], fresh["available_at"]
@@ -582,8 +596,10 @@ def _enqueue(conversation_id: str, send_after: timedelta | datetime | None, **va
         if key is not None and (first := find_by_key(conversation_id, key, topic)) is not None:
             return first
         if topic in TEXTS:
-            _refuse_text(conversation, values["submitted_by"])
-            fresh["level"] = strictest_level(conversation)
+            if level is None:
+                _refuse_text(conversation, values["submitted_by"])
+                level = strictest_level(conversation)
+            fresh["level"] = level
             fresh["after_text"] = peewee.SQL(current().dialect.sql(_LAST_TEXT), [conversation_id])
         newest = StageChange.select(current().dialect.function("max", StageChange.id))
         newest = newest.where(StageChange.conversation_id == conversation_id)

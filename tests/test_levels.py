@@ -15,6 +15,7 @@ from close_engine import (
     OutboxMessage,
     PendingAction,
     Stage,
+    needs_approval,
     outbox,
     submit,
 )
@@ -74,6 +75,22 @@ def test_a_text_becomes_an_action_if_a_human_must_see_it_now(conversation_in: Co
     (claimed,) = outbox.claim()
     assert (claimed.id, claimed.action_id, claimed.body) == (approved.id, action.id, "Hello")
     assert claimed.sent().status is MessageStatus.SENT
+
+
+def test_a_level_that_changes_while_a_draft_is_judged_is_not_the_one_it_was_judged_at(
+    conversation_in: ConversationIn,
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+
+    def judge(level: AutonomyLevel, type: ActionType) -> bool:
+        set_level(conversation, "MANUAL")
+        return needs_approval(level, type)
+
+    message = submit(conversation, MESSAGE, "Hello", policy=judge)
+    assert isinstance(message, OutboxMessage)
+    assert message.level is AutonomyLevel.FULL_AUTO
+    assert outbox.claim() == []
+    assert PendingAction.get().draft_message == "Hello"
 
 
 def test_a_payment_link_is_asked_about_at_a_middle_level(conversation_in: ConversationIn) -> None:
