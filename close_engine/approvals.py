@@ -33,6 +33,7 @@ from close_engine.database.fields import (
     UtcDateTimeField,
     clean_json,
     clean_text,
+    clean_words,
     create_id,
     dump_json,
     stored_time,
@@ -188,8 +189,7 @@ class PendingAction(BaseModel):
         WHERE "id" = %s AND "status" || '' = 'PENDING' AND ("expires_at" IS NULL OR "expires_at" > %s)
         AND EXISTS (SELECT … FROM "close_engine_conversations" WHERE "stage" NOT IN ('COMPLETED', 'CLOSED_LOST') AND …)
         """
-        if not clean_text("by", by).strip():
-            raise InvalidValue("by", by, "it must say who decides")
+        clean_words("by", by, "it must say who decides")
         at = moment()
         undecided = (
             (PendingAction.id == self.id) & PendingAction.status.is_still(ActionStatus.PENDING) & _not_expired(at)

@@ -40,6 +40,7 @@ from close_engine.database.fields import (
     UtcDateTimeField,
     clean_json,
     clean_text,
+    clean_words,
     dump_json,
     stored_time,
 )
@@ -326,8 +327,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             InvalidValue: the reason is empty, or an argument cannot be stored.
         """
         provenance = Provenance(actor, reason)
-        if not reason.strip():
-            raise InvalidValue("reason", reason, "a reason must be given")
+        clean_words("reason", reason, "a reason must be given")
         execute = current().execute
         with atomic():
             require_whole(self)
@@ -366,8 +366,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             ConversationNotFound: it was deleted.
             InvalidValue: `by` is empty, or `until` has no timezone.
         """
-        if not clean_text("by", by).strip():
-            raise InvalidValue("by", by, "it must say who takes the conversation over")
+        clean_words("by", by, "it must say who takes the conversation over")
         dialect = current().dialect
         ends: Any = None if until is None or isinstance(until, timedelta) else Takeover.until.clean(until)
         if isinstance(until, timedelta):
@@ -401,8 +400,7 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             ConversationNotFound: it was deleted.
             InvalidValue: `by` is empty.
         """
-        if not clean_text("by", by).strip():
-            raise InvalidValue("by", by, "it must say who hands the conversation back")
+        clean_words("by", by, "it must say who hands the conversation back")
         with locked(self.id) as conversation:
             mine = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
             back = {"handed_back_by": by, "handed_back_at": SQL(current().dialect.sql("{moment}"))}

@@ -26,10 +26,9 @@ from close_engine import numbers
 from close_engine.carriers import Keyword, spelling
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, is_transient
-from close_engine.database.fields import clean_text
+from close_engine.database.fields import clean_words
 from close_engine.database.provenance import Provenance
 from close_engine.database.transaction import atomic, run_after_commit
-from close_engine.errors import InvalidValue
 from close_engine.firing import change_stage
 from close_engine.models import Lead
 from close_engine.numbers import OptOut
@@ -217,6 +216,4 @@ def _id_of(lead: Lead | str) -> str:
 
 
 def _said(label: str, value: Any) -> str:
-    if not clean_text(label, value).strip():
-        raise InvalidValue(label, value, "it must say where it was said")
-    return str(value)
+    return clean_words(label, value, "it must say where it was said")

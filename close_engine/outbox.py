@@ -31,7 +31,7 @@ from close_engine import numbers
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.dialect import Dialect
-from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text
+from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, clean_words
 from close_engine.database.provenance import Provenance
 from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
@@ -306,8 +306,7 @@ class OutboxMessage(BaseModel):
             MessageNotFound: the message was deleted.
             InvalidValue: the reason is empty.
         """
-        if not clean_text("reason", reason).strip():
-            raise InvalidValue("reason", reason, "a reason must be given")
+        clean_words("reason", reason, "a reason must be given")
         gone = {**_REPORTED, "status": MessageStatus.WITHDRAWN, "last_error": reason}
         if self.leased_by is not None:
             return self._report({**gone, **_not_tried()})
@@ -644,9 +643,7 @@ def require_words(label: str, text: str) -> str:
     Raises:
         InvalidValue: it is empty, or a column cannot store it.
     """
-    if not clean_text(label, text).strip():
-        raise InvalidValue(label, text, "a text must have words")
-    return text
+    return clean_words(label, text, "a text must have words")
 
 
 def _is_text(message: str) -> str:
@@ -791,8 +788,7 @@ def claim(
     Raises:
         InvalidValue: the worker has no name, the limit is less than 1, or the lease is not greater than zero.
     """
-    if not clean_text("worker", worker).strip():
-        raise InvalidValue("worker", worker, "a worker must have a name")
+    clean_words("worker", worker, "a worker must have a name")
     if limit < 1:
         raise InvalidValue("limit", limit, "it must be at least 1")
     if lease <= timedelta(0):

@@ -22,7 +22,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from close_engine.database.binding import current
-from close_engine.database.fields import clean_json, clean_text, dump_json
+from close_engine.database.fields import clean_json, clean_text, clean_words, dump_json
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue
 from close_engine.stages import ActionType, Event, Stage
@@ -80,8 +80,7 @@ def subscribe(
     Raises:
         InvalidValue: the topic is a text's, no stage and no event is named, or an argument cannot be stored.
     """
-    if not clean_text("topic", topic).strip():
-        raise InvalidValue("topic", topic, "it must say what is to be done")
+    clean_words("topic", topic, "it must say what is to be done")
     if topic in [str(type) for type in ActionType]:
         raise InvalidValue("topic", topic, "texts to the lead are submitted; name your own effect")
     chosen = [(Event.STAGE_ENTERED, str(stage)) for stage in _words("stages", Stage, stages)]

@@ -27,7 +27,7 @@ from close_engine import hooks
 from close_engine.approvals import expire_superseded, if_lead_writes
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, is_transient, moment
-from close_engine.database.fields import stored_time
+from close_engine.database.fields import clean_words, stored_time
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.transaction import atomic
 from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing, InvalidValue, one_line
@@ -283,9 +283,7 @@ def lose_unanswered(
 
 
 def _given(reason: str) -> str:
-    if not reason.strip():
-        raise InvalidValue("reason", reason, "a reason must be given")
-    return reason
+    return clean_words("reason", reason, "a reason must be given")
 
 
 def _before_and_now(after: timedelta) -> tuple[str, str]:

@@ -33,6 +33,7 @@ __all__ = [
     "UtcDateTimeField",
     "clean_json",
     "clean_text",
+    "clean_words",
     "create_id",
     "milliseconds",
     "stored_time",
@@ -268,6 +269,23 @@ def clean_text(label: str, value: Any) -> str:
         except UnicodeEncodeError:
             raise InvalidValue(label, value, "it contains half of a surrogate pair, which is not a character") from None
     return value.value if isinstance(value, Enum) else value
+
+
+def clean_words(label: str, value: Any, why: str) -> str:
+    """Return a text that says something.
+
+    Args:
+        label: as for `clean_text`.
+        value: the text.
+        why: the sentence if it is empty.
+
+    Raises:
+        InvalidValue: it is empty, or `clean_text` refuses it.
+    """
+    text = clean_text(label, value)
+    if not text.strip():
+        raise InvalidValue(label, value, why)
+    return text
 
 
 #: Every reader has this many levels left on its stack: Python's reader fails somewhere above 900, SQLite's at 1000.
