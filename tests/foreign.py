@@ -23,6 +23,8 @@ from close_engine.testing import MovableClock
 #: The errors that the drivers raise if the guard refuses a write.
 REFUSED = (psycopg2.errors.CheckViolation, sqlite3.IntegrityError)
 
+#: What tells the rows of all writers of this process apart.
+NUMBERS = itertools.count(1)
 
 COLUMNS = [
     *("id", "lead_id", "rep_id", "entry_point", "stage", "autonomy_level", "questions_asked", "collected_data"),
@@ -49,7 +51,6 @@ class ForeignWriter:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.is_postgres = not isinstance(connection, sqlite3.Connection)
-        self._numbers = itertools.count(1)
 
     @classmethod
     def beside(cls, database: peewee.Database, url: str) -> ForeignWriter:
@@ -79,14 +80,14 @@ class ForeignWriter:
 
     def lead(self) -> str:
         """Insert a lead, and return its id."""
-        lead_id = f"lead {next(self._numbers)} of {id(self)}"
+        lead_id = f"lead {next(NUMBERS)}"
         self.run("INSERT INTO leads (id, phone) VALUES (%s, '+15550100')", lead_id)
         return lead_id
 
     def insert(self, stage: Any, conversation_id: str | None = None, **columns: Any) -> str:
         """Insert a conversation, and return its id."""
         columns = {
-            "id": conversation_id or f"conversation {next(self._numbers)} of {id(self)}",
+            "id": conversation_id or f"conversation {next(NUMBERS)}",
             "lead_id": self.lead(),
             "entry_point": "SMS_REPLY",
             "stage": stage,
