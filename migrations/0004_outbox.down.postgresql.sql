@@ -1,4 +1,5 @@
 DROP FUNCTION close_engine.claim(integer, double precision, text, text[], boolean);
+DROP FUNCTION close_engine.mark_sent(bigint, text, integer, text);
 UPDATE close_engine.transitions SET subscribed = false WHERE subscribed;
 DROP TRIGGER IF EXISTS close_engine_subscribed ON close_engine.subscriptions;
 DROP TABLE close_engine.outbox;

@@ -165,6 +165,27 @@ RETURNING message, (SELECT c.lead_id FROM public.close_engine_conversations c WH
 END
 $body$;
 
+-- Marks a message as sent, and returns when, or NULL if that is not to be done: the statement is the one of
+-- `outbox.marking_sent`, and is in a function for the same reason.
+CREATE OR REPLACE FUNCTION close_engine.mark_sent(message bigint, worker text, claim integer, provider text)
+RETURNS timestamp without time zone
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $body$
+#variable_conflict use_column
+DECLARE
+    at timestamp without time zone := close_engine.moment();
+    marked timestamp without time zone;
+BEGIN
+UPDATE close_engine.outbox SET status = 'SENT', provider_id = provider, refusal = NULL,
+    sent_at = at, unreported = 0
+WHERE id = message AND status || '' = 'PENDING' AND leased_by = worker AND claims = claim
+    AND NOT (topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') AND COALESCE(
+    (SELECT c.stage FROM public.close_engine_conversations c WHERE c.id = conversation_id), '') = 'STALLED')
+    AND NOT EXISTS (SELECT 1 FROM close_engine.outbox other WHERE other.provider_id = provider)
+RETURNING sent_at INTO marked;
+    RETURN marked;
+END
+$body$;
+
 -- Workers that listen wake at once if a message is put in, or put back by hand, and is due within the second that a
 -- worker waits at most. A commit that notifies takes a lock that all such commits share, so nothing else notifies.
 CREATE OR REPLACE FUNCTION close_engine.announce_message() RETURNS trigger
