@@ -384,12 +384,15 @@ def _move(trigger: str, at: str, due: _Due, batch: int, reason: str | None = Non
     assignments = assigned_by(transition, at, given)
     columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
-    is_hooked = hooks.crosses_a_hook(transition)
+    is_hooked, binding = hooks.crosses_a_hook(transition), current()
+    is_at_once = not is_hooked and binding.dialect.sweeps_at_once(binding.database)
 
     def move(ids: list[str]) -> None:
         if is_hooked:
             for conversation_id in ids:
                 change_stage(CloseEngineConversation.get_by_id(conversation_id), trigger, given, provenance)
+        elif is_at_once:
+            binding.execute("SELECT {sweep}(%s::text[], %s::text)", (ids, trigger))
         else:
             _execute(f"UPDATE close_engine_conversations SET {columns} WHERE id IN {{these}}", *parameters, these=ids)
 

@@ -196,11 +196,32 @@ def work() -> None:
 
 def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
     work()
-    for table in ("close_engine.history", "close_engine.deadlines", "close_engine.transitions"):
+    for table in ("history", "deadlines", "transitions", "sweeping"):
         with pytest.raises(peewee.ProgrammingError, match="permission denied"):
-            worker.execute_sql(f"DELETE FROM {table}")
+            worker.execute_sql(f"DELETE FROM close_engine.{table}")
     granted(postgres_url, role, VERIFIER)
     assert close_engine.verify() == []
+
+
+def test_a_worker_cannot_say_that_a_sweep_records_what_it_writes(worker: peewee.Database, postgres_url: str) -> None:
+    """Only the function that sweeps can, and it is of use only in a sweep, to a role that may change stages."""
+    conversation = bring_to(close_engine.open_conversation("lead BUILDING", EntryPoint.SMS_REPLY), Stage.BUILDING)
+    with close_engine.atomic():
+        worker.execute_sql("SET LOCAL close_engine.sweeping = 'on'")
+        worker.execute_sql("UPDATE close_engine_conversations SET stage = 'STALLED' WHERE id = %s", (conversation.id,))
+    assert conversation.history()[-1].trigger == "stall"
+    assert conversation.history()[-1].actor.startswith("database:")
+    with pytest.raises(peewee.ProgrammingError, match="cannot sweep"):
+        worker.execute_sql("SELECT close_engine.sweep(%s, 'close_lost')", ([conversation.id],))
+
+
+def test_a_role_that_may_not_change_stages_cannot_sweep(worker: peewee.Database, role: str, postgres_url: str) -> None:
+    conversation = bring_to(close_engine.open_conversation("lead BUILDING", EntryPoint.SMS_REPLY), Stage.BUILDING)
+    execute(postgres_url, f"REVOKE UPDATE ON close_engine_conversations FROM {role}")
+    execute(postgres_url, f"GRANT UPDATE (updated_at) ON close_engine_conversations TO {role}")
+    with pytest.raises(peewee.ProgrammingError, match="cannot sweep"):
+        close_engine.stall_silent(timedelta(0))
+    assert CloseEngineConversation.get_by_id(conversation.id).stage is Stage.BUILDING
 
 
 RIGHTS = [

@@ -39,6 +39,7 @@ from close_engine import (
     subscribe,
     sweep,
 )
+from close_engine.database.binding import current
 from close_engine.database.fields import milliseconds
 from close_engine.testing import MovableClock, bring_to, new_lead
 from tests.rows import copy_of, triggers
@@ -508,6 +509,81 @@ def test_a_text_that_comes_while_a_sweep_goes_on_wins_or_resumes(clock: MovableC
             assert (row.stage is Stage.STALLED) == (row.id in stalled and result.resumed is None)
             assert result.answer
     assert_consistent()
+
+
+def disturb(when: str, body: str) -> None:
+    """Add a trigger of somebody else's to the conversations."""
+    sql(
+        f"CREATE FUNCTION public.disturb() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$;"
+        f"CREATE TRIGGER mm_disturb {when} UPDATE ON close_engine_conversations "
+        "FOR EACH ROW WHEN (OLD.stage <> 'STALLED' AND NEW.stage = 'STALLED') EXECUTE FUNCTION public.disturb()"
+    )
+
+
+def test_a_stage_that_another_trigger_changes_during_a_sweep_is_in_the_history_once(clock: MovableClock) -> None:
+    """PostgreSQL records a sweep's rows together, but not if triggers of others take part."""
+    redirected, stalled = opened(2)
+    disturb("BEFORE", f"IF NEW.id = '{redirected.id}' THEN NEW.stage := 'CLOSED_LOST'; END IF;")
+    clock.move(HOUR + SECOND)
+    assert sorted(stall_silent(after=HOUR)) == sorted(ids([redirected, stalled]))
+    assert triggers(redirected)[-2:] == ["start_qualifying", "close_lost"]
+    assert triggers(stalled)[-2:] == ["start_qualifying", "stall"]
+    assert [copy_of(row).stage for row in (redirected, stalled)] == [Stage.CLOSED_LOST, Stage.STALLED]
+    assert_consistent()
+
+
+def test_a_stage_that_another_trigger_changes_after_a_sweep_is_in_the_history_too(clock: MovableClock) -> None:
+    lost, dragged, untouched = opened(3)
+    receive(dragged.lead_id, "SM1", "hello")  # it is our turn, so the sweep itself leaves it alone
+    disturb(
+        "AFTER",
+        f"UPDATE close_engine_conversations SET stage = 'CLOSED_LOST' WHERE id = NEW.id AND id = '{lost.id}';"
+        "UPDATE close_engine_conversations SET stage = 'STALLED', updated_at = NEW.updated_at "
+        f"WHERE id = '{dragged.id}' AND NEW.id = '{untouched.id}';",
+    )
+    clock.move(HOUR + SECOND)
+    assert sorted(stall_silent(after=HOUR)) == sorted(ids([lost, untouched]))
+    assert triggers(lost)[-2:] == ["stall", "close_lost"]
+    assert triggers(dragged)[-2:] == ["start_qualifying", "stall"]
+    assert triggers(untouched)[-2:] == ["start_qualifying", "stall"]
+    assert_consistent()
+
+
+def test_triggers_and_policies_of_others_run_with_the_rights_of_who_sweeps(clock: MovableClock) -> None:
+    def sweeps_at_once() -> bool:
+        return current().dialect.sweeps_at_once(current().database)
+
+    assert sweeps_at_once()
+    for statement in (
+        "CREATE TRIGGER mine BEFORE UPDATE ON close_engine_conversations "
+        "FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        "CREATE RULE mine AS ON DELETE TO close_engine_conversations DO ALSO NOTIFY mine",
+        "ALTER TABLE close_engine_conversations ENABLE ROW LEVEL SECURITY",
+    ):
+        with close_engine.atomic() as transaction:
+            sql(statement)
+            assert not sweeps_at_once(), statement
+            transaction.rollback()
+    assert sweeps_at_once()
+
+
+def test_a_deadline_that_was_left_behind_does_not_hinder_a_sweep(clock: MovableClock) -> None:
+    left, other = opened(2)
+    sql("INSERT INTO close_engine.deadlines VALUES ('close_lost', %s, '2026-01-01')", left.id)
+    clock.move(HOUR + SECOND)
+    assert sorted(stall_silent(after=HOUR)) == sorted(ids([left, other]))
+    assert_consistent()
+    clock.move(HOUR + SECOND)
+    assert sorted(lose_stalled(after=HOUR)) == sorted(ids([left, other]))
+    assert_consistent()
+
+
+def test_policies_of_row_level_security_hold_for_sweeps(clock: MovableClock) -> None:
+    (conversation,) = opened(1)
+    sql("ALTER TABLE close_engine_conversations ENABLE ROW LEVEL SECURITY")
+    clock.move(HOUR + SECOND)
+    assert stall_silent(after=HOUR) == [conversation.id]
+    assert conversation.history()[-1].actor == "sweep"
 
 
 @pytest.mark.parametrize("after", [timedelta(seconds=-1), timedelta(days=400_000)])

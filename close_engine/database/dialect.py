@@ -139,6 +139,10 @@ class Dialect:
         raise NotImplementedError
         yield
 
+    def sweeps_at_once(self, database: peewee.Database) -> bool:
+        """Return whether the function `{sweep}` is there, and may move and record many conversations together."""
+        return False
+
     def require_guards(self, found: Sequence[int]) -> None:
         """Refuse to write if fewer triggers would fire than the migrations made; `found` is in the order of `guards`.
 

@@ -235,8 +235,8 @@ class PostgresCatalog(Catalog):
             FROM pg_catalog.pg_class c
             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'close_engine'
             CROSS JOIN pg_catalog.aclexplode(c.relacl) a
-            WHERE c.relname IN ('created', 'history', 'migrations', 'transitions') AND a.grantee <> c.relowner
-                AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
+            WHERE c.relname IN ('created', 'history', 'migrations', 'sweeping', 'transitions')
+                AND a.grantee <> c.relowner AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
             ORDER BY 3, 1, 2
             """
         )
@@ -460,6 +460,10 @@ class Postgres(Dialect):
                 raise GuardMissing("close_engine_conversations") from error
             raise
         database.execute_sql(f"SELECT {_SET_CONTEXT}", ("",))
+
+    def sweeps_at_once(self, database: peewee.Database) -> bool:
+        (it_does,) = self.run(database, lambda: database.execute_sql("SELECT close_engine.sweeps_at_once()")).fetchone()
+        return bool(it_does)
 
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         return query.for_update(self.row_lock)  # type: ignore[arg-type]
