@@ -56,7 +56,15 @@ from close_engine.errors import (
 from close_engine.firing import facts_of, write_fields
 from close_engine.machine import LINK_GIVEN, TRIGGERS, decide, decide_action
 from close_engine.models import BaseModel
-from close_engine.outbox import IF_LEAD_WRITES, OutboxMessage, find_by_key, put_in, require_words, strictest_level
+from close_engine.outbox import (
+    IF_LEAD_WRITES,
+    OutboxMessage,
+    find_by_key,
+    put_in,
+    require_order,
+    require_words,
+    strictest_level,
+)
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, IfLeadWrites, Stage
 
 __all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
@@ -108,7 +116,8 @@ class PendingAction(BaseModel):
     """A draft that waits for a human: a row of `pending_actions`.
 
     Attributes:
-        metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` if it must wait.
+        metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` if it must wait,
+            `notAfter` if it must not leave later.
         status: PENDING until somebody decides; reads as EXPIRED from `expires_at` on.
         approved_by: who decided, even if they rejected it.
         approved_at: when it was approved, by the database's clock.
@@ -148,7 +157,7 @@ class PendingAction(BaseModel):
             MessageCleared: it was approved before, and its message was cleared away since.
             ConditionNotMet: it is a payment link without a `paymentUrl` in its metadata.
             GuardMissing: nothing would follow from the approval.
-            InvalidValue: an argument cannot be stored, or `sendAfter` in its metadata is no time.
+            InvalidValue: an argument cannot be stored, or `sendAfter` or `notAfter` in its metadata is no time.
         """
         values = {"approved_by": by}
         if message is not None:
@@ -239,8 +248,9 @@ class PendingAction(BaseModel):
         if conversation.stage in CLOSED_STAGES or not refusal:
             raise ConversationClosed(conversation.id, conversation.stage)
         metadata = self.metadata if isinstance(self.metadata, dict) else {}
-        if "sendAfter" in refusal:
-            raise InvalidValue("sendAfter", metadata.get("sendAfter"), "write a time like 2026-01-31T08:00:00.000Z")
+        for name in ("sendAfter", "notAfter"):
+            if f"metadata.{name}" in refusal:
+                raise InvalidValue(name, metadata.get(name), "write a time like 2026-01-31T08:00:00.000Z")
         given = {"payment_link_url": metadata.get("paymentUrl")}
         if self.type is ActionType.SEND_PAYMENT_LINK and not LINK_GIVEN.is_met(facts_of(conversation, given)):
             raise ConditionNotMet(conversation.id, "send_payment_link", conversation.stage, LINK_GIVEN.sentence)
@@ -345,6 +355,7 @@ def submit(
     *,
     metadata: Mapping[str, Any] | None = None,
     send_after: timedelta | datetime | None = None,
+    not_after: timedelta | datetime | None = None,
     key: str | None = None,
     actor: str | None = None,
     policy: Policy = needs_approval,
@@ -364,6 +375,8 @@ def submit(
         draft: its text.
         metadata: what else the sender needs: `paymentUrl` for a payment link, `previewUrl` for a preview, ….
         send_after: a delay, or a point in time with a timezone, before which it is not sent.
+        not_after: how long it may wait, or until when, as a point in time with a timezone. If it could not leave by
+            then, it is withdrawn. A draft that waits for approval expires then at the latest.
         key: idempotency key, unique within the conversation. Using it again returns the first result.
         actor: who wrote the draft, for the history.
         policy: decides whether a human must approve it first.
@@ -386,6 +399,7 @@ def submit(
     """
     type = PendingAction.type.clean(type)
     require_words("draft", draft)
+    require_order(send_after, not_after)
     provenance = Provenance(actor, key=key)
     details = clean_json("metadata", dict(metadata or {}))
     if if_lead_writes is not None:
@@ -424,6 +438,7 @@ def submit(
             return put_in(
                 conversation.id,
                 send_after,
+                not_after,
                 level=level,
                 topic=str(type),
                 body=draft,
@@ -436,12 +451,14 @@ def submit(
             )
         if provenance.actor is not None:
             details["submittedBy"] = provenance.actor
+        expires_at = None if expires_after is None else moment() + expires_after
         if send_after is not None:
-            details["sendAfter"] = stored_time(
-                moment() + send_after
-                if isinstance(send_after, timedelta)
-                else OutboxMessage.available_at.clean(send_after)
-            )
+            details["sendAfter"] = stored_time(_point(send_after))
+        if not_after is not None:
+            until = _point(not_after)
+            details["notAfter"] = stored_time(until)
+            if takeover is None:  # what they submit themselves is approved at once
+                expires_at = until if expires_at is None else min(expires_at, until)
         action = PendingAction.create(
             id=action_id,
             conversation_id=conversation.id,
@@ -449,9 +466,15 @@ def submit(
             type=type,
             draft_message=draft,
             metadata=details,
-            expires_at=None if expires_after is None else moment() + expires_after,
+            expires_at=expires_at,
         )
         return action if takeover is None else action.approve(by=takeover.taken_by)
+
+
+def _point(time: timedelta | datetime) -> datetime:
+    """Return the moment after a delay by the database's clock, or the moment that is given."""
+    point: datetime = OutboxMessage.available_at.clean(moment() + time if isinstance(time, timedelta) else time)
+    return point
 
 
 def _trigger_behind(conversation: CloseEngineConversation, type: ActionType, details: Mapping[str, Any]) -> str | None:

@@ -84,6 +84,9 @@ MAX_ATTEMPTS = 36
 #: How many leases in a row may end without a report: such a message probably kills its workers.
 MAX_UNREPORTED = 5
 
+#: The longest that a message may be allowed to wait: more is a mistake, and some dates are too late for Python.
+_LONGEST = timedelta(days=36500)
+
 #: A clock that no setting moves, and that goes on while the machine is suspended where the system has such a clock.
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -110,6 +113,7 @@ class OutboxMessage(BaseModel):
         after_change: int, id of the conversation's newest history row when the message was put in.
         available_at: datetime before which it cannot be claimed: the end of a delay, of a pause after an error, or of
             its lease. Of a DEAD message, when it was given up.
+        not_after: datetime after which it does not leave, but is WITHDRAWN; None if it may leave at any time.
         attempts: int, how often sending it began, without those attempts that were taken back.
         max_attempts: int, how often it may be tried.
         claims: int, how often it was ever claimed. More than one: it may have been sent before.
@@ -142,6 +146,7 @@ class OutboxMessage(BaseModel):
     )
     created_at = UtcDateTimeField[datetime](default=now)
     available_at = UtcDateTimeField[datetime](default=now)
+    not_after = UtcDateTimeField["datetime | None"](null=True)
     attempts = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
     max_attempts = peewee.IntegerField(default=MAX_ATTEMPTS, constraints=[peewee.SQL(f"DEFAULT {MAX_ATTEMPTS}")])
     claims = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
@@ -232,7 +237,7 @@ class OutboxMessage(BaseModel):
         if self.attempts >= self.max_attempts:
             return self.give_up(error)
         pause = after if after is not None else _backoff(self.attempts)
-        return self._report({**_REPORTED, "available_at": _moment_after(pause), "last_error": _error_text(error)})
+        return self._report({**_REPORTED, "available_at": self._again(pause), "last_error": _error_text(error)})
 
     def give_up(self, error: object) -> OutboxMessage:
         """Record that the message cannot be sent: it stays DEAD until somebody requeues it. Later ones are sent.
@@ -290,7 +295,19 @@ class OutboxMessage(BaseModel):
             LeaseLost: this worker no longer holds the lease.
             InvalidValue: the datetime has no timezone.
         """
-        return self._report({**_REPORTED, **_not_tried(), "available_at": _moment_after(until)})
+        return self._report({**_REPORTED, **_not_tried(), "available_at": self._again(until)})
+
+    def _again(self, wait: timedelta | datetime) -> Any:
+        """Return when it can be claimed again. One that is too late by then must not hold up its lane until then."""
+        at = _moment_after(wait)
+        if self.not_after is None:
+            return at
+        if isinstance(at, datetime):
+            return min(at, self.not_after)
+        earlier = (
+            "(SELECT CASE WHEN again.at < not_after THEN again.at ELSE not_after END FROM (SELECT {at} AS at) again)"
+        )
+        return peewee.SQL(earlier.replace("{at}", at.sql), at.params)
 
     def withdraw(self, reason: str) -> OutboxMessage:
         """Decide that the message is not sent at all. It can be in flight with this worker, or wait.
@@ -536,6 +553,7 @@ def enqueue(
     *,
     payload: Mapping[str, Any] | None = None,
     send_after: timedelta | datetime | None = None,
+    not_after: timedelta | datetime | None = None,
     key: str | None = None,
     trigger: str | None = None,
     approved_by: str | None = None,
@@ -551,6 +569,8 @@ def enqueue(
         body: str, the text to send.
         payload: mapping that JSON can hold, what else the sender needs.
         send_after: timedelta, how long to wait, or datetime with a timezone, until when. Until then it holds up nobody.
+        not_after: timedelta, how long it may wait, or datetime with a timezone, until when it may leave. If it could
+            not leave by then, it is withdrawn.
         key: str, idempotency key, unique within the conversation. Using it again returns the first message.
         trigger: str, the trigger to fire when the message is marked sent.
         approved_by: str, who approved it.
@@ -576,9 +596,11 @@ def enqueue(
         raise InvalidValue("max_attempts", max_attempts, "it must be at least 1")
     if body is not None and topic in TEXTS:
         require_words("body", body)
+    require_order(send_after, not_after)
     return put_in(
         conversation if isinstance(conversation, str) else conversation.id,
         send_after,
+        not_after,
         topic=str(topic),
         body=body,
         payload=payload,
@@ -610,6 +632,7 @@ def strictest_level(conversation: CloseEngineConversation) -> AutonomyLevel:
 def put_in(
     conversation_id: str,
     send_after: timedelta | datetime | None,
+    not_after: timedelta | datetime | None = None,
     *,
     level: AutonomyLevel | None = None,
     **values: Any,
@@ -618,7 +641,7 @@ def put_in(
 
     Args:
         conversation_id: str.
-        send_after: as for `enqueue`.
+        send_after, not_after: as for `enqueue`.
         level: AutonomyLevel at which the caller, who holds the conversation, has judged a text; None to judge it here.
         values: the other fields of the message, by name.
     """
@@ -626,6 +649,8 @@ def put_in(
     fresh = OutboxMessage(conversation_id=conversation_id, **values).__data__
     del fresh["created_at"], fresh["available_at"]
     due = _moment_after(send_after)
+    if not_after is not None:
+        fresh["not_after"] = _moment_after(not_after)
     # Lock the conversation, so that its messages commit in the order of their ids.
     with locked(conversation_id) as conversation:
         if key is not None and (first := find_by_key(conversation_id, key, topic)) is not None:
@@ -642,6 +667,25 @@ def put_in(
         (message,) = insert.returning(OutboxMessage).execute()
     made: OutboxMessage = message
     return made
+
+
+def require_order(send_after: timedelta | datetime | None, not_after: timedelta | datetime | None) -> None:
+    """Refuse a message that could never leave, as far as its two times can be compared without a clock.
+
+    Raises:
+        InvalidValue: it could not, a datetime has no timezone, or a timedelta is too long.
+    """
+    if isinstance(not_after, timedelta):
+        if abs(not_after) > _LONGEST:
+            raise InvalidValue("not_after", str(not_after), f"it can be at most {_LONGEST.days} days")
+        is_before = isinstance(send_after, timedelta) and not_after < send_after
+    elif not_after is not None:
+        until = OutboxMessage.not_after.clean(not_after)
+        is_before = isinstance(send_after, datetime) and until < OutboxMessage.available_at.clean(send_after)
+    else:
+        return
+    if is_before:
+        raise InvalidValue("not_after", str(not_after), "it is before send_after, so the message could never leave")
 
 
 #: The id of the lead's last text.
@@ -708,7 +752,8 @@ def may_leave(message: str = "o") -> str:
         message: alias of the outbox in the statement.
     """
     # Subqueries of one value: PostgreSQL may turn EXISTS into a hash of the whole table.
-    return f"""CASE WHEN {_is_text(message)} THEN NULLIF(COALESCE((
+    return f"""CASE WHEN {message}.not_after < {{moment}} THEN 'it could not leave in time'
+        WHEN {_is_text(message)} THEN NULLIF(COALESCE((
             SELECT CASE
                 WHEN {numbers.has_opted_out("c.lead_id")} THEN 'the lead opted out'
                 WHEN c.stage IN ('COMPLETED', 'CLOSED_LOST') THEN 'the conversation is closed'

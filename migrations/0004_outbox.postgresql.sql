@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS close_engine.outbox (
     status text NOT NULL DEFAULT 'PENDING',
     created_at timestamp(3) without time zone NOT NULL,
     available_at timestamp(3) without time zone NOT NULL,
+    not_after timestamp(3) without time zone,
     attempts integer NOT NULL DEFAULT 0,
     max_attempts integer NOT NULL DEFAULT 36,
     claims integer NOT NULL DEFAULT 0,
@@ -101,7 +102,8 @@ DECLARE
 BEGIN
     RETURN QUERY
 WITH next AS (
-    SELECT o.id AS message_id, CASE WHEN o.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') THEN NULLIF(COALESCE((
+    SELECT o.id AS message_id, CASE WHEN o.not_after < at THEN 'it could not leave in time'
+        WHEN o.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') THEN NULLIF(COALESCE((
             SELECT CASE
                 WHEN COALESCE((SELECT p.id FROM close_engine.optouts p WHERE p.lead_id = c.lead_id AND p.lifted_at IS NULL),
                     (SELECT p.id FROM close_engine.numbers n JOIN close_engine.optouts p ON p.number = n.number

@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS close_engine_outbox (
     status TEXT NOT NULL DEFAULT 'PENDING',
     created_at TEXT NOT NULL,
     available_at TEXT NOT NULL,
+    not_after TEXT,
     attempts INTEGER NOT NULL DEFAULT 0,
     max_attempts INTEGER NOT NULL DEFAULT 36,
     claims INTEGER NOT NULL DEFAULT 0,

@@ -9,7 +9,7 @@ DROP TRIGGER IF EXISTS close_engine_takeover ON close_engine.takeovers;
 DROP FUNCTION IF EXISTS
     close_engine.withdraw_waiting(), close_engine.follow_decision(), close_engine.guard_action(),
     close_engine.follow_draft(), close_engine.follow_takeover(),
-    close_engine.if_lead_writes(text, jsonb), close_engine.last_text(text), close_engine.send_after(text, jsonb),
+    close_engine.if_lead_writes(text, jsonb), close_engine.last_text(text), close_engine.moment_in(text, jsonb, text),
     close_engine.resumes_to(text, timestamp);
 DELETE FROM close_engine.drafts;
 DELETE FROM close_engine.deadlines WHERE trigger = 'expire';

@@ -18,12 +18,13 @@ INSERT INTO close_engine.transitions (machine, trigger, source, dest) VALUES
     ('action', 'expire', 'PENDING', 'EXPIRED')
 ON CONFLICT (machine, source, dest) DO UPDATE SET trigger = EXCLUDED.trigger;
 
--- The moment in metadata.sendAfter, in UTC: what the library writes there, without an offset, and what toISOString() and
--- other writers of ISO 8601 do, with one. Cut to milliseconds first: the cast would round.
-CREATE OR REPLACE FUNCTION close_engine.send_after(action text, metadata jsonb) RETURNS timestamp without time zone
+-- The moment in metadata.sendAfter or metadata.notAfter, in UTC: what the library writes there, without an offset, and
+-- what toISOString() and other writers of ISO 8601 do, with one. Cut to milliseconds first: the cast would round.
+CREATE OR REPLACE FUNCTION close_engine.moment_in(action text, metadata jsonb, name text)
+RETURNS timestamp without time zone
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-    given text := metadata ->> 'sendAfter';
+    given text := metadata ->> name;
     at timestamp;
 BEGIN
     IF given IS NULL THEN
@@ -41,7 +42,7 @@ BEGIN
     END IF;
     IF coalesce(at < timestamp '0001-01-01' OR at >= timestamp '9999-01-01', true) THEN
         RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || action
-            || ' cannot be approved: its metadata.sendAfter is ' || pg_catalog.left(metadata ->> 'sendAfter', 100)
+            || ' cannot be approved: its metadata.' || name || ' is ' || pg_catalog.left(metadata ->> name, 100)
             || '; write a time like 2026-01-31T08:00:00.000Z';
     END IF;
     RETURN at;
@@ -176,7 +177,8 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'close_engine: action ' || OLD.id
             || ' cannot be approved: a payment link needs its URL; write it in metadata.paymentUrl';
     END IF;
-    PERFORM close_engine.send_after(OLD.id, NEW.metadata);
+    PERFORM close_engine.moment_in(OLD.id, NEW.metadata, 'sendAfter'),
+        close_engine.moment_in(OLD.id, NEW.metadata, 'notAfter');
     -- Lock the conversation, so that it cannot close between this check and the commit.
     SELECT stage INTO found FROM public.close_engine_conversations WHERE id = NEW.conversation_id FOR NO KEY UPDATE;
     IF coalesce(found, 'deleted') IN ('COMPLETED', 'CLOSED_LOST', 'deleted') THEN
@@ -232,7 +234,7 @@ BEGIN
     IF NEW.status = 'APPROVED' THEN
         INSERT INTO close_engine.outbox
             (conversation_id, topic, body, payload, trigger, approved_by, submitted_by, key, action_id, if_lead_writes,
-             after_text, after_change, created_at, available_at)
+             after_text, after_change, created_at, available_at, not_after)
         SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
             CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
                 WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
@@ -241,7 +243,8 @@ BEGIN
             NEW.id, close_engine.if_lead_writes(NEW.type, NEW.metadata), close_engine.last_text(NEW.conversation_id),
             (SELECT pg_catalog.max(h.id) FROM close_engine.history h WHERE h.conversation_id = NEW.conversation_id),
             NEW.approved_at,
-            greatest(NEW.approved_at, close_engine.send_after(NEW.id, NEW.metadata))
+            greatest(NEW.approved_at, close_engine.moment_in(NEW.id, NEW.metadata, 'sendAfter')),
+            close_engine.moment_in(NEW.id, NEW.metadata, 'notAfter')
         FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id
         ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
         RETURN NULL;

@@ -212,6 +212,12 @@ BEGIN
         send_after GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9][ T][0-2][0-9]:[0-9][0-9]:[0-9][0-9]*'
         AND date(substr(send_after, 1, 10), '+0 days') IS substr(send_after, 1, 10)
         AND coalesce(strftime('%Y', send_after) BETWEEN '0001' AND '9998', 0));
+    SELECT RAISE(ABORT, 'close_engine: this action cannot be approved: write its metadata.notAfter as a time like 2026-01-31T08:00:00.000Z')
+    FROM (SELECT json_extract(NEW.metadata, '$.notAfter') AS not_after)
+    WHERE not_after IS NOT NULL AND NOT (
+        not_after GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9][ T][0-2][0-9]:[0-9][0-9]:[0-9][0-9]*'
+        AND date(substr(not_after, 1, 10), '+0 days') IS substr(not_after, 1, 10)
+        AND coalesce(strftime('%Y', not_after) BETWEEN '0001' AND '9998', 0));
 END;
 
 DROP TRIGGER IF EXISTS close_engine_action_closed;
@@ -247,7 +253,7 @@ BEGIN
     -- first.
     INSERT INTO close_engine_outbox
         (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", action_id, if_lead_writes,
-         after_text, after_change, created_at, available_at)
+         after_text, after_change, created_at, available_at, not_after)
     SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
         CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
             WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
@@ -263,8 +269,13 @@ BEGIN
                 THEN substr(send_after, 1, instr(send_after, '.') + 3)
                     || ltrim(substr(send_after, instr(send_after, '.') + 4), '0123456789')
                 ELSE send_after END),
-            approved_at))
+            approved_at)),
+        strftime('%Y-%m-%d %H:%M:%f', CASE WHEN not_after GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
+            THEN substr(not_after, 1, instr(not_after, '.') + 3)
+                || ltrim(substr(not_after, instr(not_after, '.') + 4), '0123456789')
+            ELSE not_after END)
     FROM (SELECT c.stage, json_extract(NEW.metadata, '$.sendAfter') AS send_after,
+              json_extract(NEW.metadata, '$.notAfter') AS not_after,
               coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) AS approved_at
           FROM close_engine_conversations c WHERE c.id = NEW.conversation_id);
 END;
