@@ -167,6 +167,26 @@ def test_what_a_human_submits_who_took_over_goes_the_same_way(
     assert [each.id for each in outbox.claim()] == [claimed_before.id]  # the lease is over, the time is not
 
 
+def test_a_text_that_a_human_must_see_first_keeps_it(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    until = milliseconds(close_engine_clock.now) + HOUR
+    message = submit(conversation, MESSAGE, "Good morning!", not_after=HOUR)
+    plain = submit(conversation, MESSAGE, "Hello!")
+    sql("UPDATE leads SET autonomy_level = 'MANUAL'")
+    assert outbox.claim(limit=10) == []
+    assert outbox.claim(limit=10) == []
+    kept, other = (PendingAction.get_by_id(OutboxMessage.get_by_id(each.id).action_id) for each in (message, plain))
+    assert kept.metadata["notAfter"] == stored_time(until)
+    assert kept.expires_at == until
+    assert "notAfter" not in other.metadata
+    assert other.expires_at == milliseconds(close_engine_clock.now) + 24 * HOUR
+    assert kept.approve(by="dana").not_after == until
+    close_engine_clock.move(2 * HOUR)
+    assert [each.body for each in outbox.claim(limit=10)] == []
+    assert outcome(OutboxMessage.get(OutboxMessage.action_id == kept.id, OutboxMessage.id != message.id)) == TOO_LATE
+
+
 def test_it_is_too_late_before_a_human_is_asked(
     conversation: CloseEngineConversation, close_engine_clock: MovableClock
 ) -> None:
