@@ -73,6 +73,7 @@ from close_engine.models import Client, Lead, StageChange, User
 from close_engine.numbers import LeadNumber, OptOut
 from close_engine.optouts import opt_in, opt_out, opted_out
 from close_engine.outbox import OutboxMessage
+from close_engine.pauses import Pause, pause_sending, paused, resume_sending
 from close_engine.schema import migrate, verify
 from close_engine.stages import (
     ACTIVE_STAGES,
@@ -171,6 +172,9 @@ __all__ = [
     "outbox",
     "OutboxMessage",
     "PartlyLoaded",
+    "Pause",
+    "pause_sending",
+    "paused",
     "Payment",
     "PaymentUnmatched",
     "pending_actions",
@@ -183,6 +187,7 @@ __all__ = [
     "Received",
     "record_payment",
     "release_leases",
+    "resume_sending",
     "schema",
     "SchemaError",
     "Snooze",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from statistics import median
 from typing import Any
@@ -30,7 +30,8 @@ from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
 from close_engine.inbox import surplus_payments
 from close_engine.models import StageChange
-from close_engine.outbox import CLAIMABLE, OutboxMessage
+from close_engine.outbox import OutboxMessage, claimable_now
+from close_engine.pauses import Pause, paused
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
 __all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "WaitingLine", "outbox_line", "pipeline"]
@@ -103,6 +104,7 @@ class OutboxLine:
         hanging: int, number of those that have been in flight for long: their sender may never return.
         dead: int, number of messages that were given up.
         lag: timedelta, how long the oldest message that can be sent now has been due; None if there is none.
+        paused: list of Pause, why sending is paused; empty if it is not.
     """
 
     pending: int
@@ -110,6 +112,7 @@ class OutboxLine:
     hanging: int
     dead: int
     lag: timedelta | None
+    paused: list[Pause] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -179,11 +182,12 @@ def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
     pending = message.status == MessageStatus.PENDING
     counted: Any = message.select(function("count", message.id), in_flight, hanging).where(pending).tuples()
     count, leased_now, hangs = counted.get()
-    oldest = f"SELECT o.available_at FROM {{outbox}} o WHERE {CLAIMABLE} AND {_is_readable('o.available_at')}"
+    claimable = f"{claimable_now(current().dialect)} AND {_is_readable('o.available_at')}"
+    oldest = f"SELECT o.available_at FROM {{outbox}} o WHERE {claimable}"
     found = current().execute(f"{oldest} ORDER BY o.available_at, o.id LIMIT 1").fetchone()
     dead = current().count(message.select().where(message.status == MessageStatus.DEAD))
     lag = None if found is None else at - message.available_at.python_value(found[0])
-    return OutboxLine(count, leased_now, hangs, dead, lag)
+    return OutboxLine(count, leased_now, hangs, dead, lag, paused())
 
 
 def _is_readable(*columns: str) -> str:

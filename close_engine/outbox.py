@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import peewee
 
-from close_engine import numbers
+from close_engine import numbers, pauses
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.dialect import Dialect
@@ -787,9 +787,15 @@ def one_lane(this: str, other: str) -> str:
     return f"({this}.topic = {other}.topic OR {_is_text(this)} AND {_is_text(other)})"
 
 
-#: The messages that can be claimed now, each the next of its lane: one whose lease is over, or the oldest that is due.
-#: One that was never begun and is not due yet holds up nobody; one that was begun keeps its place.
-CLAIMABLE = f"""o.status = 'PENDING' AND o.available_at <= {{moment}} AND (o.leased_by IS NOT NULL OR NOT EXISTS (
+def claimable_now(dialect: Dialect) -> str:
+    """Return the SQL that says whether a message `o` can be claimed now.
+
+    It is the next of its lane: one whose lease is over, or the oldest that is due. One that was never begun and is not
+    due yet holds up nobody; one that was begun keeps its place, and so does one that is paused.
+    """
+    return f"""o.status = 'PENDING' AND o.available_at <= {{moment}}
+        AND {pauses.is_sent("o.topic", dialect)}
+        AND (o.leased_by IS NOT NULL OR NOT EXISTS (
         SELECT 1 FROM {{outbox}} ahead
         WHERE ahead.conversation_id = o.conversation_id AND ahead.status = 'PENDING' AND ahead.id <> o.id
             AND {one_lane("ahead", "o")}
@@ -816,7 +822,7 @@ def claiming(dialect: Dialect, limit: str, worker: str, only: str, columns: str)
         CASE WHEN o.leased_by IS NOT NULL
             AND (o.unreported >= {MAX_UNREPORTED - 1} OR o.attempts >= o.max_attempts) THEN 1 ELSE 0 END AS over
     FROM {{outbox}} o
-    WHERE {CLAIMABLE}{only}
+    WHERE {claimable_now(dialect)}{only}
     ORDER BY o.available_at, o.id LIMIT {limit} {dialect.skip_locked("o")}
 )
 UPDATE {{outbox}} AS message SET
@@ -853,7 +859,7 @@ def claim(
 ) -> list[OutboxMessage]:
     """Lease the next messages to a worker, to be sent now: at most one of each lane.
 
-    Messages that may not leave any more are withdrawn instead.
+    Messages that may not leave any more are withdrawn instead. What is paused waits.
 
     Args:
         limit: int, the most messages to claim: as many as can be sent at once.
@@ -892,7 +898,8 @@ def _of_topics(topics: Sequence[str] | None) -> tuple[str, list[str]]:
 def suspect_is_next(topics: Sequence[str] | None = None) -> bool:
     """Return whether the oldest message that can be claimed may have killed its worker."""
     only, names = _of_topics(topics)
-    oldest = f"SELECT {SUSPECT} FROM {{outbox}} o WHERE {CLAIMABLE}{only} ORDER BY o.available_at, o.id LIMIT 1"
+    claimable = f"{claimable_now(current().dialect)}{only}"
+    oldest = f"SELECT {SUSPECT} FROM {{outbox}} o WHERE {claimable} ORDER BY o.available_at, o.id LIMIT 1"
     row = current().execute(oldest, names).fetchone()
     return row is not None and bool(row[0])
 
@@ -983,7 +990,8 @@ def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:
         topics: sequence of str, only messages with these topics.
     """
     only, names = _of_topics(topics)
-    found = peewee.SQL(current().sql(f"(SELECT o.id FROM {{outbox}} o WHERE {CLAIMABLE}{only})"), names)
+    claimable = f"{claimable_now(current().dialect)}{only}"
+    found = peewee.SQL(current().sql(f"(SELECT o.id FROM {{outbox}} o WHERE {claimable})"), names)
     query = OutboxMessage.select().readable().where(OutboxMessage.id.in_(found))
     return list(query.order_by(OutboxMessage.available_at, OutboxMessage.id))
 
@@ -995,9 +1003,10 @@ def due_in(within: timedelta = timedelta(days=1)) -> timedelta | None:
         within: timedelta, how far to look ahead.
 
     Returns:
-        timedelta, greater than zero; None if there is nothing to wait for.
+        timedelta, greater than zero; None if there is nothing to wait for, or if sending is paused.
     """
     waiting = "SELECT o.available_at FROM {outbox} o WHERE o.status = 'PENDING' AND o.available_at > {moment}"
+    waiting = f"{waiting} AND {pauses.is_sent('o.topic', current().dialect)}"
     query = f"SELECT {{moment}}, ({waiting} AND o.available_at <= {{later}} ORDER BY o.available_at LIMIT 1)"
     found = current().execute(query, [within.total_seconds()]).fetchone()
     at, due = map(OutboxMessage.available_at.python_value, found)

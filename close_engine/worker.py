@@ -44,7 +44,7 @@ from typing import Any, Protocol
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine import optouts, outbox, sweeps
+from close_engine import optouts, outbox, pauses, sweeps
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
@@ -314,6 +314,7 @@ class _Shift:
         self._in_flight: dict[int, OutboxMessage] = {}
         self._waits = False  # whether senders wait for work
         self._news = 0  # how often something may have become free to claim
+        self._paused: list[str] = []  # as the log says it
 
     # -- the threads
 
@@ -551,6 +552,8 @@ class _Shift:
             try:
                 self._require_migrated()
                 claimed = outbox.claim(1, worker.lease, worker.name, topics=worker.topics, suspects=suspects)
+                if not claimed:
+                    self._note_pauses()
                 if not claimed and self.patient:
                     self._look_in(outbox.due_in(worker.idle))
             except Exception as error:
@@ -558,6 +561,17 @@ class _Shift:
             else:
                 return claimed[0] if claimed else None
         return None
+
+    def _note_pauses(self) -> None:
+        """Log what is paused, if that is news."""
+        found = [str(pause) for pause in pauses.paused()]
+        with self._lock:
+            before, self._paused = self._paused, found
+        for sentence in found:
+            if sentence not in before:
+                logger.warning("paused worker=%s why=%r", self.worker.name, sentence)
+        if before and not found:
+            logger.info("resumed worker=%s", self.worker.name)
 
     def _wait_for_news(self, seen: int) -> bool:
         """Wait until there may be something to claim; return False if there will not be."""

@@ -11,3 +11,5 @@ DROP TABLE close_engine.drafts;
 DROP TABLE close_engine.takeovers;
 DROP TABLE close_engine.numbers;
 DROP TABLE close_engine.optouts;
+DROP TABLE close_engine.pauses;
+DROP FUNCTION close_engine.announce_resumption();

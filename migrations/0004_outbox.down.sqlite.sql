@@ -9,3 +9,4 @@ DROP TABLE close_engine_drafts;
 DROP TABLE close_engine_takeovers;
 DROP TABLE close_engine_numbers;
 DROP TABLE close_engine_optouts;
+DROP TABLE close_engine_pauses;

@@ -86,6 +86,18 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_number_key
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_optouts_key_key
     ON close_engine_optouts (lead_id, "key") WHERE "key" IS NOT NULL;
 
+-- What is not sent for now. A pause lasts until somebody resumes; an empty topic stands for all.
+CREATE TABLE IF NOT EXISTS close_engine_pauses (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    topic TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    paused_by TEXT,
+    paused_at TEXT NOT NULL,
+    resumed_by TEXT,
+    resumed_at TEXT
+);
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_pauses_topic_key ON close_engine_pauses (topic) WHERE resumed_at IS NULL;
+
 -- After a text of ours it is the lead's turn, whoever marks it sent.
 DROP TRIGGER IF EXISTS close_engine_sent;
 CREATE TRIGGER close_engine_sent

@@ -66,6 +66,10 @@ FILL = [
         now(), CASE WHEN n %% 3 = 0 THEN now() END
     FROM generate_series(1, 20000) n
     """,
+    """
+    INSERT INTO close_engine.pauses (topic, reason, paused_at, resumed_at)
+    SELECT 'SEND_PREVIEW', 'lunch', now(), now() FROM generate_series(1, 20000) n
+    """,
     "ANALYZE",
 ]
 

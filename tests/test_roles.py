@@ -32,7 +32,7 @@ WORKER = [
     "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
     "GRANT INSERT ON close_engine.inbox, close_engine.outbox, close_engine.takeovers TO {role}",
     "GRANT UPDATE ON close_engine.inbox, close_engine.outbox, close_engine.takeovers, close_engine.deadlines TO {role}",
-    "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts TO {role}",
+    "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts, close_engine.pauses TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.

@@ -66,14 +66,14 @@ def _render_stages(board: Pipeline) -> Table:
     return stages
 
 
-def render_outbox(line: OutboxLine) -> Table:
-    """Lay out the state of the outbox as a table.
+def render_outbox(line: OutboxLine) -> RenderableType:
+    """Lay out the state of the outbox: a table, and under it what is paused.
 
     Args:
         line: OutboxLine.
 
     Returns:
-        a rich Table.
+        a rich renderable.
     """
     counts = table("messages", "count", title="Outbox", numbers=("count",))
     counts.add_row("pending", f"{line.pending:,}")
@@ -82,7 +82,9 @@ def render_outbox(line: OutboxLine) -> Table:
     counts.add_row("dead", f"{line.dead:,}")
     counts.add_section()
     counts.add_row("next one waiting for", duration(line.lag))
-    return counts
+    if not line.paused:
+        return counts
+    return Group(counts, "", *(cell(f"PAUSED: {pause}") for pause in line.paused))
 
 
 def watch(console: Console, every: timedelta, hanging_after: timedelta = HANGING_AFTER) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import peewee
 import typer
 
-from close_engine import outbox, sweeps
+from close_engine import outbox, pauses, sweeps
 from close_engine.board import HANGING_AFTER, outbox_line
 from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option
 from close_engine.cli.board import HangingAfter, render_outbox
@@ -98,6 +98,37 @@ def _time(text: str) -> datetime | timedelta:
             f"{text!r} is neither a time with a timezone, such as 2026-01-31T08:00Z, nor so long ago, such as 3h."
         )
     return at
+
+
+_Topics = Annotated[
+    list[str] | None, typer.Option("--topic", metavar="TOPIC", help="Only this topic. It can be given several times.")
+]
+
+
+@command()
+def pause(
+    context: typer.Context,
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why: it is shown with the outbox.")],
+    topic: _Topics = None,
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who pauses it.")] = "command line",
+) -> None:
+    """Send nothing more until close-engine resume-sending. What is in flight leaves."""
+    open_migrated(context)
+    for each in pauses.pause_sending(reason, topic, by):
+        print(cell(f"PAUSED: {each}"))
+
+
+@command()
+def resume_sending(
+    context: typer.Context,
+    topic: _Topics = None,
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who resumes it.")] = "command line",
+) -> None:
+    """Send again what close-engine pause has paused, or only some topics of it."""
+    open_migrated(context)
+    print(f"Pauses ended: {len(pauses.resume_sending(topic, by))}.")
+    for each in pauses.paused():
+        print(cell(f"PAUSED: {each}"))
 
 
 StallAfter = Annotated[timedelta, in_seconds("How long a lead is silent before its conversation stalls.", 72, "hours")]
@@ -196,6 +227,8 @@ def worker(
     topics = None if topic is None else [clean_text("topic", name) for name in topic]
     open_migrated(context, wait=not (show or until_empty))
     if show:
+        for pause in pauses.paused():
+            print(cell(f"PAUSED: {pause}"))
         for message in outbox.claimable(topics):
             print(cell(f"{message.topic} to lead {message.lead_id}: {message.body or message.payload}"))
         return
