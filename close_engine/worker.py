@@ -44,7 +44,7 @@ from typing import Any, Protocol
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine import optouts, outbox, pauses, sweeps
+from close_engine import optouts, outbox, pauses, policies, sweeps
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
@@ -61,6 +61,7 @@ from close_engine.errors import (
     one_line,
 )
 from close_engine.outbox import OutboxMessage
+from close_engine.policies import QuietHours
 from close_engine.schema.scripts import pending
 from close_engine.stages import MessageStatus
 
@@ -160,11 +161,12 @@ class Worker:
         idle: timedelta, the longest to wait before it looks for messages again, or for the database if that is down.
         sweep: the function that sweeps, or None to turn sweeps off.
         sweep_every: timedelta, how often to sweep. The first sweep runs when the worker starts.
+        quiet_hours: QuietHours, when leads are not texted: their texts are snoozed until they may be.
 
     Raises:
         ConfigurationError: the sender cannot be called, or is a coroutine function.
-        InvalidValue: `concurrency` is not from 1 to 1000, `topics` is no list or empty, or a timedelta is not greater
-            than zero or too long to wait for.
+        InvalidValue: `concurrency` is not from 1 to 1000, `topics` is no list or empty, a timedelta is not greater than
+            zero or too long to wait for, or a policy is none.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class Worker:
         idle: timedelta = timedelta(seconds=1),
         sweep: Callable[[], sweeps.Swept] | None = sweeps.sweep,
         sweep_every: timedelta = timedelta(minutes=1),
+        quiet_hours: QuietHours | None = None,
     ) -> None:
         if not 1 <= concurrency <= MOST_SENDERS:
             raise InvalidValue("concurrency", concurrency, f"it must be at least 1 and at most {MOST_SENDERS}")
@@ -188,6 +191,8 @@ class Worker:
                 raise InvalidValue(option, str(duration), "it must be greater than zero")
             if duration > LONGEST:
                 raise InvalidValue(option, str(duration), f"it can be at most {LONGEST.days} days")
+        if quiet_hours is not None and not isinstance(quiet_hours, QuietHours):
+            raise InvalidValue("quiet_hours", quiet_hours, "it must be a QuietHours")
         self.send, self.find = _methods(send)
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
         self.concurrency = concurrency
@@ -196,6 +201,7 @@ class Worker:
         self.idle = idle
         self.sweep = sweep
         self.sweep_every = sweep_every
+        self.quiet_hours = quiet_hours
         self.stopping = False
         self._swept_at: datetime | None = None
         # A signal handler may put to a SimpleQueue while the same thread waits for it. It must not set an Event.
@@ -593,6 +599,7 @@ class _Shift:
                 raise SchemaError(
                     f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate."
                 )
+            policies.require_column(self.worker.quiet_hours)
             self._checked = True
 
     # -- one message
@@ -601,8 +608,9 @@ class _Shift:
         try:
             provider_id = self._found(message)
             if provider_id is None:
-                if not message.is_leased:
-                    self._report("dropped", message, message.drop)
+                if held := self._held_back(message):
+                    event, report = held
+                    self._report(event, message, report)
                     return
                 provider_id = self.worker.send(message)
         except CannotBeSent as error:
@@ -634,6 +642,14 @@ class _Shift:
         first = OutboxMessage.with_provider_id(provider_id)
         # The same words may have been said twice: what is recorded for another message is not this one.
         return provider_id if first is None or first.id == message.id else None
+
+    def _held_back(self, message: OutboxMessage) -> policies.Held | None:
+        """Return what becomes of a message that is not sent now: a policy forbids it, or its lease is over."""
+        held = None
+        if self.worker.quiet_hours is not None:
+            _connect()
+            held = policies.held_back(message, self.worker.quiet_hours)
+        return held if message.is_leased else ("dropped", message.drop)
 
     def _record(self, message: OutboxMessage, provider_id: str | None) -> None:
         try:

@@ -23,6 +23,7 @@ from close_engine.cli.terminal import cell, console, table
 from close_engine.database.binding import current, moment
 from close_engine.database.fields import clean_text
 from close_engine.errors import ConfigurationError
+from close_engine.policies import QuietHours
 from close_engine.worker import MOST_SENDERS, Worker, load_module, load_sender
 
 outbox_commands = typer.Typer(invoke_without_command=True)
@@ -210,6 +211,20 @@ def worker(
     stall_after: StallAfter = sweeps.STALL_AFTER,
     lose_after: LoseAfter = sweeps.LOSE_AFTER,
     lose_unanswered_after: LoseUnansweredAfter = None,
+    quiet_from: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="When leads are not texted any more, such as 20:00, where they are."),
+    ] = None,
+    quiet_until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When they are texted again, such as 08:00.")
+    ] = None,
+    timezone_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of the leads that has their timezone.")
+    ] = None,
+    timezone: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The timezone of leads without a known one, such as America/New_York."),
+    ] = None,
     no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Do not sweep; other workers do.")] = False,
     until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when nothing can be sent now.")] = False,
 ) -> None:
@@ -225,6 +240,7 @@ def worker(
     if show and modules:
         raise typer.BadParameter("With --print, nothing is imported: leave out --import.")
     topics = None if topic is None else [clean_text("topic", name) for name in topic]
+    quiet_hours = _quiet_hours(quiet_from, quiet_until, timezone_column, timezone)
     open_migrated(context, wait=not (show or until_empty))
     if show:
         for pause in pauses.paused():
@@ -255,6 +271,7 @@ def worker(
         idle=idle,
         sweep=None if no_sweep else swept,
         sweep_every=sweep_every,
+        quiet_hours=quiet_hours,
     )
     _log_to_standard_error()
     with _stopped_by_signals(sending_worker):
@@ -262,6 +279,20 @@ def worker(
             sending_worker.run_until_empty()
         else:
             sending_worker.run()
+
+
+def _quiet_hours(start: str | None, end: str | None, column: str | None, timezone: str | None) -> QuietHours | None:
+    if (start is None) is not (end is None):
+        raise typer.BadParameter("Give both --quiet-from and --quiet-until, or neither.")
+    if start is None or end is None:
+        if column is not None or timezone is not None:
+            raise typer.BadParameter(
+                "A timezone is for --quiet-from and --quiet-until: give them too, or leave it out."
+            )
+        return None
+    if timezone is None:
+        raise typer.BadParameter("Say with --timezone where leads are whose timezone nobody knows.")
+    return QuietHours(start, end, timezone=column, default=timezone)
 
 
 def _place(database: peewee.Database) -> tuple[Any, ...]:
