@@ -74,7 +74,7 @@ from close_engine.numbers import LeadNumber, OptOut
 from close_engine.optouts import opt_in, opt_out, opted_out
 from close_engine.outbox import OutboxMessage
 from close_engine.pauses import Pause, pause_sending, paused, resume_sending
-from close_engine.policies import LeadTimezone, QuietHours
+from close_engine.policies import DailyCap, LeadTimezone, QuietHours
 from close_engine.schema import migrate, verify
 from close_engine.stages import (
     ACTIVE_STAGES,
@@ -133,6 +133,7 @@ __all__ = [
     "ConversationNotFound",
     "ConversationTakenOver",
     "GuardMissing",
+    "DailyCap",
     "DEFAULT_EXPIRY",
     "EntryPoint",
     "Event",

@@ -329,6 +329,22 @@ class OutboxMessage(BaseModel):
             return self._report({**gone, **_not_tried()})
         return self._write(gone, _STILL_WAITING, [self.id])
 
+    def ask(self, reason: str) -> OutboxMessage:
+        """Let a human decide whether a text that is in flight with this worker is sent: it becomes a pending action.
+
+        Args:
+            reason: str, why; stored in `last_error`.
+
+        Returns:
+            the message itself, which is withdrawn; its `action_id` is the action's.
+
+        Raises:
+            LeaseLost: this worker no longer holds the lease.
+        """
+        action = {"action_id": f"message:{self.send_key}", "available_at": _moment()}
+        withdrawn = {**_REPORTED, "status": MessageStatus.WITHDRAWN, "last_error": reason}
+        return self._report({**withdrawn, **_not_tried(), **action})
+
     @classmethod
     def with_provider_id(cls, provider_id: str) -> OutboxMessage | None:
         """Find a message by the provider's id, for example in a delivery callback; None if there is no such message."""

@@ -27,10 +27,13 @@ from zoneinfo import ZoneInfo
 from close_engine.database.binding import current
 from close_engine.database.dialect import identifier
 from close_engine.database.fields import UtcDateTimeField, clean_words
+from close_engine.database.transaction import atomic
 from close_engine.errors import ConfigurationError, InvalidValue
 from close_engine.outbox import TEXTS, OutboxMessage
+from close_engine.stages import Event
+from close_engine.subscriptions import publish
 
-__all__ = ["LeadTimezone", "QuietHours", "held_back", "require_column"]
+__all__ = ["DailyCap", "LeadTimezone", "LocalPolicy", "QuietHours", "held_back", "require_column"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,12 @@ class LocalPolicy:
             raise InvalidValue("timezone", timezone, "it must be a function, and a coroutine function is awaited")
         self.default = _required_zone("default", default)
 
+    def governs(self, message: OutboxMessage) -> bool:
+        """Return whether it has a say about a message."""
+        return message.topic in TEXTS
+
     def needs(self, message: OutboxMessage) -> list[Needed]:
-        """Return what it must know of a message: one value, the text in the column."""
+        """Return what it must know of a message: first, the text in the column."""
         if self.column is None:
             return [("NULL", [])]
         named = (
@@ -171,6 +178,70 @@ class QuietHours(LocalPolicy):
         return None if opening <= at else ("snoozed", partial(message.snooze, opening))
 
 
+class DailyCap(LocalPolicy):
+    """How many texts a lead gets from the AI in a day, which begins at midnight where the lead is.
+
+    Two machines that answer each other would go on for ever. A text beyond the cap does not leave: it becomes a pending
+    action, for a human to decide, with the event `cap:reached`. What a human has approved or written leaves, and does
+    not count.
+
+    Args:
+        most: how many.
+        timezone: as for `QuietHours`.
+        default: as for `QuietHours`.
+
+    Raises:
+        InvalidValue: `most` is no whole number or less than 1, or there is no such timezone.
+        ConfigurationError: this machine knows no timezones.
+    """
+
+    def __init__(self, most: int, *, timezone: str | LeadTimezone | None = None, default: str | tzinfo) -> None:
+        super().__init__(timezone, default)
+        if not isinstance(most, int) or not 1 <= most <= MOST_A_DAY:
+            raise InvalidValue("most", most, f"it must be a whole number from 1 to {MOST_A_DAY}")
+        self.most = most
+
+    def __repr__(self) -> str:
+        return f"<DailyCap of {self.most}>"
+
+    def governs(self, message: OutboxMessage) -> bool:
+        return super().governs(message) and message.action_id is None
+
+    def needs(self, message: OutboxMessage) -> list[Needed]:
+        # Of the AI's texts, the one that is so many back: it is enough to know whether that was today. A lane admits
+        # one text in flight, so no other one is on its way meanwhile.
+        counted = [message.conversation_id, -_TWO_DAYS.total_seconds(), self.most - 1]
+        return [*super().needs(message), (_SO_MANY_BACK, counted)]
+
+    def hold(self, message: OutboxMessage, at: datetime, known: Sequence[Any]) -> Held | None:
+        word, sent = known
+        zone = self.zone(message, word)
+        if sent is None or _A_TIME.python_value(sent).astimezone(zone).date() < at.astimezone(zone).date():
+            return None
+        return "withdrawn", partial(self._ask_human, message)
+
+    def _ask_human(self, message: OutboxMessage) -> OutboxMessage:
+        with atomic():
+            message.ask(f"the lead has had {self.most} texts of the AI today")
+            facts = {"message_id": message.id, "action_id": message.action_id, "type": message.topic, "cap": self.most}
+            publish(Event.CAP_REACHED, message.conversation_id, str(message.id), facts)
+        return message
+
+
+#: The highest cap.
+MOST_A_DAY = 1000
+
+#: No day is as long as this, wherever the lead is.
+_TWO_DAYS = timedelta(days=2)
+
+#: When a text of the AI was sent, counted back from the last. The topics stand as in the index, so that SQLite sees it.
+_SO_MANY_BACK = """(SELECT o.sent_at FROM {outbox} o
+    WHERE o.conversation_id = %s AND o.status = 'SENT'
+        AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
+        AND o.action_id IS NULL AND o.sent_at > {later} AND o.sent_at <= {moment}
+    ORDER BY o.sent_at DESC LIMIT 1 OFFSET %s)"""
+
+
 def _since_midnight(shown: time) -> timedelta:
     return timedelta(hours=shown.hour, minutes=shown.minute, seconds=shown.second, microseconds=shown.microsecond)
 
@@ -238,14 +309,14 @@ def _required_zone(label: str, given: str | tzinfo) -> tzinfo:
 _A_TIME = UtcDateTimeField[datetime]()
 
 
-def require_column(policy: LocalPolicy | None) -> None:
+def require_column(policy: LocalPolicy) -> None:
     """Refuse a policy whose column of the leads is not there, or may not be read.
 
     Raises:
         ConfigurationError: the leads have no such column.
         peewee.PeeweeException: this role may not read it.
     """
-    if policy is None or policy.column is None:
+    if policy.column is None:
         return
     binding = current()
     folded, leads = binding.dialect.folded, binding.tables.leads
@@ -259,9 +330,9 @@ def require_column(policy: LocalPolicy | None) -> None:
     binding.execute(f"SELECT {named}", [""])
 
 
-def held_back(message: OutboxMessage, *policies: LocalPolicy | None) -> Held | None:
-    """Ask policies, one after the other, whether a claimed message may leave now. That is one statement, for a text."""
-    asked = [policy for policy in policies if policy is not None and message.topic in TEXTS]
+def held_back(message: OutboxMessage, policies: Sequence[LocalPolicy]) -> Held | None:
+    """Ask policies, one after the other, whether a claimed message may leave now. They need one statement together."""
+    asked = [policy for policy in policies if policy.governs(message)]
     if not asked:
         return None
     needed = [policy.needs(message) for policy in asked]

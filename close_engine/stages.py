@@ -117,7 +117,8 @@ class MessageStatus(Word):
 class Event(Word):
     """What can be subscribed to besides entering a stage, which is `stage:entered`.
 
-    An action is superseded if the lead wrote after it was drafted. A message is dead if it was given up.
+    An action is superseded if the lead wrote after it was drafted. A message is dead if it was given up. A cap is
+    reached if a text of the AI is beyond it.
     """
 
     STAGE_ENTERED = "stage:entered"
@@ -135,3 +136,4 @@ class Event(Word):
     PAYMENT_SURPLUS = "payment:surplus"
     CONVERSATION_TAKEN_OVER = "conversation:taken_over"
     CONVERSATION_HANDED_BACK = "conversation:handed_back"
+    CAP_REACHED = "cap:reached"

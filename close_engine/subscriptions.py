@@ -68,7 +68,8 @@ def subscribe(
     `trigger`; for an action the `action_id`, its `type` and `by` whom; for a dead message the `message_id`, its `topic`
     and `error`; for a text of the lead the `text_id`, its `key` and the `text`; for a payment the `payment_id`, its
     `key`, `amount` and `currency`; for an opt-out the `lead_id` and the `source`; for a takeover `by` whom and `until`
-    when; and always the `event`. Subscribing again replaces payload and delay.
+    when; for a cap the `message_id`, the `action_id`, its `type` and the `cap`; and always the `event`. Subscribing
+    again replaces payload and delay.
 
     Args:
         topic: what your sender should do, for example `build_site`.

@@ -38,7 +38,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from functools import partial
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any, Protocol
 
 import peewee
@@ -61,7 +61,7 @@ from close_engine.errors import (
     one_line,
 )
 from close_engine.outbox import OutboxMessage
-from close_engine.policies import QuietHours
+from close_engine.policies import DailyCap, QuietHours
 from close_engine.schema.scripts import pending
 from close_engine.stages import MessageStatus
 
@@ -162,6 +162,7 @@ class Worker:
         sweep: the function that sweeps, or None to turn sweeps off.
         sweep_every: timedelta, how often to sweep. The first sweep runs when the worker starts.
         quiet_hours: QuietHours, when leads are not texted: their texts are snoozed until they may be.
+        daily_cap: DailyCap, how many texts a lead gets from the AI in a day: what is beyond it, a human decides.
 
     Raises:
         ConfigurationError: the sender cannot be called, or is a coroutine function.
@@ -181,6 +182,7 @@ class Worker:
         sweep: Callable[[], sweeps.Swept] | None = sweeps.sweep,
         sweep_every: timedelta = timedelta(minutes=1),
         quiet_hours: QuietHours | None = None,
+        daily_cap: DailyCap | None = None,
     ) -> None:
         if not 1 <= concurrency <= MOST_SENDERS:
             raise InvalidValue("concurrency", concurrency, f"it must be at least 1 and at most {MOST_SENDERS}")
@@ -191,8 +193,10 @@ class Worker:
                 raise InvalidValue(option, str(duration), "it must be greater than zero")
             if duration > LONGEST:
                 raise InvalidValue(option, str(duration), f"it can be at most {LONGEST.days} days")
-        if quiet_hours is not None and not isinstance(quiet_hours, QuietHours):
+        if not isinstance(quiet_hours, (QuietHours, NoneType)):
             raise InvalidValue("quiet_hours", quiet_hours, "it must be a QuietHours")
+        if not isinstance(daily_cap, (DailyCap, NoneType)):
+            raise InvalidValue("daily_cap", daily_cap, "it must be a DailyCap")
         self.send, self.find = _methods(send)
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
         self.concurrency = concurrency
@@ -201,7 +205,8 @@ class Worker:
         self.idle = idle
         self.sweep = sweep
         self.sweep_every = sweep_every
-        self.quiet_hours = quiet_hours
+        # At night nothing is counted: tomorrow is another day.
+        self.policies = [policy for policy in (quiet_hours, daily_cap) if policy is not None]
         self.stopping = False
         self._swept_at: datetime | None = None
         # A signal handler may put to a SimpleQueue while the same thread waits for it. It must not set an Event.
@@ -599,7 +604,8 @@ class _Shift:
                 raise SchemaError(
                     f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate."
                 )
-            policies.require_column(self.worker.quiet_hours)
+            for policy in self.worker.policies:
+                policies.require_column(policy)
             self._checked = True
 
     # -- one message
@@ -646,9 +652,9 @@ class _Shift:
     def _held_back(self, message: OutboxMessage) -> policies.Held | None:
         """Return what becomes of a message that is not sent now: a policy forbids it, or its lease is over."""
         held = None
-        if self.worker.quiet_hours is not None:
+        if self.worker.policies:
             _connect()
-            held = policies.held_back(message, self.worker.quiet_hours)
+            held = policies.held_back(message, self.worker.policies)
         return held if message.is_leased else ("dropped", message.drop)
 
     def _record(self, message: OutboxMessage, provider_id: str | None) -> None:

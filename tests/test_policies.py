@@ -1,4 +1,4 @@
-"""Policies of the worker: when a lead may be texted, by the clock where it is."""
+"""Policies of the worker: when a lead may be texted and how often, by the clock where it is."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from hypothesis import strategies as st
 
 import close_engine
 from close_engine import (
+    ActionStatus,
     ActionType,
     CloseEngineConversation,
     ConfigurationError,
+    DailyCap,
     InvalidValue,
     MessageStatus,
     OutboxMessage,
+    PendingAction,
     QuietHours,
     Stage,
     Worker,
     outbox,
+    policies,
     submit,
 )
 from close_engine.policies import zone_named
@@ -388,6 +392,202 @@ def test_a_column_that_may_not_be_read_is_refused_at_the_start(postgres_url: str
 def test_what_is_no_policy_is_refused(database: peewee.Database) -> None:
     with pytest.raises(InvalidValue, match=r"quiet_hours cannot be .*: it must be a QuietHours\."):
         Worker(FakeSender(), quiet_hours=("20:00", "08:00"))  # type: ignore[arg-type]
+    with pytest.raises(InvalidValue, match=r"daily_cap cannot be 20: it must be a DailyCap\."):
+        Worker(FakeSender(), daily_cap=20)  # type: ignore[arg-type]
+
+
+# -- the cap
+
+
+@pytest.fixture
+def noon(close_engine_clock: MovableClock) -> None:
+    """Noon in New York, and already the next day in Tokyo: 01:00 or 02:00."""
+    close_engine_clock.now = utc(2027, 1, 15, 17)
+
+
+def sent_today(conversation: CloseEngineConversation, count: int, **options: Any) -> None:
+    """Send some texts, without a policy."""
+    for _ in range(count):
+        outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!", **options)
+        FakeSender().deliver()
+
+
+def test_what_the_ai_would_send_beyond_the_cap_a_human_decides(
+    noon: None, conversation_in: ConversationIn, fake_sender: FakeSender
+) -> None:
+    close_engine.subscribe("tell", events=["cap:reached"], payload={"whom": "dana"})
+    looping, other = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+    texts = [outbox.enqueue(looping, "SEND_MESSAGE", str(number), submitted_by="ai") for number in range(4)]
+    outbox.enqueue(other, "SEND_MESSAGE", "other")
+    worker = worker_with(fake_sender, daily_cap=DailyCap(2, default=NEW_YORK), topics=list(ActionType))
+
+    worker.run_until_empty()
+
+    assert [one.body for one in fake_sender.sent] == ["0", "1", "other"]
+    for message in map(reloaded, texts[2:]):
+        assert (message.status, message.attempts) == (MessageStatus.WITHDRAWN, 0)
+        assert message.last_error == "the lead has had 2 texts of the AI today"
+        action = PendingAction.get_by_id(message.action_id)
+        assert (action.status, action.draft_message) == (ActionStatus.PENDING, message.body)
+        assert action.metadata == {"submittedBy": "ai", "ifLeadWrites": "withdraw"}
+        assert action.expires_at == action.created_at + timedelta(days=1)
+        assert abs(action.created_at - utc(2027, 1, 15, 17)) < MINUTE
+    effects = [message for message in messages(looping) if message.topic == "tell"]
+    assert [message.payload for message in effects] == [
+        {
+            "whom": "dana",
+            "event": "cap:reached",
+            "message_id": one.id,
+            "action_id": reloaded(one).action_id,
+            "type": "SEND_MESSAGE",
+            "cap": 2,
+        }
+        for one in texts[2:]
+    ]
+
+
+def test_what_a_human_approved_leaves_and_does_not_count(
+    noon: None, conversation_in: ConversationIn, fake_sender: FakeSender
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    worker = worker_with(fake_sender, daily_cap=DailyCap(2, default=NEW_YORK))
+    for number in range(3):
+        outbox.enqueue(conversation, "SEND_MESSAGE", str(number))
+    worker.run_until_empty()
+    (waiting,) = close_engine.pending_actions()
+
+    waiting.approve(by="dana")
+    worker.run_until_empty()
+    conversation.reload()
+    conversation.take_over(by="dana")
+    for _ in range(3):
+        submit(conversation, ActionType.SEND_MESSAGE, "dana's", actor="dana")
+    worker.run_until_empty()
+
+    assert [one.body for one in fake_sender.sent] == ["0", "1", "2", "dana's", "dana's", "dana's"]
+    conversation.hand_back(by="dana")
+    outbox.enqueue(conversation, "SEND_MESSAGE", "again")
+    worker.run_until_empty()
+    assert close_engine.pending_actions().count() == 1
+
+    OutboxMessage.update(sent_at=utc(2027, 1, 14)).where(OutboxMessage.body == "0").execute()
+    outbox.enqueue(conversation, "SEND_MESSAGE", "and again")
+    worker.run_until_empty()
+    assert fake_sender.sent[-1].body == "and again"
+
+
+@pytest.mark.parametrize("stored", [NEW_YORK, "Asia/Tokyo", None])
+def test_the_day_begins_at_midnight_where_the_lead_is(
+    stored: str | None,
+    conversation_in: ConversationIn,
+    close_engine_clock: MovableClock,
+    fake_sender: FakeSender,
+    timezones: Any,
+) -> None:
+    midnight = utc(2027, 1, 15, 15) if stored == "Asia/Tokyo" else utc(2027, 1, 16, 5)
+    close_engine_clock.now = midnight - timedelta(minutes=2)
+    conversation = conversation_in(Stage.QUALIFYING)
+    timezones(conversation, stored)
+    worker = worker_with(fake_sender, daily_cap=DailyCap(1, timezone="timezone", default=NEW_YORK))
+
+    def texts_that_left() -> int:
+        outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!")
+        worker.run_until_empty()
+        return len(fake_sender.sent)
+
+    assert [texts_that_left(), texts_that_left()] == [1, 1]
+    close_engine_clock.now = midnight - timedelta(milliseconds=1)
+    assert texts_that_left() == 1
+    close_engine_clock.now = midnight
+    assert [texts_that_left(), texts_that_left()] == [2, 2]
+
+
+def test_what_cannot_be_read_and_what_is_to_come_count_nothing(
+    noon: None, conversation_in: ConversationIn, fake_sender: FakeSender, database: peewee.Database
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    sent_today(conversation, 2)
+    strange = "infinity" if isinstance(database, peewee.PostgresqlDatabase) else "some day"
+    sql(f"UPDATE {{outbox}} SET sent_at = '{strange}'")
+    sent_today(conversation, 1)
+    outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!")
+
+    worker_with(fake_sender, daily_cap=DailyCap(2, default=NEW_YORK)).run_until_empty()
+
+    assert len(fake_sender.sent) == 1
+
+
+def test_quiet_hours_come_first(
+    night: None, conversation_in: ConversationIn, close_engine_clock: MovableClock, fake_sender: FakeSender
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    sent_today(conversation, 1)
+    message = outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!")
+    both = {
+        "quiet_hours": QuietHours("20:00", "08:00", default=NEW_YORK),
+        "daily_cap": DailyCap(1, default=NEW_YORK),
+    }
+
+    worker_with(fake_sender, **both).run_until_empty()
+    assert reloaded(message).available_at == MORNING
+    close_engine_clock.now = MORNING
+    worker_with(fake_sender, **both).run_until_empty()
+
+    assert reloaded(message).status is MessageStatus.SENT, "it is another day"
+
+
+def test_the_action_and_the_event_commit_together_or_not_at_all(
+    noon: None, conversation_in: ConversationIn, fake_sender: FakeSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    sent_today(conversation, 1)
+    message = outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!")
+
+    def fail(*arguments: Any) -> None:
+        raise peewee.ProgrammingError("not this one")
+
+    monkeypatch.setattr(policies, "publish", fail)
+    worker_with(fake_sender, daily_cap=DailyCap(1, default=NEW_YORK)).run_until_empty()
+
+    message = reloaded(message)
+    assert (message.status, message.action_id) == (MessageStatus.PENDING, None)
+    assert (message.attempts, message.last_error) == (1, "ProgrammingError: not this one")
+    assert close_engine.pending_actions().count() == 0
+
+
+def test_with_both_policies_a_text_needs_one_statement_and_finds_what_was_sent_by_index(
+    noon: None, conversation_in: ConversationIn, database: peewee.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    message = outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!")
+    statements: list[tuple[str, Any]] = []
+    execute_sql = peewee.Database.execute_sql
+
+    def noted(database: peewee.Database, statement: str, parameters: Any = None) -> Any:
+        statements.append((statement, parameters))
+        return execute_sql(database, statement, parameters)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(peewee.Database, "execute_sql", noted)
+        held = policies.held_back(
+            message, [QuietHours("20:00", "08:00", default=NEW_YORK), DailyCap(3, default=NEW_YORK)]
+        )
+
+    ((statement, parameters),) = statements
+    assert held is None
+    if isinstance(database, peewee.PostgresqlDatabase):
+        database.execute_sql("SET enable_seqscan = off")
+        explain = "EXPLAIN"
+    else:
+        explain = "EXPLAIN QUERY PLAN"
+    plan = " ".join(str(row) for row in database.execute_sql(f"{explain} {statement}", parameters).fetchall())
+    assert "outbox_sent_idx" in plan
+
+
+@pytest.mark.parametrize("most", [0, -1, 1001, 2.5, "20", None])
+def test_a_cap_that_makes_no_sense_is_refused(most: Any) -> None:
+    with pytest.raises(InvalidValue, match="it must be a whole number from 1 to 1000"):
+        DailyCap(most, default=NEW_YORK)
 
 
 # -- the command
@@ -407,20 +607,29 @@ def test_the_command_has_the_policies(
     timezones(awake, "Asia/Tokyo")
     for conversation in (asleep, awake):
         outbox.enqueue(conversation, "SEND_MESSAGE", "Hello!")
-    quiet = ("--quiet-from", "20:00", "--quiet-until", "08:00", "--timezone-column", "timezone", "--timezone", NEW_YORK)
+    outbox.enqueue(awake, "SEND_MESSAGE", "Hello!")
+    zones = ("--timezone-column", "timezone", "--timezone", NEW_YORK)
+    options = ("--quiet-from", "20:00", "--quiet-until", "08:00", "--daily-cap", "1", *zones)
 
-    assert run("worker", "--until-empty", "--sender", "tests.senders:send", *quiet).code == 0
+    assert run("worker", "--until-empty", "--sender", "tests.senders:send", *options).code == 0
 
     close_engine.bind(database)
-    assert [one.status for one in messages()] == [MessageStatus.PENDING, MessageStatus.SENT]
+    assert [one.status for one in messages()] == [MessageStatus.PENDING, MessageStatus.SENT, MessageStatus.WITHDRAWN]
 
 
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
         (("--quiet-from", "20:00"), 2, "Give both --quiet-from and --quiet-until, or neither."),
-        (("--timezone", NEW_YORK), 2, "A timezone is for --quiet-from and --quiet-until"),
-        (("--quiet-from", "20:00", "--quiet-until", "08:00"), 2, "Say with --timezone where leads are whose timezone"),
+        (("--timezone", NEW_YORK), 2, "Give --timezone with --quiet-from and --daily-cap, and only with one of them."),
+        (("--quiet-from", "20:00", "--quiet-until", "08:00"), 2, "Give --timezone with --quiet-from and --daily-cap"),
+        (("--daily-cap", "3"), 2, "Give --timezone with --quiet-from and --daily-cap, and only with one of them."),
+        (("--daily-cap", "3", "--timezone-column", "tz"), 2, "Say with --timezone where leads are whose timezone"),
+        (
+            ("--daily-cap", "0", "--timezone", NEW_YORK),
+            1,
+            "most cannot be 0: it must be a whole number from 1 to 1000.",
+        ),
         (("--quiet-from", "8pm", "--quiet-until", "8am", "--timezone", NEW_YORK), 1, "start cannot be '8pm': "),
         (("--quiet-from", "20:00", "--quiet-until", "08:00", "--timezone", "EST6"), 1, "default cannot be 'EST6': "),
     ],

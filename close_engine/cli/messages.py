@@ -23,7 +23,7 @@ from close_engine.cli.terminal import cell, console, table
 from close_engine.database.binding import current, moment
 from close_engine.database.fields import clean_text
 from close_engine.errors import ConfigurationError
-from close_engine.policies import QuietHours
+from close_engine.policies import DailyCap, QuietHours
 from close_engine.worker import MOST_SENDERS, Worker, load_module, load_sender
 
 outbox_commands = typer.Typer(invoke_without_command=True)
@@ -218,6 +218,9 @@ def worker(
     quiet_until: Annotated[
         str | None, typer.Option(metavar="TIME", help="When they are texted again, such as 08:00.")
     ] = None,
+    daily_cap: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="How many texts a lead gets from the AI in a day.")
+    ] = None,
     timezone_column: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column of the leads that has their timezone.")
     ] = None,
@@ -240,7 +243,7 @@ def worker(
     if show and modules:
         raise typer.BadParameter("With --print, nothing is imported: leave out --import.")
     topics = None if topic is None else [clean_text("topic", name) for name in topic]
-    quiet_hours = _quiet_hours(quiet_from, quiet_until, timezone_column, timezone)
+    quiet_hours, cap = _policies(quiet_from, quiet_until, daily_cap, timezone_column, timezone)
     open_migrated(context, wait=not (show or until_empty))
     if show:
         for pause in pauses.paused():
@@ -272,6 +275,7 @@ def worker(
         sweep=None if no_sweep else swept,
         sweep_every=sweep_every,
         quiet_hours=quiet_hours,
+        daily_cap=cap,
     )
     _log_to_standard_error()
     with _stopped_by_signals(sending_worker):
@@ -281,18 +285,18 @@ def worker(
             sending_worker.run()
 
 
-def _quiet_hours(start: str | None, end: str | None, column: str | None, timezone: str | None) -> QuietHours | None:
+def _policies(
+    start: str | None, end: str | None, most: int | None, column: str | None, timezone: str | None
+) -> tuple[QuietHours | None, DailyCap | None]:
     if (start is None) is not (end is None):
         raise typer.BadParameter("Give both --quiet-from and --quiet-until, or neither.")
-    if start is None or end is None:
-        if column is not None or timezone is not None:
-            raise typer.BadParameter(
-                "A timezone is for --quiet-from and --quiet-until: give them too, or leave it out."
-            )
-        return None
-    if timezone is None:
+    if (start is None and most is None) is not (timezone is None and column is None):
+        raise typer.BadParameter("Give --timezone with --quiet-from and --daily-cap, and only with one of them.")
+    if column is not None and timezone is None:
         raise typer.BadParameter("Say with --timezone where leads are whose timezone nobody knows.")
-    return QuietHours(start, end, timezone=column, default=timezone)
+    zones: dict[str, Any] = {"timezone": column, "default": timezone}
+    quiet_hours = None if start is None or end is None else QuietHours(start, end, **zones)
+    return quiet_hours, None if most is None else DailyCap(most, **zones)
 
 
 def _place(database: peewee.Database) -> tuple[Any, ...]:
