@@ -1,4 +1,4 @@
-"""The board: conversations and time in each stage, what waits for us, the state of the outbox.
+"""The board: conversations and time in each stage, what waits for us, the state of the outbox, which workers run.
 
     board = pipeline()                                  # plain numbers, for your own dashboard
 
@@ -28,13 +28,24 @@ import peewee
 from close_engine.approvals import PendingAction, pending_actions
 from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
+from close_engine.heartbeats import LOST_AFTER, lasting
 from close_engine.inbox import surplus_payments
 from close_engine.models import StageChange
 from close_engine.outbox import OutboxMessage, claimable_now
 from close_engine.pauses import Pause, paused
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
-__all__ = ["ApprovalLine", "OutboxLine", "Pipeline", "StageLine", "WaitingLine", "outbox_line", "pipeline"]
+__all__ = [
+    "ApprovalLine",
+    "OutboxLine",
+    "Pipeline",
+    "StageLine",
+    "WaitingLine",
+    "WorkerLine",
+    "outbox_line",
+    "pipeline",
+    "worker_lines",
+]
 
 #: How long a message is in flight before the board calls it hanging.
 HANGING_AFTER = timedelta(minutes=5)
@@ -116,6 +127,36 @@ class OutboxLine:
 
 
 @dataclass(frozen=True)
+class WorkerLine:
+    """A worker that runs until it is stopped, or was lost: it was not seen for a minute, and took no leave.
+
+    Attributes:
+        name: str.
+        host: str, the machine it runs on.
+        pid: int, the id of its process there.
+        runs: timedelta, for how long it had run when it was last seen.
+        seen: timedelta, how long ago that was.
+        concurrency: int, how many messages it sends at once.
+        topics: list of str, the topics that it sends; None of all.
+        sending: int, how many it was sending then.
+    """
+
+    name: str
+    host: str
+    pid: int
+    runs: timedelta
+    seen: timedelta
+    concurrency: int
+    topics: list[str] | None
+    sending: int
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was not seen for a minute."""
+        return self.seen >= LOST_AFTER
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """The board at one moment.
 
@@ -129,6 +170,7 @@ class Pipeline:
             or type, or cannot read their times; `close_engine.verify` lists them.
         taken_over: int, number of conversations that a human has taken over.
         surplus: int, number of payments of conversations that had been paid for already: `surplus_payments` lists them.
+        workers: list of WorkerLine, the one that was seen last first. What was lost a week ago is left out.
     """
 
     at: datetime
@@ -139,6 +181,7 @@ class Pipeline:
     unreadable: int
     taken_over: int
     surplus: int
+    workers: list[WorkerLine]
 
 
 def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
@@ -154,8 +197,35 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
     stages, strange = _stage_lines(at)
     approvals, unreadable = _approval_lines(at)
     taken_over, surplus = current().count(Takeover.lasting()), current().count(surplus_payments().order_by())
-    waiting, unread = _waiting_line(at), strange + unreadable
-    return Pipeline(at, stages, approvals, outbox_line(hanging_after), waiting, unread, taken_over, surplus)
+    return Pipeline(
+        at,
+        stages,
+        approvals,
+        outbox_line(hanging_after),
+        _waiting_line(at),
+        strange + unreadable,
+        taken_over,
+        surplus,
+        worker_lines(),
+    )
+
+
+def worker_lines() -> list[WorkerLine]:
+    """Read which workers run, and which were lost, the one that was seen last first."""
+    found, at = lasting(), moment()
+    return [
+        WorkerLine(
+            one.id,
+            one.host,
+            one.pid,
+            one.seen_at - one.started_at,
+            max(at - one.seen_at, timedelta(0)),
+            one.concurrency,
+            one.topics,
+            one.sending,
+        )
+        for one in found
+    ]
 
 
 def _waiting_line(at: datetime) -> WaitingLine:

@@ -12,6 +12,8 @@ an object that has `find` as well as `send`.
 A worker wakes at once if a message is put in: PostgreSQL tells it. Where nobody tells it, it looks every `idle`. Its
 first log line says which.
 
+While it runs, a row in the table `workers` says so, which the board shows.
+
 If the database restarts, the worker waits for it. What it has sent meanwhile is recorded as soon as the database is
 back. One line is logged per event, under the name `close_engine.worker`.
 
@@ -44,7 +46,7 @@ from typing import Any, Protocol
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine import optouts, outbox, pauses, policies, sweeps
+from close_engine import heartbeats, optouts, outbox, pauses, policies, sweeps
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
@@ -309,6 +311,8 @@ class _Shift:
         self.patient = patient
         self.each = each
         self.claimed = 0
+        self._began = time.monotonic()
+        self._is_said: bool | None = None  # whether the database knows that this worker runs; None until it was told
         self._failure: BaseException | None = None
         self._over = threading.Event()
         self._listens_on = listening_database() if patient else None
@@ -402,22 +406,53 @@ class _Shift:
         return threading.Thread(target=run, name=name, daemon=True)
 
     def _beat(self) -> None:
-        """Extend the leases of what is in flight, until the end. No error stops it."""
+        """Extend the leases of what is in flight, and say that the worker runs, until the end. No error stops it."""
+        began = time.monotonic()
+        every = {self._extend: self.worker.lease.total_seconds() / 3, self._say: heartbeats.EVERY.total_seconds()}
+        due = {act: began + seconds for act, seconds in every.items()}
+        if self.patient:
+            due[self._say] = began
+        while not self._over.wait(min(due.values()) - time.monotonic()):
+            act = min(due, key=due.__getitem__)
+            due[act] = time.monotonic() + every[act]
+            act()
+        if self._is_said:
+            with suppress(Exception):  # then it will be seen that nobody sees it any more
+                _connect()
+                heartbeats.end(self.worker.name)
+
+    def _extend(self) -> None:
+        """Extend the leases of what is in flight."""
         worker = self.worker
-        while not self._over.wait(worker.lease.total_seconds() / 3):
-            with self._lock:
-                held = list(self._in_flight.values())
-            try:
-                if held:
-                    _connect()
-                    outbox.extend(held, worker.lease)
-                    # Where one sender or another is always busy, nobody would ever look. A message that hangs holds up
-                    # the others every other beat at most.
-                    self._pause(not self._pausing and outbox.suspect_is_next(worker.topics))
-            except Exception as error:
-                # The next beat tries again. If the lease is lost by then, recording the result reports it.
-                logger.warning("heartbeat failed worker=%s: %s", worker.name, first_line(error))
-                _drop_connection()
+        with self._lock:
+            held = list(self._in_flight.values())
+        try:
+            if held:
+                _connect()
+                outbox.extend(held, worker.lease)
+                # Where one sender or another is always busy, nobody would ever look. A message that hangs holds up
+                # the others every other beat at most.
+                self._pause(not self._pausing and outbox.suspect_is_next(worker.topics))
+        except Exception as error:
+            # The next beat tries again. If the lease is lost by then, recording the result reports it.
+            logger.warning("heartbeat failed worker=%s: %s", worker.name, first_line(error))
+            _drop_connection()
+
+    def _say(self) -> None:
+        """Say that the worker runs, for people to see. If that cannot be said, the worker runs all the same."""
+        worker = self.worker
+        try:
+            self._require_migrated()
+            runs = timedelta(seconds=time.monotonic() - self._began)
+            heartbeats.beat(worker.name, worker.concurrency, worker.topics, len(self._in_flight), runs)
+        except Exception as error:
+            if is_transient(error):
+                _drop_connection()  # whoever sends or sweeps says that the database is away
+            elif self._is_said is not False:
+                logger.warning("unseen worker=%s: %s", worker.name, first_line(error))
+                self._is_said = False
+        else:
+            self._is_said = True
 
     def _pause(self, pausing: bool) -> None:
         with self._lock:

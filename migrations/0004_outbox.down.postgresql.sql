@@ -13,3 +13,4 @@ DROP TABLE close_engine.numbers;
 DROP TABLE close_engine.optouts;
 DROP TABLE close_engine.pauses;
 DROP FUNCTION close_engine.announce_resumption();
+DROP TABLE close_engine.workers;

@@ -10,3 +10,4 @@ DROP TABLE close_engine_takeovers;
 DROP TABLE close_engine_numbers;
 DROP TABLE close_engine_optouts;
 DROP TABLE close_engine_pauses;
+DROP TABLE close_engine_workers;

@@ -321,6 +321,18 @@ CREATE TABLE IF NOT EXISTS close_engine.takeovers (
 CREATE UNIQUE INDEX IF NOT EXISTS takeovers_conversation_id_key
     ON close_engine.takeovers (conversation_id) WHERE handed_back_at IS NULL;
 
+-- Which workers run: each says so again and again, for people to see. Nothing depends on it.
+CREATE TABLE IF NOT EXISTS close_engine.workers (
+    name text PRIMARY KEY,
+    host text NOT NULL,
+    pid integer NOT NULL,
+    started_at timestamp(3) without time zone NOT NULL,
+    seen_at timestamp(3) without time zone NOT NULL,
+    concurrency integer NOT NULL,
+    topics jsonb,
+    sending integer NOT NULL
+);
+
 -- Effects: what is subscribed to an event is put into the outbox in the event's transaction, no matter who causes it, and
 -- once: `fact` tells this event from any other of its kind. The payload is the subscription's own, with the facts.
 CREATE OR REPLACE FUNCTION close_engine.publish(

@@ -151,6 +151,18 @@ CREATE TABLE IF NOT EXISTS close_engine_takeovers (
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_takeovers_conversation_id_key
     ON close_engine_takeovers (conversation_id) WHERE handed_back_at IS NULL;
 
+-- Which workers run: each says so again and again, for people to see. Nothing depends on it.
+CREATE TABLE IF NOT EXISTS close_engine_workers (
+    name TEXT NOT NULL PRIMARY KEY,
+    host TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    started_at TEXT NOT NULL,
+    seen_at TEXT NOT NULL,
+    concurrency INTEGER NOT NULL,
+    topics TEXT,
+    sending INTEGER NOT NULL
+);
+
 -- Effects: what is subscribed to an event is put into the outbox.
 DROP TRIGGER IF EXISTS close_engine_entered;
 CREATE TRIGGER close_engine_entered

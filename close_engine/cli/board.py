@@ -39,6 +39,7 @@ def render(board: Pipeline) -> RenderableType:
     ours.add_row("leads who wrote", f"{board.waiting_for_us.count:,}", duration(board.waiting_for_us.longest))
     right_side = Group(ours, "", approvals, "", render_outbox(board.outbox))
     parts: list[RenderableType] = [Columns([_render_stages(board), right_side], padding=(0, 4))]
+    parts += ["", *_render_workers(board)]
     if any(line.sampled for line in board.stages):
         parts += ["", "~ approximate, >= at least: estimated from a sample"]
     if board.unreadable:
@@ -48,6 +49,33 @@ def render(board: Pipeline) -> RenderableType:
     if board.surplus:
         parts += ["", f"Payments of what was paid for already: {board.surplus:,}. Look at them: surplus_payments()."]
     return Group(*parts)
+
+
+#: The board names so many lost workers at most.
+_MOST_LOST = 5
+
+
+def _render_workers(board: Pipeline) -> list[str]:
+    """Say which workers run and which were lost, and whether messages wait for one."""
+    running, lost = ([line for line in board.workers if line.lost is is_lost] for is_lost in (False, True))
+    said = []
+    if running:
+        many, seen = "worker" if len(running) == 1 else "workers", duration(running[0].seen)
+        sending, most = sum(line.sending for line in running), sum(line.concurrency for line in running)
+        said.append(
+            f"{len(running):,} {many}, seen {seen} ago: sending {sending:,} of at most {most:,} messages at once."
+        )
+    elif board.outbox.lag is not None:
+        said.append(f"No worker runs, and messages wait, the next one for {duration(board.outbox.lag)}.")
+    else:
+        said.append("No worker runs.")
+    for line in lost[:_MOST_LOST]:
+        said.append(
+            f"Lost: {cell(line.name)} on {cell(line.host)}, process {line.pid}, seen {duration(line.seen)} ago."
+        )
+    if len(lost) > _MOST_LOST:
+        said.append(f"Lost, too: {len(lost) - _MOST_LOST:,} more.")
+    return said
 
 
 def _render_stages(board: Pipeline) -> Table:
@@ -115,7 +143,7 @@ def board(
     ] = False,
     hanging_after: HangingAfter = HANGING_AFTER,
 ) -> None:
-    """Watch the pipeline until Ctrl-C: conversations per stage, what waits for approval, the outbox."""
+    """Watch the pipeline until Ctrl-C: conversations per stage, what waits for approval, the outbox, workers."""
     open_migrated(context)
     if once or not console().is_terminal:
         console().print(render(pipeline(hanging_after)))
