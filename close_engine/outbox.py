@@ -114,6 +114,7 @@ class OutboxMessage(BaseModel):
         available_at: datetime before which it cannot be claimed: the end of a delay, of a pause after an error, or of
             its lease. Of a DEAD message, when it was given up.
         not_after: datetime after which it does not leave, but is WITHDRAWN; None if it may leave at any time.
+        debounced_until: datetime, of an effect that carries the events of a burst: until when further ones move it on.
         attempts: int, how often sending it began, without those attempts that were taken back.
         max_attempts: int, how often it may be tried.
         claims: int, how often it was ever claimed. More than one: it may have been sent before.
@@ -147,6 +148,7 @@ class OutboxMessage(BaseModel):
     created_at = UtcDateTimeField[datetime](default=now)
     available_at = UtcDateTimeField[datetime](default=now)
     not_after = UtcDateTimeField["datetime | None"](null=True)
+    debounced_until = UtcDateTimeField["datetime | None"](null=True)
     attempts = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
     max_attempts = peewee.IntegerField(default=MAX_ATTEMPTS, constraints=[peewee.SQL(f"DEFAULT {MAX_ATTEMPTS}")])
     claims = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])

@@ -2,6 +2,7 @@
 
     subscribe("build_site", stages=[Stage.BUILDING])
     subscribe("ask_owner", events=["action:pending"], payload={"channel": "phone"})
+    subscribe("draft_reply", events=["lead:wrote"], debounce=timedelta(seconds=8))
 
 From then on, triggers put a message of that topic into the outbox, in the transaction of the event and once for each,
 whether it comes from Python, a sweep, the CRM's screen, `psql` or `close-engine fire`. A worker hands it to a sender.
@@ -29,6 +30,11 @@ from close_engine.stages import ActionType, Event, Stage
 
 __all__ = ["Subscription", "publish", "subscribe", "subscriptions", "unsubscribe"]
 
+#: How long before an action expires `action:expiring` is published, unless the subscription says otherwise.
+WARN_BEFORE = timedelta(hours=1)
+
+_MILLISECOND = timedelta(milliseconds=1)
+
 #: The longest that an effect can wait: more is a mistake, and some dates are too late for Python.
 _LONGEST = timedelta(days=36500)
 
@@ -45,6 +51,10 @@ class Subscription:
         stage: str, the stage that is entered; None for other events.
         payload: dict, what the message's payload begins with; the facts of the event are added to it.
         send_after: timedelta, how long the message waits.
+        debounce: timedelta, how long nothing more may have happened before the message leaves; None if each event makes
+            a message of its own.
+        at_most: timedelta, how long further events can move it on, counted from the first; None without `debounce`.
+        before: timedelta, of `action:expiring`, how long before the action expires; None for other events.
     """
 
     topic: str
@@ -52,6 +62,9 @@ class Subscription:
     stage: str | None
     payload: dict[str, Any]
     send_after: timedelta
+    debounce: timedelta | None = None
+    at_most: timedelta | None = None
+    before: timedelta | None = None
 
 
 def subscribe(
@@ -61,15 +74,23 @@ def subscribe(
     events: Iterable[Event | str] = (),
     payload: Mapping[str, Any] | None = None,
     send_after: timedelta | None = None,
+    debounce: timedelta | None = None,
+    at_most: timedelta | None = None,
+    before: timedelta | None = None,
 ) -> None:
     """Put a message of this topic into the outbox whenever a stage is entered or an event happens.
 
     Its payload is the subscription's, and the facts of the event: for `stage:entered` the `change_id`, `from`, `to` and
-    `trigger`; for an action the `action_id`, its `type` and `by` whom; for a dead message the `message_id`, its `topic`
+    `trigger`; for an action the `action_id`, its `type`, `by` whom, and what it was `submitted_by`, the `draft`,
+    when it `expires_at`, and the `reason` of a rejection; for a dead message the `message_id`, its `topic`
     and `error`; for a text of the lead the `text_id`, its `key` and the `text`; for a payment the `payment_id`, its
     `key`, `amount` and `currency`; for an opt-out the `lead_id` and the `source`; for a takeover `by` whom and `until`
     when; for a cap the `message_id`, the `action_id`, its `type` and the `cap`; and always the `event`. Subscribing
-    again replaces payload and delay.
+    again replaces payload and times.
+
+    With `debounce`, the events of a burst make one message for each conversation. Each further event moves it on, until
+    a worker claims it or the time of `at_most` has come. It carries all of them: its payload has the facts of the first
+    event, as without `debounce`, and in `events` the facts of each, in order.
 
     Args:
         topic: what your sender should do, for example `build_site`.
@@ -77,6 +98,9 @@ def subscribe(
         events: the events; see `Event`.
         payload: what else the sender needs.
         send_after: how long the message waits.
+        debounce: how long nothing more may happen before the message leaves.
+        at_most: how long further events can move it on, counted from the first; ten times `debounce` by default.
+        before: of `action:expiring`, how long before the action expires; an hour by default.
 
     Raises:
         InvalidValue: the topic is a text's, no stage and no event is named, or an argument cannot be stored.
@@ -93,17 +117,48 @@ def subscribe(
         raise InvalidValue("events", [], "name at least one stage or one event")
     if not timedelta(0) <= (send_after or timedelta(0)) <= _LONGEST:
         raise InvalidValue("send_after", str(send_after), f"it must be from 0 to {_LONGEST.days} days")
+    debounce, at_most = _burst(debounce, at_most, send_after)
+    if before is not None and (Event.ACTION_EXPIRING, "") not in chosen:
+        raise InvalidValue("before", str(before), f"it is for the event {Event.ACTION_EXPIRING}")
+    if before is not None and not _MILLISECOND <= before <= _LONGEST:
+        raise InvalidValue("before", str(before), f"it must be from a millisecond to {_LONGEST.days} days")
     stored = dump_json(clean_json("payload", dict(payload or {})))
-    wait = (send_after or timedelta(0)) // timedelta(milliseconds=1)
+    waits = [_milliseconds(wait or timedelta(0)) for wait in (send_after, debounce, at_most)]
     with atomic():
         for event, stage in sorted(chosen):
-            current().execute(_SUBSCRIBE, (topic, str(event), stage, stored, wait))
+            ahead = _milliseconds(before or WARN_BEFORE) if event is Event.ACTION_EXPIRING else None
+            current().execute(_SUBSCRIBE, (topic, str(event), stage, stored, *waits, ahead))
 
 
 _SUBSCRIBE = """
-    INSERT INTO {subscriptions} (topic, event, stage, payload, send_after) VALUES (%s, %s, %s, %s, %s)
-    ON CONFLICT (event, stage, topic) DO UPDATE SET payload = EXCLUDED.payload, send_after = EXCLUDED.send_after
+    INSERT INTO {subscriptions} (topic, event, stage, payload, send_after, debounce, at_most, before)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
+    ON CONFLICT (event, stage, topic) DO UPDATE SET payload = EXCLUDED.payload, send_after = EXCLUDED.send_after,
+        debounce = EXCLUDED.debounce, at_most = EXCLUDED.at_most, before = EXCLUDED.before
 """
+
+
+def _burst(
+    debounce: timedelta | None, at_most: timedelta | None, send_after: timedelta | None
+) -> tuple[timedelta | None, timedelta | None]:
+    """Check the times of a burst, and return them with the default of `at_most`."""
+    if debounce is None:
+        if at_most is not None:
+            raise InvalidValue("at_most", str(at_most), "it bounds a debounce; give that, too")
+        return None, None
+    if not _MILLISECOND <= debounce <= _LONGEST:
+        raise InvalidValue("debounce", str(debounce), f"it must be from a millisecond to {_LONGEST.days} days")
+    if send_after:
+        raise InvalidValue("send_after", str(send_after), "a debounced message waits already; give one of the two")
+    if at_most is None:
+        return debounce, min(10 * debounce, _LONGEST)
+    if not debounce <= at_most <= _LONGEST:
+        raise InvalidValue("at_most", str(at_most), f"it must be from the debounce to {_LONGEST.days} days")
+    return debounce, at_most
+
+
+def _milliseconds(wait: timedelta) -> int:
+    return wait // _MILLISECOND
 
 
 def _words(label: str, words: type[_Word], given: Iterable[Any]) -> list[_Word]:
@@ -132,12 +187,19 @@ def unsubscribe(topic: str) -> int:
 def subscriptions() -> list[Subscription]:
     """List what is subscribed to, by topic."""
     rows = current().execute(
-        "SELECT topic, event, stage, CAST(payload AS TEXT), send_after FROM {subscriptions} "
+        "SELECT topic, event, stage, CAST(payload AS TEXT), send_after, debounce, at_most, before FROM {subscriptions} "
         "ORDER BY topic, event, stage"
     )
     return [
-        Subscription(topic, event, stage or None, json.loads(payload or "{}"), timedelta(milliseconds=wait))
-        for topic, event, stage, payload, wait in rows.fetchall()
+        Subscription(
+            topic,
+            event,
+            stage or None,
+            json.loads(payload or "{}"),
+            timedelta(milliseconds=send_after),
+            *(timedelta(milliseconds=wait) if wait else None for wait in times),
+        )
+        for topic, event, stage, payload, send_after, *times in rows.fetchall()
     ]
 
 

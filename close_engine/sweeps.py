@@ -28,14 +28,14 @@ from close_engine.approvals import expire_superseded, if_lead_writes
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, is_transient, moment
 from close_engine.database.fields import clean_words, stored_time
-from close_engine.database.provenance import Provenance, Write
+from close_engine.database.provenance import Provenance, Write, own_key
 from close_engine.database.transaction import atomic
 from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing, InvalidValue, one_line
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
-from close_engine.outbox import MAX_UNREPORTED
+from close_engine.outbox import MAX_UNREPORTED, OutboxMessage
 from close_engine.stages import ACTIVE_STAGES, Event
-from close_engine.subscriptions import publish
+from close_engine.subscriptions import WARN_BEFORE, publish
 
 __all__ = [
     "ACTOR",
@@ -57,9 +57,6 @@ LOSE_AFTER = timedelta(days=7)
 
 #: How long the lead waits for our answer before the conversation is lost, if that is wanted at all.
 LOSE_UNANSWERED_AFTER = timedelta(days=30)
-
-#: How long before an action expires `action:expiring` is published.
-WARN_BEFORE = timedelta(hours=1)
 
 #: The longest that any of them can be: more is a mistake, and some dates are too early for Python.
 _LONGEST = timedelta(days=36500)
@@ -155,11 +152,13 @@ _EXPIRED = """
     WHERE d."trigger" = 'expire' AND d.at <= %s AND a.status = 'PENDING' AND a.expires_at <= %s {only}
     ORDER BY d.at LIMIT %s {lock}
 """
+# Those who subscribed want to know it in good time, and once.
 _EXPIRING = """
-    SELECT a.id, a.conversation_id, a.type, CAST(d.at AS TEXT)
+    SELECT a.id, a.conversation_id, a.type, CAST(a.draft_message AS TEXT), {submitted_by}, CAST(d.at AS TEXT), d.at
     FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id
     WHERE d."trigger" = 'expire' AND d.at > {moment} AND d.at <= {later} AND a.status = 'PENDING'
-        AND EXISTS (SELECT 1 FROM {subscriptions} s WHERE s.event = %s)
+        AND NOT EXISTS (SELECT 1 FROM {told} t WHERE t.conversation_id = a.conversation_id
+            AND t.key = CAST(%s AS TEXT) || a.id || ':' || CAST(d.at AS TEXT))
     ORDER BY d.at
 """
 _STALE = """
@@ -319,10 +318,22 @@ def expire_actions(*, batch: int = 1000) -> Moved:
 
 def _announce_expiring() -> Moved:
     """Say of the pending actions that expire soon that they do, once of each time, to whoever subscribed to that."""
-    event = Event.ACTION_EXPIRING
-    soon = current().execute(_EXPIRING, (WARN_BEFORE.total_seconds(), event.value)).fetchall()
-    for action_id, conversation_id, type, at in soon:
-        publish(event, conversation_id, f"{action_id}:{at}", {"action_id": action_id, "type": type, "expires_at": at})
+    event, binding, said = Event.ACTION_EXPIRING, current(), set()
+    submitted_by = binding.dialect.json_text("a.metadata", "submittedBy")
+    subscribed = "SELECT topic, debounce, before FROM {subscriptions} WHERE event = %s"
+    for topic, debounce, before in binding.execute(subscribed, (event.value,)).fetchall():
+        told = "{carried}" if debounce else "{outbox}"
+        query = _EXPIRING.replace("{told}", told).replace("{submitted_by}", submitted_by)
+        seconds = WARN_BEFORE.total_seconds() if before is None else before / 1000
+        soon = binding.execute(query, (seconds, own_key("effect", topic, event, "")))
+        for action_id, conversation_id, type, draft, by, fact, at in soon.fetchall():
+            if action_id in said:
+                continue  # it was said to all whose time has come
+            said.add(action_id)
+            facts = {"action_id": action_id, "type": type, "submitted_by": by, "draft": draft}
+            expires_at = OutboxMessage.available_at.python_value(at).isoformat(timespec="milliseconds")
+            facts["expires_at"] = expires_at.replace("+00:00", "Z")
+            publish(event, conversation_id, f"{action_id}:{fact}", facts)
     return Moved()
 
 

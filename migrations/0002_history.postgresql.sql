@@ -45,14 +45,18 @@ CREATE TABLE IF NOT EXISTS close_engine.deadlines (
 );
 CREATE INDEX IF NOT EXISTS deadlines_at_idx ON close_engine.deadlines (trigger, at);
 
--- What is to be put into the outbox when something happens. The stage is '' for events that have none, and send_after is
--- in milliseconds.
+-- What is to be put into the outbox when something happens. The stage is '' for events that have none. The times are in
+-- milliseconds: an effect waits for send_after; or, where debounce is not 0, until nothing more has happened for so long,
+-- but at_most so long since the first event. Of an action that expires, it is said so long before.
 CREATE TABLE IF NOT EXISTS close_engine.subscriptions (
     topic text NOT NULL,
     event text NOT NULL,
     stage text NOT NULL DEFAULT '',
     payload jsonb,
     send_after bigint NOT NULL DEFAULT 0,
+    debounce bigint NOT NULL DEFAULT 0,
+    at_most bigint NOT NULL DEFAULT 0,
+    before bigint,
     PRIMARY KEY (event, stage, topic)
 );
 

@@ -52,14 +52,18 @@ CREATE TABLE IF NOT EXISTS close_engine_deadlines (
 );
 CREATE INDEX IF NOT EXISTS close_engine_deadlines_at_idx ON close_engine_deadlines ("trigger", at);
 
--- What is to be put into the outbox when something happens. The stage is '' for events that have none, and send_after is
--- in milliseconds.
+-- What is to be put into the outbox when something happens. The stage is '' for events that have none. The times are in
+-- milliseconds: an effect waits for send_after; or, where debounce is not 0, until nothing more has happened for so long,
+-- but at_most so long since the first event. Of an action that expires, it is said so long before.
 CREATE TABLE IF NOT EXISTS close_engine_subscriptions (
     topic TEXT NOT NULL,
     event TEXT NOT NULL,
     stage TEXT NOT NULL DEFAULT '',
     payload TEXT,
     send_after INTEGER NOT NULL DEFAULT 0,
+    debounce INTEGER NOT NULL DEFAULT 0,
+    at_most INTEGER NOT NULL DEFAULT 0,
+    before INTEGER,
     PRIMARY KEY (event, stage, topic)
 );
 
@@ -75,13 +79,59 @@ CREATE TRIGGER close_engine_publish
 INSTEAD OF INSERT ON close_engine_events
 BEGIN
     INSERT INTO close_engine_outbox (conversation_id, topic, payload, "key", created_at, available_at)
-    SELECT NEW.conversation_id, s.topic,
-        json_patch(coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts)),
+    SELECT NEW.conversation_id, s.topic, json_patch(coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts)),
         'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact,
         coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
         strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.send_after / 1000.0))
-    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage
+    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce = 0
+        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
+            OR json_extract(NEW.facts, '$.expires_at')
+                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
     ON CONFLICT (conversation_id, "key") WHERE "key" IS NOT NULL DO NOTHING;
+    -- Of a debounced subscription, the event joins the effect of its lane that still waits and was never claimed, …
+    UPDATE close_engine_outbox SET
+        payload = json_insert(payload, '$.events[#]', json_patch(json_object('event', NEW.event), NEW.facts)),
+        available_at = min(debounced_until, max(available_at, (
+            SELECT strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.debounce / 1000.0))
+            FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.topic = close_engine_outbox.topic)))
+    WHERE id IN (
+        SELECT (SELECT min(o.id) FROM close_engine_outbox o
+            WHERE o.conversation_id = NEW.conversation_id AND o.status = 'PENDING' AND o.topic = s.topic
+                AND o.claims = 0 AND o.debounced_until IS NOT NULL
+                AND CASE WHEN json_valid(o.payload) THEN json_type(o.payload, '$.events') = 'array' END)
+        FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
+        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
+            OR json_extract(NEW.facts, '$.expires_at')
+                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
+        AND NOT EXISTS (SELECT 1 FROM close_engine_carried d WHERE d.conversation_id = NEW.conversation_id
+            AND d."key" = 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact));
+    -- … or else begins one. The key says that it is debounced: it is none of an effect that carries one event.
+    INSERT INTO close_engine_outbox
+        (conversation_id, topic, payload, "key", created_at, available_at, debounced_until)
+    SELECT NEW.conversation_id, s.topic, json_patch(coalesce(s.payload, '{}'), json_set(json_patch(json_object('event', NEW.event), NEW.facts),
+            '$.events', json_array(json_patch(json_object('event', NEW.event), NEW.facts)))),
+        'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact || ':debounced',
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.debounce / 1000.0)),
+        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.at_most / 1000.0))
+    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
+        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
+            OR json_extract(NEW.facts, '$.expires_at')
+                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
+        AND NOT EXISTS (SELECT 1 FROM close_engine_carried d WHERE d.conversation_id = NEW.conversation_id
+            AND d."key" = 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact)
+        AND NOT EXISTS (SELECT 1 FROM close_engine_outbox o
+            WHERE o.conversation_id = NEW.conversation_id AND o.status = 'PENDING' AND o.topic = s.topic
+                AND o.claims = 0 AND o.debounced_until IS NOT NULL
+                AND CASE WHEN json_valid(o.payload) THEN json_type(o.payload, '$.events') = 'array' END);
+    INSERT OR IGNORE INTO close_engine_carried (conversation_id, "key")
+    SELECT NEW.conversation_id, 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact
+    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
+        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
+            OR json_extract(NEW.facts, '$.expires_at')
+                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
+        AND NOT EXISTS (SELECT 1 FROM close_engine_carried d WHERE d.conversation_id = NEW.conversation_id
+            AND d."key" = 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact);
 END;
 
 INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES

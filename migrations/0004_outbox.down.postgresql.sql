@@ -14,3 +14,4 @@ DROP TABLE close_engine.optouts;
 DROP TABLE close_engine.pauses;
 DROP FUNCTION close_engine.announce_resumption();
 DROP TABLE close_engine.workers;
+DROP TABLE IF EXISTS close_engine.carried;

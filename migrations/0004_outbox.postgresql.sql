@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS close_engine.outbox (
     created_at timestamp(3) without time zone NOT NULL,
     available_at timestamp(3) without time zone NOT NULL,
     not_after timestamp(3) without time zone,
+    debounced_until timestamp(3) without time zone,
     attempts integer NOT NULL DEFAULT 0,
     max_attempts integer NOT NULL DEFAULT 36,
     claims integer NOT NULL DEFAULT 0,
@@ -97,6 +98,12 @@ CREATE TABLE IF NOT EXISTS close_engine.pauses (
     resumed_at timestamp(3) without time zone
 );
 CREATE UNIQUE INDEX IF NOT EXISTS pauses_topic_key ON close_engine.pauses (topic) WHERE resumed_at IS NULL;
+-- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone.
+CREATE TABLE IF NOT EXISTS close_engine.carried (
+    conversation_id text NOT NULL,
+    key text NOT NULL,
+    PRIMARY KEY (conversation_id, key)
+);
 
 -- Claims messages: the statement is the one of `outbox.claiming`. It is in a function, whose plan is kept, because to
 -- plan it takes longer than to run it. Each record is a message, its lead, and whether the CRM has another phone number for
@@ -335,6 +342,10 @@ CREATE TABLE IF NOT EXISTS close_engine.workers (
 
 -- Effects: what is subscribed to an event is put into the outbox in the event's transaction, no matter who causes it, and
 -- once: `fact` tells this event from any other of its kind. The payload is the subscription's own, with the facts.
+--
+-- Of a debounced subscription, the event joins the effect of its lane that still waits and was never claimed. This waits for
+-- no lock, because whoever publishes holds others: an effect that is being claimed, or moved on, at this moment gets a
+-- successor instead.
 CREATE OR REPLACE FUNCTION close_engine.publish(
     event text, stage text, conversation_id text, fact text, facts jsonb
 ) RETURNS void
@@ -342,15 +353,47 @@ LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
     moment timestamp := close_engine.moment();
+    said jsonb := pg_catalog.jsonb_build_object('event', publish.event) || pg_catalog.jsonb_strip_nulls(publish.facts);
+    subscribed record;
+    named text;
+    waiting bigint;
 BEGIN
-    INSERT INTO close_engine.outbox (conversation_id, topic, payload, key, created_at, available_at)
-    SELECT publish.conversation_id, s.topic,
-        coalesce(s.payload, '{}') || pg_catalog.jsonb_build_object('event', publish.event)
-            || pg_catalog.jsonb_strip_nulls(publish.facts),
-        'close_engine:effect:' || s.topic || ':' || publish.event || ':' || publish.fact,
-        moment, moment + s.send_after * interval '1 millisecond'
-    FROM close_engine.subscriptions s WHERE s.event = publish.event AND s.stage = publish.stage
-    ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
+    FOR subscribed IN SELECT * FROM close_engine.subscriptions s
+        WHERE s.event = publish.event AND s.stage = publish.stage
+    LOOP
+        CONTINUE WHEN subscribed.before IS NOT NULL
+            AND (said ->> 'expires_at')::timestamp > moment + subscribed.before * interval '1 millisecond';
+        named := 'close_engine:effect:' || subscribed.topic || ':' || publish.event || ':' || publish.fact;
+        IF subscribed.debounce = 0 THEN
+            INSERT INTO close_engine.outbox (conversation_id, topic, payload, key, created_at, available_at)
+            VALUES (publish.conversation_id, subscribed.topic, coalesce(subscribed.payload, '{}') || said, named, moment,
+                moment + subscribed.send_after * interval '1 millisecond')
+            ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
+            CONTINUE;
+        END IF;
+        INSERT INTO close_engine.carried (conversation_id, key) VALUES (publish.conversation_id, named)
+        ON CONFLICT (conversation_id, key) DO NOTHING;
+        CONTINUE WHEN NOT FOUND;
+        SELECT o.id INTO waiting FROM close_engine.outbox o
+        WHERE o.conversation_id = publish.conversation_id AND o.status = 'PENDING' AND o.topic = subscribed.topic
+            AND o.claims = 0 AND o.debounced_until IS NOT NULL AND pg_catalog.jsonb_typeof(o.payload -> 'events') = 'array'
+        ORDER BY o.id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            UPDATE close_engine.outbox SET
+                payload = pg_catalog.jsonb_set(payload, '{events}', (payload -> 'events') || said),
+                available_at = least(debounced_until,
+                    greatest(available_at, moment + subscribed.debounce * interval '1 millisecond'))
+            WHERE id = waiting;
+        ELSE
+            -- The key says that it is debounced: it is none of an effect that carries one event.
+            INSERT INTO close_engine.outbox
+                (conversation_id, topic, payload, key, created_at, available_at, debounced_until)
+            VALUES (publish.conversation_id, subscribed.topic, coalesce(subscribed.payload, '{}') || said
+                    || pg_catalog.jsonb_build_object('events', pg_catalog.jsonb_build_array(said)),
+                named || ':debounced', moment, moment + subscribed.debounce * interval '1 millisecond',
+                moment + subscribed.at_most * interval '1 millisecond');
+        END IF;
+    END LOOP;
 END
 $body$;
 

@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS close_engine_outbox (
     created_at TEXT NOT NULL,
     available_at TEXT NOT NULL,
     not_after TEXT,
+    debounced_until TEXT,
     attempts INTEGER NOT NULL DEFAULT 0,
     max_attempts INTEGER NOT NULL DEFAULT 36,
     claims INTEGER NOT NULL DEFAULT 0,
@@ -97,6 +98,12 @@ CREATE TABLE IF NOT EXISTS close_engine_pauses (
     resumed_at TEXT
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_pauses_topic_key ON close_engine_pauses (topic) WHERE resumed_at IS NULL;
+-- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone.
+CREATE TABLE IF NOT EXISTS close_engine_carried (
+    conversation_id TEXT NOT NULL,
+    "key" TEXT NOT NULL,
+    PRIMARY KEY (conversation_id, "key")
+);
 
 -- After a text of ours it is the lead's turn, whoever marks it sent.
 DROP TRIGGER IF EXISTS close_engine_sent;

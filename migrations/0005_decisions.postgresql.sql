@@ -227,7 +227,10 @@ BEGIN
         context := NULL;
     END IF;
     PERFORM close_engine.publish(happened, '', action.conversation_id, action.id, pg_catalog.jsonb_build_object(
-        'action_id', action.id, 'type', action.type, 'by', coalesce(NEW.approved_by, context ->> 'actor')));
+        'action_id', action.id, 'type', action.type, 'by', coalesce(NEW.approved_by, context ->> 'actor'),
+        'submitted_by', action.metadata ->> 'submittedBy', 'draft', action.draft_message,
+        'expires_at', pg_catalog.to_char(action.expires_at, 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'),
+        'reason', CASE NEW.status WHEN 'REJECTED' THEN action.metadata ->> 'rejectionReason' END));
     IF happened = 'action:pending' THEN
         RETURN NULL;
     END IF;

@@ -318,7 +318,9 @@ AFTER INSERT ON pending_actions
 WHEN NEW.status = 'PENDING'
 BEGIN
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
-    VALUES ('action:pending', '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type));
+    VALUES ('action:pending', '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type,
+        'submitted_by', CASE WHEN json_valid(NEW.metadata) THEN json_extract(NEW.metadata, '$.submittedBy') END,
+        'draft', CAST(NEW.draft_message AS TEXT), 'expires_at', strftime('%Y-%m-%dT%H:%M:%fZ', NEW.expires_at)));
 END;
 
 DROP TRIGGER IF EXISTS close_engine_action_happened;
@@ -333,7 +335,11 @@ BEGIN
                 THEN 'action:superseded'
             ELSE 'action:expired' END,
         '', NEW.conversation_id, NEW.id, json_object('action_id', NEW.id, 'type', NEW.type,
-            'by', coalesce(NEW.approved_by, (
+        'submitted_by', CASE WHEN json_valid(NEW.metadata) THEN json_extract(NEW.metadata, '$.submittedBy') END,
+        'draft', CAST(NEW.draft_message AS TEXT), 'expires_at', strftime('%Y-%m-%dT%H:%M:%fZ', NEW.expires_at),
+        'reason', CASE NEW.status WHEN 'REJECTED' THEN
+            CASE WHEN json_valid(NEW.metadata) THEN json_extract(NEW.metadata, '$.rejectionReason') END END,
+        'by', coalesce(NEW.approved_by, (
                 SELECT json_extract(context, '$.actor') FROM close_engine_context
                 WHERE id = 1 AND coalesce(json_extract(context, '$.id'), NEW.id) = NEW.id
                     AND json_extract(context, '$.trigger')
@@ -346,7 +352,9 @@ AFTER DELETE ON pending_actions
 WHEN OLD.status = 'PENDING'
 BEGIN
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
-    VALUES ('action:rejected', '', OLD.conversation_id, OLD.id, json_object('action_id', OLD.id, 'type', OLD.type));
+    VALUES ('action:rejected', '', OLD.conversation_id, OLD.id, json_object('action_id', OLD.id, 'type', OLD.type,
+        'submitted_by', CASE WHEN json_valid(OLD.metadata) THEN json_extract(OLD.metadata, '$.submittedBy') END,
+        'draft', CAST(OLD.draft_message AS TEXT), 'expires_at', strftime('%Y-%m-%dT%H:%M:%fZ', OLD.expires_at)));
 END;
 
 DROP TRIGGER IF EXISTS close_engine_action_withdrawn;

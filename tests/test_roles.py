@@ -33,6 +33,7 @@ WORKER = [
     "GRANT INSERT ON close_engine.inbox, close_engine.outbox, close_engine.takeovers TO {role}",
     "GRANT UPDATE ON close_engine.inbox, close_engine.outbox, close_engine.takeovers, close_engine.deadlines TO {role}",
     "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts, close_engine.pauses TO {role}",
+    "GRANT INSERT ON close_engine.carried TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.
@@ -153,6 +154,7 @@ def worker(role: str, postgres: peewee.Database, postgres_url: str) -> Iterator[
     granted(postgres_url, role, WORKER)
     for stage in Stage:
         new_lead(id=f"lead {stage}")
+    close_engine.subscribe("draft", events=["lead:wrote"], debounce=timedelta(minutes=1))
     database = close_engine.connect(url_as(postgres_url, role))
     yield database
     database.close()
@@ -234,7 +236,7 @@ RIGHTS = [
         f"SELECT ON close_engine.{name}"
         for name in ("migrations", "history", "outbox", "inbox", "takeovers", "numbers", "optouts")
     ),
-    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "numbers", "optouts")),
+    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "numbers", "optouts", "carried")),
     *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "deadlines", "numbers", "optouts")),
 ]
 

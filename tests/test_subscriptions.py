@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import peewee
@@ -55,6 +55,12 @@ def waiting_link(conversation: CloseEngineConversation, **options: Any) -> Pendi
     )
     assert isinstance(action, PendingAction)
     return action
+
+
+def iso(at: datetime | None) -> str:
+    """A time as a payload has it."""
+    assert at is not None
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def effects(topic: str) -> list[Any]:
@@ -174,7 +180,8 @@ def test_what_happens_to_an_action(conversation_in: ConversationIn, foreign: For
     assert [payload["event"] for payload in effects("note")] == ["action:pending"] * 7
     assert effects("note")[0] == {
         **{"channel": "phone", "event": "action:pending"},
-        **{"action_id": made["approved"].id, "type": "SEND_PAYMENT_LINK"},
+        **{"action_id": made["approved"].id, "type": "SEND_PAYMENT_LINK", "draft": "Pay here"},
+        "expires_at": iso(made["approved"].expires_at),
     }
 
     made["approved"].approve(by="dana")
@@ -285,6 +292,18 @@ def test_it_is_listed_changed_and_ended(database: peewee.Database, conversation_
         ({"stages": ["BUILDING"], "send_after": -MINUTE}, "it must be from 0 to 36500 days"),
         ({"stages": ["BUILDING"], "send_after": timedelta.max}, "it must be from 0 to 36500 days"),
         ({"stages": ["BUILDING"], "payload": {"a": object()}}, "payload"),
+        (
+            {"events": ["lead:wrote"], "debounce": timedelta(0)},
+            "debounce .* it must be from a millisecond to 36500 days",
+        ),
+        (
+            {"events": ["lead:wrote"], "debounce": MINUTE, "at_most": MINUTE / 2},
+            "at_most .* from the debounce to 36500",
+        ),
+        ({"events": ["lead:wrote"], "at_most": MINUTE}, "at_most .* it bounds a debounce; give that, too"),
+        ({"events": ["lead:wrote"], "debounce": MINUTE, "send_after": MINUTE}, "send_after .* give one of the two"),
+        ({"events": ["action:pending"], "before": MINUTE}, "before .* it is for the event action:expiring"),
+        ({"events": ["action:expiring"], "before": timedelta(0)}, "before .* from a millisecond to 36500 days"),
         ({"stages": ["BUILDING"], "topic": "SEND_MESSAGE"}, "texts to the lead are submitted"),
         ({"stages": ["BUILDING"], "topic": ActionType.SEND_PREVIEW}, "texts to the lead are submitted"),
         ({"stages": ["BUILDING"], "topic": " "}, "it must say what is to be done"),
@@ -442,7 +461,10 @@ def test_what_comes_in_and_who_leads_are_events(conversation_in: ConversationIn)
     text, first, second = (entry.id for entry in close_engine.InboxEntry.select().order_by(close_engine.InboxEntry.id))
     assert effects("see") == [
         {"event": "lead:wrote", "text_id": text, "key": "SM1", "text": "Paid!"},
-        {"event": "action:superseded", "action_id": waits.id, "type": "SEND_MESSAGE", "by": "close_engine"},
+        {
+            **{"event": "action:superseded", "action_id": waits.id, "type": "SEND_MESSAGE", "by": "close_engine"},
+            **{"draft": "Hello", "expires_at": iso(waits.expires_at)},
+        },
         {"event": "payment:recorded", "payment_id": first, "key": "pi_1", "amount": 1, "currency": "USD"},
         {"event": "payment:surplus", "payment_id": second, "key": "pi_2"},
     ]

@@ -27,13 +27,20 @@ def subscriptions(context: typer.Context) -> None:
     if context.invoked_subcommand:
         return
     open_migrated(context)
-    listed = table("topic", "event", "stage", "payload", "after")
+    listed = table("topic", "event", "stage", "payload", "when")
     for each in declared.subscriptions():
-        listed.add_row(*map(cell, (each.topic, each.event, each.stage, each.payload or None, each.send_after or None)))
+        listed.add_row(*map(cell, (each.topic, each.event, each.stage, each.payload or None, _when(each))))
     if listed.row_count:
         console().print(listed)
     else:
         print("Nothing is subscribed to.")
+
+
+def _when(each: declared.Subscription) -> str | None:
+    if each.debounce is not None:
+        return f"after {cell(each.debounce)} of quiet, at most {cell(each.at_most)}"
+    times = [f"{cell(each.before)} before"] if each.before else []
+    return ", ".join(times + ([f"after {cell(each.send_after)}"] if each.send_after else [])) or None
 
 
 @commands.command(cls=Command)
@@ -54,11 +61,30 @@ def add(
         str | None, typer.Option(metavar="JSON", help="A JSON object that the message's payload begins with.")
     ] = None,
     send_after: Annotated[timedelta, in_seconds("How long the message waits.", 0)] = timedelta(0),
+    debounce: Annotated[
+        timedelta | None,
+        in_seconds("How long nothing more may happen before the message leaves, with all of it.", None),
+    ] = None,
+    at_most: Annotated[
+        timedelta | None, in_seconds("How long further events can move it on; ten times as long by default.", None)
+    ] = None,
+    before: Annotated[
+        timedelta | None, in_seconds("Of action:expiring, how long before it expires; an hour by default.", None)
+    ] = None,
 ) -> None:
     """Put a message of this topic into the outbox whenever something happens, whoever causes it."""
     given = json_object("payload", payload)
     open_migrated(context)
-    declared.subscribe(topic, stages=stage or (), events=event or (), payload=given, send_after=send_after)
+    declared.subscribe(
+        topic,
+        stages=stage or (),
+        events=event or (),
+        payload=given,
+        send_after=send_after,
+        debounce=debounce,
+        at_most=at_most,
+        before=before,
+    )
     print(f"Subscribed: {cell(topic)}.")
 
 

@@ -48,10 +48,11 @@ class Helper:
 
 #: The library's tables that have no model, by name.
 _HELPERS = {
+    "carried": Helper(("conversation_id", "key")),
     "created": Helper(("table_name", "column_name", "identity")),
     "deadlines": Helper(("trigger", "subject_id", "at"), ("trigger", "at")),
     "drafts": Helper(("action_id", "after_text")),
-    "subscriptions": Helper(("topic", "event", "stage", "payload", "send_after")),
+    "subscriptions": Helper(("topic", "event", "stage", "payload", "send_after", "debounce", "at_most", "before")),
     "transitions": Helper(("machine", "trigger", "source", "dest", "subscribed")),
 }
 _SQLITE_HELPERS = {
