@@ -6,10 +6,13 @@ from close_engine import outbox, schema, subscriptions
 from close_engine.approvals import (
     APPROVAL_FIRST,
     DEFAULT_EXPIRY,
+    Decided,
     PendingAction,
     Policy,
+    approve_all,
     needs_approval,
     pending_actions,
+    reject_all,
     submit,
 )
 from close_engine.carriers import KEYWORDS, Keyword
@@ -104,6 +107,9 @@ from close_engine.version import __version__
 from close_engine.worker import FindingSender, Sender, Worker
 
 __all__ = [
+    "Decided",
+    "approve_all",
+    "reject_all",
     "__version__",
     "ACTION_TRANSITIONS",
     "ActionDecided",

@@ -3,6 +3,7 @@
     submit(conversation, ActionType.SEND_MESSAGE, "What does your business do?")    # the outbox, or a PendingAction
     for action in pending_actions():
         action.approve(by="dana")                       # or action.reject(by="dana", reason="too pushy")
+    approve_all(by="dana", type=ActionType.SEND_PREVIEW)
 
 Submitting writes the conversation: of two replies drafted from the same state, one is submitted and the other is a
 conflict. Approving, rejecting or expiring is one guarded write of the action. The database does the rest (it puts the
@@ -15,7 +16,8 @@ True
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
@@ -44,14 +46,17 @@ from close_engine.database.transaction import accept_row, atomic
 from close_engine.errors import (
     ActionNotFound,
     ActionSuperseded,
+    CloseEngineError,
     ConditionNotMet,
     ConversationClosed,
     ConversationNotFound,
     ConversationTakenOver,
+    GuardMissing,
     InvalidValue,
     KeyReused,
     MessageCleared,
     StageConflict,
+    one_line,
 )
 from close_engine.firing import facts_of, write_fields
 from close_engine.machine import LINK_GIVEN, TRIGGERS, decide, decide_action
@@ -67,7 +72,18 @@ from close_engine.outbox import (
 )
 from close_engine.stages import CLOSED_STAGES, ActionStatus, ActionType, AutonomyLevel, IfLeadWrites, Stage
 
-__all__ = ["APPROVAL_FIRST", "DEFAULT_EXPIRY", "PendingAction", "Policy", "needs_approval", "pending_actions", "submit"]
+__all__ = [
+    "APPROVAL_FIRST",
+    "DEFAULT_EXPIRY",
+    "Decided",
+    "PendingAction",
+    "Policy",
+    "approve_all",
+    "needs_approval",
+    "pending_actions",
+    "reject_all",
+    "submit",
+]
 
 #: The types of action that a human must approve first, by autonomy level.
 APPROVAL_FIRST: Mapping[AutonomyLevel, frozenset[ActionType]] = {
@@ -282,6 +298,86 @@ def pending_actions(
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
     return query if type is None else query.where(PendingAction.type == type)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What became of many actions that were to be decided alike.
+
+    Attributes:
+        done: list of str, ids of those that are decided so, oldest first.
+        failed: dict, the id of each other one to a sentence that says why not.
+    """
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[Any, str] = field(default_factory=dict)
+
+
+def approve_all(by: str, actions: Iterable[PendingAction] | None = None, *, type: ActionType | None = None) -> Decided:
+    """Approve many actions, each in a transaction of its own. One that cannot be approved holds up no other.
+
+    Args:
+        by: who approves them.
+        actions: which ones; the default is all that wait.
+        type: only those of this type.
+
+    Returns:
+        Decided.
+
+    Raises:
+        GuardMissing: nothing would follow from the approvals.
+        InvalidValue: `by` says nothing.
+    """
+    return _decide_all(by, actions, type, lambda action: action.approve(by))
+
+
+def reject_all(
+    by: str,
+    actions: Iterable[PendingAction] | None = None,
+    *,
+    type: ActionType | None = None,
+    reason: str | None = None,
+) -> Decided:
+    """Reject many actions, each in a transaction of its own. One that cannot be rejected holds up no other.
+
+    Args:
+        by: who rejects them.
+        actions: which ones; the default is all that wait.
+        type: only those of this type.
+        reason: why, for the history and the actions' metadata.
+
+    Returns:
+        Decided.
+
+    Raises:
+        GuardMissing: nothing would follow from the rejections.
+        InvalidValue: `by` says nothing.
+    """
+    return _decide_all(by, actions, type, lambda action: action.reject(by, reason))
+
+
+def _decide_all(
+    by: str,
+    actions: Iterable[PendingAction] | None,
+    type: ActionType | None,
+    decide: Callable[[PendingAction], object],
+) -> Decided:
+    clean_words("by", by, "it must say who decides")
+    decided, listed = Decided(), pending_actions(type=type) if actions is None else actions
+    for action in [action for action in listed if type in (None, action.type)]:
+        try:
+            decide(action)
+        except GuardMissing:
+            raise
+        except (CloseEngineError, peewee.DatabaseError) as error:
+            if is_transient(error):
+                raise
+            decided.failed[action.id] = one_line(error)
+        else:
+            decided.done.append(action.id)
+    if isinstance(listed, Rows):
+        decided.failed.update((row.row_id, one_line(row)) for row in listed.passed_over)
+    return decided
 
 
 _WAITING = "SELECT a.id, {rule} FROM pending_actions a WHERE a.conversation_id = %s AND a.status = 'PENDING' {lock}"

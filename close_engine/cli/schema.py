@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from close_engine import schema
 from close_engine.cli.app import command, in_seconds, open_database
-from close_engine.cli.terminal import console, table
+from close_engine.cli.terminal import console, is_confirmed, table
 from close_engine.errors import CloseEngineError, ConfigurationError, SchemaError
 from close_engine.schema.migrations import LOCK_TIMEOUT
 
@@ -75,20 +74,12 @@ def downgrade(
     """Undo migrations. Asks first if data would be lost."""
     open_database(context)
     lost = {} if yes else schema.rows_at_stake(target, lock_timeout=lock_timeout)
-    if lost and not _is_confirmed(
+    if lost and not is_confirmed(
         "This deletes the rows of " + ", ".join(f"{name} ({count})" for name, count in lost.items())
     ):
         raise CloseEngineError("Nothing was downgraded. To downgrade without being asked, use --yes.")
     downgraded = schema.downgrade(target, lock_timeout=lock_timeout)
     print("\n".join(f"Downgraded {name}." for name in downgraded) or "Nothing to do: no migration is applied.")
-
-
-def _is_confirmed(warning: str) -> bool:
-    print(f"{warning}. Continue? [y/N] ", end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline()
-    if not answer.endswith("\n"):  # end of input: nobody ended the line
-        print(file=sys.stderr)
-    return answer.strip().lower() in ("y", "yes")
 
 
 @command()

@@ -69,3 +69,12 @@ def duration(time: timedelta | None) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def is_confirmed(warning: str) -> bool:
+    """Ask whether to go on, on standard error. Nobody's answer is no."""
+    print(f"{warning}. Continue? [y/N] ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):  # end of input: nobody ended the line
+        print(file=sys.stderr)
+    return answer.strip().lower() in ("y", "yes")
