@@ -78,6 +78,7 @@ from close_engine.optouts import opt_in, opt_out, opted_out
 from close_engine.outbox import OutboxMessage
 from close_engine.pauses import Pause, pause_sending, paused, resume_sending
 from close_engine.policies import DailyCap, LeadTimezone, QuietHours
+from close_engine.retention import Forgotten, Pruned, forget, prune
 from close_engine.schema import migrate, verify
 from close_engine.stages import (
     ACTIVE_STAGES,
@@ -107,9 +108,6 @@ from close_engine.version import __version__
 from close_engine.worker import FindingSender, Sender, Worker
 
 __all__ = [
-    "Decided",
-    "approve_all",
-    "reject_all",
     "__version__",
     "ACTION_TRANSITIONS",
     "ActionDecided",
@@ -122,6 +120,7 @@ __all__ = [
     "AfterCommitError",
     "Answer",
     "APPROVAL_FIRST",
+    "approve_all",
     "atomic",
     "AutonomyLevel",
     "bind",
@@ -140,12 +139,15 @@ __all__ = [
     "ConversationTakenOver",
     "GuardMissing",
     "DailyCap",
+    "Decided",
     "DEFAULT_EXPIRY",
     "EntryPoint",
     "Event",
     "expire_actions",
     "Facts",
     "FindingSender",
+    "forget",
+    "Forgotten",
     "Hook",
     "IfLeadWrites",
     "InboxEntry",
@@ -192,10 +194,13 @@ __all__ = [
     "ProvenanceArguments",
     "ProviderIdTaken",
     "QuietHours",
+    "prune",
+    "Pruned",
     "receive",
     "RecipientOptedOut",
     "Received",
     "record_payment",
+    "reject_all",
     "release_leases",
     "resume_sending",
     "schema",

@@ -1,0 +1,255 @@
+"""Retention and erasure: words are emptied, and rows stay, because keys, `resume` and the counts need them.
+
+    prune(older_than=timedelta(days=365))               # from a timer: what is over and older than that
+    forget(lead)                                        # what this lead and we said to each other
+
+Nothing that comes again is taken for new afterwards: keys, providers' ids and the order of the rows stay. Neither can
+be taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from close_engine.database.binding import current, moment
+from close_engine.database.fields import clean_words, stored_time
+from close_engine.database.provenance import Provenance, Write
+from close_engine.database.transaction import atomic
+from close_engine.errors import InvalidValue, LeadNotFound
+from close_engine.models import Lead
+
+__all__ = ["Forgotten", "Pruned", "forget", "prune"]
+
+#: The longest that something can be kept: more is a mistake, and some dates are too early for Python.
+_LONGEST = timedelta(days=36500)
+
+#: What is said of the messages that are not sent because their lead is forgotten.
+_FORGOTTEN = "the lead is forgotten"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """How many rows one `prune` has emptied.
+
+    Attributes:
+        messages: int, messages of the outbox that were sent or withdrawn.
+        received: int, texts and payments of the inbox.
+        decided: int, drafts that were approved, rejected or expired.
+    """
+
+    messages: int
+    received: int
+    decided: int
+
+
+class _Words(NamedTuple):
+    """Where words are stored, in SQL.
+
+    Attributes:
+        table: the table.
+        over: which of its rows `o` are over, and since when, which is to be before the last value.
+        emptied: what is assigned.
+        full: whether there is anything to empty.
+    """
+
+    table: str
+    over: str
+    emptied: str
+    full: str
+
+
+# A payment keeps its amount and currency.
+_PRUNED = {
+    "messages": _Words(
+        "{outbox}",
+        "o.status IN ('SENT', 'WITHDRAWN') AND COALESCE(o.sent_at, o.created_at) < %s",
+        "body = NULL, payload = NULL, last_error = NULL, refusal = NULL",
+        "o.body IS NOT NULL OR o.payload IS NOT NULL OR o.last_error IS NOT NULL OR o.refusal IS NOT NULL",
+    ),
+    "received": _Words(
+        "{inbox}",
+        "o.received_at < %s",
+        "body = NULL, metadata = NULL, no_reply_reason = NULL",
+        "o.body IS NOT NULL OR o.metadata IS NOT NULL OR o.no_reply_reason IS NOT NULL",
+    ),
+    "decided": _Words(
+        "pending_actions",
+        "o.status IN ('APPROVED', 'REJECTED', 'EXPIRED') AND COALESCE(o.approved_at, o.created_at) < %s",
+        "draft_message = '', metadata = NULL",
+        "o.draft_message <> '' OR o.metadata IS NOT NULL",
+    ),
+}
+
+
+def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
+    """Empty what is over and older than this: what was sent, withdrawn, received and decided.
+
+    What waits stays as it is, and so do DEAD messages, the history, opt-outs and takeovers. Of what is emptied, the row
+    stays, with its keys, ids and times. So nothing that is repeated is sent again.
+
+    Args:
+        older_than: how long ago it was sent, received or approved; or put in, if it was not sent or approved since.
+        batch: how many rows to empty in one transaction.
+
+    Returns:
+        Pruned.
+
+    Raises:
+        InvalidValue: `older_than` is not greater than zero or too long, or the batch is less than 1.
+    """
+    if not timedelta(0) < older_than <= _LONGEST:
+        raise InvalidValue("older_than", str(older_than), f"it must be more than 0 and at most {_LONGEST.days} days")
+    if batch < 1:
+        raise InvalidValue("batch", batch, "it must be at least 1")
+    before = stored_time(moment() - older_than)
+    return Pruned(**{kind: _emptied(words, before, batch) for kind, words in _PRUNED.items()})
+
+
+def _emptied(words: _Words, before: str, batch: int) -> int:
+    """Empty what is over, and return how many rows that were. What somebody holds is left for the next run."""
+    # Each batch goes on after the last row of the one before it, so a run reads a table once.
+    count, last = 0, "" if words.table == "pending_actions" else 0
+    find = (
+        f"SELECT o.id FROM {words.table} o WHERE o.id > %s AND {words.over} AND ({words.full}) ORDER BY o.id LIMIT %s"
+    )
+    while True:
+        with atomic():
+            held = f"{find} {current().dialect.skip_locked('o')}"
+            ids = [row[0] for row in current().execute(held, (last, before, batch)).fetchall()]
+            if ids:
+                marks = ", ".join(["%s"] * len(ids))
+                current().execute(f"UPDATE {words.table} SET {words.emptied} WHERE id IN ({marks})", ids)
+        count += len(ids)
+        if len(ids) < batch:
+            return count
+        last = ids[-1]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What one `forget` has emptied.
+
+    Attributes:
+        messages: int, messages of the outbox.
+        received: int, texts and payments of the inbox.
+        drafts: int, pending actions, decided or not.
+        changes: int, rows of the history that had a reason or metadata.
+        withdrawn: list of int, ids of the messages that waited or were DEAD, and are not sent.
+        in_flight: list of int, ids of the messages that a worker is sending at this moment. They are left as they are:
+            forget the lead again when they have left.
+    """
+
+    messages: int
+    received: int
+    drafts: int
+    changes: int
+    withdrawn: list[int]
+    in_flight: list[int]
+
+
+def forget(lead: Lead | str, *, by: str = "owner") -> Forgotten:
+    """Empty what a lead and we said to each other, and withdraw what waits. The rows stay, so every count does.
+
+    Emptied are the texts, payloads and errors of messages; the texts and metadata of what came in; drafts and their
+    metadata; reasons and metadata in the history; and what the conversation has collected, with the lead's copy of it
+    and its payment link. The number that was read from the CRM's is deleted. Stages, keys, ids, times, amounts and the
+    names of your own people stay. So do opt-outs: they say that somebody must be left alone. The CRM's own columns are
+    up to the CRM.
+
+    Forgetting a lead again changes nothing. It may be deleted already, or have no conversation.
+
+    Args:
+        lead: the lead, or its id.
+        by: who forgets it, for the history, if a payment link that waits is withdrawn.
+
+    Returns:
+        Forgotten.
+
+    Raises:
+        LeadNotFound: there is no such lead, and nothing of it.
+        InvalidValue: `by` says nothing.
+    """
+    lead_id = lead.id if isinstance(lead, Lead) else lead
+    clean_words("by", by, "it must say who forgets the lead")
+    with atomic():
+        ids = [row[0] for row in current().execute(_CONVERSATIONS, (lead_id, lead_id, lead_id)).fetchall()]
+        # In the order in which everybody locks: actions, conversation, messages.
+        waiting = [row[0] for row in _of(lead_id, ids, _HOLD_ACTIONS) if row[1] == "PENDING"]
+        _of(None, ids, _HOLD_CONVERSATIONS)
+        drafts = len(_expired(waiting, by)) + len(_of(lead_id, ids, _DRAFTS))
+        withdrawn = sorted(row[0] for row in _of(None, ids, _WITHDRAW))
+        forgotten = Forgotten(
+            messages=len(withdrawn) + len(_of(None, ids, _MESSAGES)),
+            received=len(_of(lead_id, ids, _RECEIVED)),
+            drafts=drafts,
+            changes=len(_of(None, ids, _CHANGES)),
+            withdrawn=withdrawn,
+            in_flight=sorted(row[0] for row in _of(None, ids, _IN_FLIGHT)),
+        )
+        _of(None, ids, _COLLECTED)
+        current().execute(_COPY, (lead_id,))
+        number = current().execute(_NUMBER, (lead_id,)).fetchall()
+        if not ids and not number and not current().execute(_ANYTHING, [lead_id] * 3).fetchall():
+            raise LeadNotFound(lead_id)
+    return forgotten
+
+
+# The lead's conversation, and those that were deleted. One that belongs to another lead by now, after a merge, is left
+# to that lead.
+_CONVERSATIONS = """
+    SELECT c.id FROM close_engine_conversations c WHERE c.lead_id = %s
+    UNION SELECT h.conversation_id FROM {history} h WHERE h.lead_id = %s
+        AND NOT EXISTS (SELECT 1 FROM close_engine_conversations c WHERE c.id = h.conversation_id AND c.lead_id <> %s)
+    ORDER BY 1
+"""
+_HOLD_ACTIONS = "SELECT id, status FROM pending_actions WHERE {these} ORDER BY id {lock}"
+_HOLD_CONVERSATIONS = "SELECT id FROM close_engine_conversations WHERE id IN {ids} ORDER BY id {lock}"
+_EXPIRE = """UPDATE pending_actions SET status = 'EXPIRED', draft_message = '', metadata = NULL
+    WHERE id IN {ids} RETURNING id"""
+_DRAFTS = """UPDATE pending_actions SET draft_message = '', metadata = NULL
+    WHERE {these} AND (draft_message <> '' OR metadata IS NOT NULL) RETURNING id"""
+# A lease that has ended protects nobody: its worker is gone, or has lost it.
+_WITHDRAW = f"""UPDATE {{outbox}} SET status = 'WITHDRAWN', body = NULL, payload = NULL, last_error = '{_FORGOTTEN}',
+        refusal = NULL, leased_by = NULL, leased_at = NULL
+    WHERE conversation_id IN {{ids}} AND (status = 'DEAD' OR status = 'PENDING'
+        AND (leased_by IS NULL OR available_at <= {{moment}})) RETURNING id"""
+_MESSAGES = f"""UPDATE {{outbox}} SET body = NULL, payload = NULL, refusal = NULL,
+        last_error = CASE status WHEN 'WITHDRAWN' THEN '{_FORGOTTEN}' END
+    WHERE conversation_id IN {{ids}} AND status IN ('SENT', 'WITHDRAWN') AND (body IS NOT NULL OR payload IS NOT NULL
+        OR refusal IS NOT NULL OR COALESCE(last_error, '{_FORGOTTEN}') <> '{_FORGOTTEN}') RETURNING id"""
+_IN_FLIGHT = "SELECT id FROM {outbox} WHERE conversation_id IN {ids} AND status = 'PENDING'"
+_RECEIVED = """UPDATE {inbox} SET body = NULL, metadata = NULL, no_reply_reason = NULL
+    WHERE {these} AND (body IS NOT NULL OR metadata IS NOT NULL OR no_reply_reason IS NOT NULL) RETURNING id"""
+_CHANGES = """UPDATE {history} SET reason = NULL, metadata = NULL
+    WHERE conversation_id IN {ids} AND (reason IS NOT NULL OR metadata IS NOT NULL) RETURNING id"""
+# It is written even if it is empty: a draft that is being written at this moment is a conflict.
+_COLLECTED = """UPDATE close_engine_conversations SET questions_asked = NULL, collected_data = NULL,
+        closed_lost_reason = NULL, payment_link_url = NULL WHERE id IN {ids}"""
+_COPY = "UPDATE {leads} SET qualification_data = NULL WHERE id = %s AND qualification_data IS NOT NULL"
+_NUMBER = "DELETE FROM {numbers} WHERE lead_id = %s RETURNING lead_id"
+_ANYTHING = """SELECT lead_id FROM {inbox} WHERE lead_id = %s UNION ALL SELECT lead_id FROM {optouts} WHERE lead_id = %s
+    UNION ALL SELECT id FROM {leads} WHERE id = %s"""
+
+
+def _of(lead_id: str | None, ids: Sequence[str], query: str) -> list[tuple[Any, ...]]:
+    """Run a statement on what belongs to these conversations or to the lead ({these}), or to the former alone ({ids}).
+
+    Without a lead, it names conversations only.
+    """
+    marks = f"({', '.join(['%s'] * len(ids)) or 'NULL'})"
+    query = query.replace("{these}", "(lead_id = %s OR conversation_id IN {ids})").replace("{ids}", marks)
+    cursor = current().execute(
+        query.replace("{lock}", current().dialect.row_lock), (*([lead_id] if lead_id else []), *ids)
+    )
+    return list(cursor.fetchall()) if cursor.description else []
+
+
+def _expired(action_ids: list[str], by: str) -> list[tuple[Any, ...]]:
+    """Expire the drafts that wait, without their words: nobody is told what is to be forgotten."""
+    if not action_ids:
+        return []
+    with current().attributed(Provenance(by, _FORGOTTEN), Write("expire", None, stored_time(moment()))):
+        return _of(None, action_ids, _EXPIRE)
