@@ -372,8 +372,8 @@ ON_POSTGRESQL = {
         f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_lead_id_fkey, "
         f"ADD CONSTRAINT {TABLE}_lead_id_fkey FOREIGN KEY (lead_id) REFERENCES leads",
         [
-            f"The table {TABLE} needs the foreign key {LEAD_KEY}, found {REP_KEY}, "
-            f"{TABLE}_lead_id_fkey (lead_id) REFERENCES leads ON DELETE NO ACTION ON UPDATE NO ACTION: {ADD}"
+            f"The table {TABLE} needs the foreign key {LEAD_KEY}, found "
+            f"{TABLE}_lead_id_fkey (lead_id) REFERENCES leads ON DELETE NO ACTION ON UPDATE NO ACTION, {REP_KEY}: {ADD}"
         ],
     ),
     "a trigger": (

@@ -114,7 +114,7 @@ class PostgresCatalog(Catalog):
             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = pg_catalog.current_schema()
             JOIN pg_catalog.pg_class t ON t.oid = k.confrelid
             JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
-            WHERE c.relname = %s AND k.contype = 'f'
+            WHERE c.relname = %s AND k.contype = 'f' ORDER BY k.conname
             """,
             (table,),
         ).fetchall()
