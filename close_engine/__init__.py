@@ -28,6 +28,7 @@ from close_engine.database.binding import Tables, bind
 from close_engine.database.provenance import ProvenanceArguments
 from close_engine.database.transaction import atomic
 from close_engine.database.url import connect
+from close_engine.deliveries import DELIVERY_WORDS, Delivery, record_delivery
 from close_engine.errors import (
     ActionDecided,
     ActionNotFound,
@@ -86,6 +87,7 @@ from close_engine.stages import (
     ActionStatus,
     ActionType,
     AutonomyLevel,
+    DeliveryStatus,
     EntryPoint,
     Event,
     IfLeadWrites,
@@ -141,6 +143,9 @@ __all__ = [
     "DailyCap",
     "Decided",
     "DEFAULT_EXPIRY",
+    "Delivery",
+    "DELIVERY_WORDS",
+    "DeliveryStatus",
     "EntryPoint",
     "Event",
     "expire_actions",
@@ -199,6 +204,7 @@ __all__ = [
     "receive",
     "RecipientOptedOut",
     "Received",
+    "record_delivery",
     "record_payment",
     "reject_all",
     "release_leases",

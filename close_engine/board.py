@@ -28,6 +28,7 @@ import peewee
 from close_engine.approvals import PendingAction, pending_actions
 from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
+from close_engine.deliveries import undelivered
 from close_engine.heartbeats import LOST_AFTER, lasting
 from close_engine.inbox import surplus_payments
 from close_engine.models import StageChange
@@ -115,6 +116,7 @@ class OutboxLine:
         hanging: int, number of those that have been in flight for long: their sender may never return.
         dead: int, number of messages that were given up.
         lag: timedelta, how long the oldest message that can be sent now has been due; None if there is none.
+        undelivered: int, number of messages that were sent and not delivered, and not put back since.
         paused: list of Pause, why sending is paused; empty if it is not.
     """
 
@@ -123,6 +125,7 @@ class OutboxLine:
     hanging: int
     dead: int
     lag: timedelta | None
+    undelivered: int = 0
     paused: list[Pause] = field(default_factory=list)
 
 
@@ -257,7 +260,7 @@ def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
     found = current().execute(f"{oldest} ORDER BY o.available_at, o.id LIMIT 1").fetchone()
     dead = current().count(message.select().where(message.status == MessageStatus.DEAD))
     lag = None if found is None else at - message.available_at.python_value(found[0])
-    return OutboxLine(count, leased_now, hangs, dead, lag, paused())
+    return OutboxLine(count, leased_now, hangs, dead, lag, current().count(undelivered().order_by()), paused())
 
 
 def _is_readable(*columns: str) -> str:

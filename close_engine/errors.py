@@ -569,7 +569,7 @@ class LeaseLost(CloseEngineError):
 
 
 class MessageNotDead(CloseEngineError):
-    """Only a DEAD message can be put back into the outbox.
+    """Only a message that is DEAD, or was sent and not delivered, can be put back into the outbox.
 
     Attributes:
         message_id: the message.
@@ -579,7 +579,10 @@ class MessageNotDead(CloseEngineError):
     def __init__(self, message_id: int, status: MessageStatus) -> None:
         self.message_id = message_id
         self.status = status
-        super().__init__(f"Message {message_id} is {status}; only a DEAD one can be put back into the outbox.")
+        super().__init__(
+            f"Message {message_id} is {status}; only a DEAD one, or one that was not delivered, can be put back into "
+            "the outbox."
+        )
 
 
 class ProviderIdTaken(CloseEngineError):

@@ -19,7 +19,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import peewee
 
-from close_engine import numbers, pauses
+from close_engine import deliveries, numbers, pauses
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.dialect import Dialect
@@ -53,7 +53,15 @@ from close_engine.errors import (
 from close_engine.firing import change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.models import BaseModel, Lead, StageChange
-from close_engine.stages import CLOSED_STAGES, ActionType, AutonomyLevel, IfLeadWrites, MessageStatus, Stage
+from close_engine.stages import (
+    CLOSED_STAGES,
+    ActionType,
+    AutonomyLevel,
+    DeliveryStatus,
+    IfLeadWrites,
+    MessageStatus,
+    Stage,
+)
 
 __all__ = [
     "DeadLine",
@@ -65,6 +73,7 @@ __all__ = [
     "enqueue",
     "requeue",
     "requeue_all",
+    "undelivered_lines",
 ]
 
 #: Topics that are texts to the lead: one lane, and not sent after the conversation has closed. Other effects still are.
@@ -178,6 +187,11 @@ class OutboxMessage(BaseModel):
         model = CloseEngineConversation
         found: str | None = model.select(model.lead).where(model.id == self.conversation_id).scalar()
         return found
+
+    @property
+    def delivery(self) -> deliveries.Delivery | None:
+        """What the provider said of it, as it was sent last; None if it said nothing. It is read now."""
+        return deliveries.of_sending(self.send_key, self.provider_id)
 
     @property
     def is_leased(self) -> bool:
@@ -1033,14 +1047,14 @@ def due_in(within: timedelta = timedelta(days=1)) -> timedelta | None:
 
 @dataclass(frozen=True)
 class DeadLine:
-    """The DEAD messages that ended with one kind of error.
+    """The messages that are DEAD, or undelivered, with one kind of error.
 
     Attributes:
-        error: str, the kind: what `last_error` says before its first colon.
+        error: str, the kind: what the error says before its first colon.
         count: int, how many there are.
-        last: datetime, when the last of them died.
+        last: datetime, when the last of them died, or was said to be undelivered.
         example: int, the id of one of them.
-        sentence: str, its `last_error`.
+        sentence: str, its error.
     """
 
     error: str
@@ -1052,13 +1066,23 @@ class DeadLine:
 
 def dead_lines() -> list[DeadLine]:
     """Read the DEAD messages by kind of error, the most frequent first."""
-    kinds: dict[str, list[OutboxMessage]] = {}
     read = OutboxMessage.select(OutboxMessage.id, OutboxMessage.last_error, OutboxMessage.available_at)
     dead = read.where(OutboxMessage.status == MessageStatus.DEAD).order_by(OutboxMessage.id)
-    for message in dead.readable():
-        kinds.setdefault((message.last_error or "").partition(":")[0], []).append(message)
+    return _by_error((message.last_error or "", message.available_at, message.id) for message in dead.readable())
+
+
+def undelivered_lines() -> list[DeadLine]:
+    """Read the messages that were sent and not delivered, and not put back since, by kind of error, as `dead_lines`."""
+    found = deliveries.undelivered().readable()
+    return _by_error((delivery.error or "", delivery.at, delivery.message_id) for delivery in found)
+
+
+def _by_error(ends: Iterable[tuple[str, datetime, int]]) -> list[DeadLine]:
+    kinds: dict[str, list[tuple[str, datetime, int]]] = {}
+    for end in ends:
+        kinds.setdefault(end[0].partition(":")[0], []).append(end)
     lines = [
-        DeadLine(kind, len(those), max(one.available_at for one in those), those[-1].id, those[-1].last_error or "")
+        DeadLine(kind, len(those), max(at for _, at, _ in those), those[-1][2], those[-1][0])
         for kind, those in kinds.items()
     ]
     return sorted(lines, key=lambda line: (-line.count, line.error))
@@ -1091,7 +1115,9 @@ def extend(messages: Sequence[OutboxMessage], lease: timedelta) -> None:
 
 
 def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMessage:
-    """Put a DEAD message back into the outbox, with all its attempts.
+    """Put a message that is DEAD, or was sent and not delivered, back into the outbox, with all its attempts.
+
+    One that was not delivered is sent anew: it gets a new `send_key`, and its delivery keeps the provider's old id.
 
     Args:
         message: OutboxMessage, or its id.
@@ -1102,7 +1128,7 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
 
     Raises:
         MessageNotFound: there is no such message.
-        MessageNotDead: the message is not DEAD.
+        MessageNotDead: the message is not DEAD, and not one that was sent and not delivered.
         LeadOptedOut: it is a text, and the lead opted out of texts.
         ConversationClosed, ConversationNotFound: it is a text, and its conversation has closed or was deleted.
         InvalidValue: the body is empty.
@@ -1111,12 +1137,15 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
     found: OutboxMessage | None = OutboxMessage.get_or_none(OutboxMessage.id == message_id)
     if found is None:
         raise MessageNotFound(message_id)
-    if found.status is not MessageStatus.DEAD:
-        raise MessageNotDead(message_id, found.status)
     fresh: dict[str, Any] = {"status": MessageStatus.PENDING, "attempts": 0, "unreported": 0, "available_at": _moment()}
+    if found.status is MessageStatus.SENT and _is_undelivered(found):
+        fresh |= {**_FREE, "send_key": str(uuid.uuid4()), "provider_id": None, "sent_at": None, "refusal": None}
+    elif found.status is not MessageStatus.DEAD:
+        raise MessageNotDead(message_id, found.status)
     if body is not None and require_words("body", body) != found.body:
         fresh.update(body=body, send_key=str(uuid.uuid4()))
-    dead = (OutboxMessage.id == message_id) & OutboxMessage.status.is_still(MessageStatus.DEAD)
+    dead = (OutboxMessage.id == message_id) & OutboxMessage.status.is_still(found.status)
+    dead &= OutboxMessage.send_key == found.send_key
     with locked(found.conversation_id) if found.topic in TEXTS else nullcontext() as conversation:
         if conversation is not None:
             numbers.refuse(conversation.lead_id)
@@ -1127,6 +1156,11 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
     if not written:
         raise MessageNotDead(message_id, again.status)
     return again
+
+
+def _is_undelivered(message: OutboxMessage) -> bool:
+    delivery = message.delivery
+    return delivery is not None and delivery.status is DeliveryStatus.UNDELIVERED
 
 
 #: Why a message stays dead if many are put back.

@@ -18,6 +18,7 @@ __all__ = [
     "ActionStatus",
     "ActionType",
     "AutonomyLevel",
+    "DeliveryStatus",
     "EntryPoint",
     "Event",
     "IfLeadWrites",
@@ -114,11 +115,21 @@ class MessageStatus(Word):
     WITHDRAWN = "WITHDRAWN"
 
 
+class DeliveryStatus(Word):
+    """How far a message came that was sent, as its provider says it. It only goes forward, in this order."""
+
+    QUEUED = "queued"
+    SENT = "sent"
+    UNDELIVERED = "undelivered"
+    DELIVERED = "delivered"
+    READ = "read"
+
+
 class Event(Word):
     """What can be subscribed to besides entering a stage, which is `stage:entered`.
 
-    An action is superseded if the lead wrote after it was drafted. A message is dead if it was given up. A cap is
-    reached if a text of the AI is beyond it.
+    An action is superseded if the lead wrote after it was drafted. A message is dead if it was given up. It is
+    undelivered if its provider says so after it was sent. A cap is reached if a text of the AI is beyond it.
     """
 
     STAGE_ENTERED = "stage:entered"
@@ -129,6 +140,7 @@ class Event(Word):
     ACTION_SUPERSEDED = "action:superseded"
     ACTION_EXPIRING = "action:expiring"
     MESSAGE_DEAD = "message:dead"
+    MESSAGE_UNDELIVERED = "message:undelivered"
     LEAD_WROTE = "lead:wrote"
     LEAD_OPTED_OUT = "lead:opted_out"
     LEAD_OPTED_IN = "lead:opted_in"

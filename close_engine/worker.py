@@ -46,7 +46,7 @@ from typing import Any, Protocol
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine import heartbeats, optouts, outbox, pauses, policies, sweeps
+from close_engine import deliveries, heartbeats, optouts, outbox, pauses, policies, sweeps
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
@@ -681,7 +681,10 @@ class _Shift:
             return None
         _connect()
         first = OutboxMessage.with_provider_id(provider_id)
-        # The same words may have been said twice: what is recorded for another message is not this one.
+        # The same words may have been said twice: what is recorded for another message is not this one. Nor is what was
+        # not delivered, before this one was put back.
+        if first is None and deliveries.was_of_another_sending(provider_id, message.send_key):
+            return None
         return provider_id if first is None or first.id == message.id else None
 
     def _held_back(self, message: OutboxMessage) -> policies.Held | None:

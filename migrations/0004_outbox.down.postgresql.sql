@@ -12,6 +12,8 @@ DROP TABLE close_engine.takeovers;
 DROP TABLE close_engine.numbers;
 DROP TABLE close_engine.optouts;
 DROP TABLE close_engine.pauses;
-DROP FUNCTION close_engine.announce_resumption();
 DROP TABLE close_engine.workers;
 DROP TABLE IF EXISTS close_engine.carried;
+DROP TABLE close_engine.deliveries;
+DROP FUNCTION
+    close_engine.announce_resumption(), close_engine.follow_delivery();

@@ -12,3 +12,4 @@ DROP TABLE close_engine_optouts;
 DROP TABLE close_engine_pauses;
 DROP TABLE close_engine_workers;
 DROP TABLE IF EXISTS close_engine_carried;
+DROP TABLE close_engine_deliveries;

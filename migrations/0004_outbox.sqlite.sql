@@ -54,6 +54,8 @@ CREATE INDEX IF NOT EXISTS close_engine_outbox_leased_idx
 -- What was sent to a lead since its conversation stalled says where things stand.
 CREATE INDEX IF NOT EXISTS close_engine_outbox_sent_idx ON close_engine_outbox (conversation_id, sent_at)
     WHERE status = 'SENT' AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
+-- What was sent is found by its send key, if that is what the provider names.
+CREATE INDEX IF NOT EXISTS close_engine_outbox_send_key_idx ON close_engine_outbox (send_key) WHERE status = 'SENT';
 CREATE INDEX IF NOT EXISTS close_engine_outbox_dead_idx ON close_engine_outbox (id) WHERE status = 'DEAD';
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_key_key
     ON close_engine_outbox (conversation_id, "key") WHERE "key" IS NOT NULL;
@@ -105,6 +107,29 @@ CREATE TABLE IF NOT EXISTS close_engine_carried (
     PRIMARY KEY (conversation_id, "key")
 );
 
+-- What providers say of a message after it was sent, one row for each sending. Until a message is marked as sent, only one
+-- of the two ids may be known. A status only goes forward.
+CREATE TABLE IF NOT EXISTS close_engine_deliveries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    provider_id TEXT,
+    send_key TEXT,
+    message_id INTEGER,
+    status TEXT NOT NULL,
+    error TEXT,
+    at TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_deliveries_provider_id_key
+    ON close_engine_deliveries (provider_id) WHERE provider_id IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_deliveries_send_key_key
+    ON close_engine_deliveries (send_key) WHERE send_key IS NOT NULL;
+-- Nearly always empty: every message that is marked as sent looks there.
+CREATE INDEX IF NOT EXISTS close_engine_deliveries_early_provider_id_idx
+    ON close_engine_deliveries (provider_id) WHERE message_id IS NULL;
+CREATE INDEX IF NOT EXISTS close_engine_deliveries_early_send_key_idx
+    ON close_engine_deliveries (send_key) WHERE message_id IS NULL;
+CREATE INDEX IF NOT EXISTS close_engine_deliveries_undelivered_idx
+    ON close_engine_deliveries (message_id) WHERE status = 'undelivered';
+
 -- After a text of ours it is the lead's turn, whoever marks it sent.
 DROP TRIGGER IF EXISTS close_engine_sent;
 CREATE TRIGGER close_engine_sent
@@ -114,6 +139,33 @@ BEGIN
     UPDATE close_engine_deadlines SET "trigger" = 'stall',
         at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
     WHERE "trigger" IN ('stall', 'answer') AND subject_id = NEW.conversation_id;
+END;
+
+-- That a message is undelivered is an event, once for each sending, whoever writes it. One that tells of another message is
+-- none, because nobody might ever be told.
+DROP TRIGGER IF EXISTS close_engine_undelivered_insert;
+CREATE TRIGGER close_engine_undelivered_insert
+AFTER INSERT ON close_engine_deliveries
+WHEN NEW.status = 'undelivered' AND NEW.message_id IS NOT NULL
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    SELECT 'message:undelivered', '', o.conversation_id, NEW.id, json_object('message_id', o.id, 'topic', o.topic,
+        'error', NEW.error, 'provider_id', NEW.provider_id)
+    FROM close_engine_outbox o
+    WHERE o.id = NEW.message_id AND coalesce(o."key", '') NOT LIKE 'close_engine:effect:%:message:%';
+END;
+
+DROP TRIGGER IF EXISTS close_engine_undelivered_update;
+CREATE TRIGGER close_engine_undelivered_update
+AFTER UPDATE ON close_engine_deliveries
+WHEN NEW.status = 'undelivered' AND NEW.message_id IS NOT NULL
+    AND (OLD.status, OLD.message_id) IS NOT (NEW.status, NEW.message_id)
+BEGIN
+    INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
+    SELECT 'message:undelivered', '', o.conversation_id, NEW.id, json_object('message_id', o.id, 'topic', o.topic,
+        'error', NEW.error, 'provider_id', NEW.provider_id)
+    FROM close_engine_outbox o
+    WHERE o.id = NEW.message_id AND coalesce(o."key", '') NOT LIKE 'close_engine:effect:%:message:%';
 END;
 
 CREATE TABLE IF NOT EXISTS close_engine_inbox (

@@ -13,7 +13,7 @@ import peewee
 import pytest
 
 import close_engine
-from close_engine import ActionType, CloseEngineConversation, EntryPoint, PendingAction, outbox
+from close_engine import ActionType, CloseEngineConversation, EntryPoint, OutboxMessage, PendingAction, outbox
 from close_engine.database.binding import current
 from close_engine.schema import scripts
 from close_engine.testing import new_lead
@@ -64,6 +64,12 @@ FILL = [
     INSERT INTO close_engine.optouts (lead_id, number, source, key, created_at, lifted_at)
     SELECT CASE WHEN n %% 2 = 0 THEN 'gone ' || n END, CASE WHEN n %% 2 = 1 THEN '+1556' || n END, 'text', 'key ' || n,
         now(), CASE WHEN n %% 3 = 0 THEN now() END
+    FROM generate_series(1, 20000) n
+    """,
+    """
+    INSERT INTO close_engine.deliveries (provider_id, send_key, message_id, status, at)
+    SELECT 'p' || n, 'send key ' || n, CASE WHEN n %% 10 > 0 THEN n END,
+        CASE WHEN n %% 50 = 1 THEN 'undelivered' ELSE 'sent' END, now()
     FROM generate_series(1, 20000) n
     """,
     """
@@ -157,6 +163,14 @@ def claim_and_report() -> None:
     outbox.OutboxMessage.with_provider_id("p7")
 
 
+def record_deliveries() -> None:
+    close_engine.record_delivery("delivered", provider_id="p7")
+    close_engine.record_delivery("sent", provider_id="theirs")
+    close_engine.record_delivery("sent", send_key="send key 8")
+    close_engine.record_delivery("sent", send_key="theirs", provider_id="also theirs")
+    OutboxMessage.get_by_id(7).delivery  # noqa: B018 - it is read
+
+
 def look_at_the_queue() -> None:
     list(close_engine.pending_actions().limit(20))
     list(close_engine.pending_actions("conversation 5"))
@@ -195,6 +209,7 @@ RUNS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "stall_silent": (lambda: close_engine.stall_silent(batch=100), ["SELECT c.id FROM .*deadlines.*'stall'"]),
     "lose_stalled": (lambda: close_engine.lose_stalled(batch=100), ["SELECT c.id FROM .*deadlines.*'close_lost'"]),
     "expire_actions": (lambda: close_engine.expire_actions(batch=100), ["SELECT a.id FROM .*deadlines.*'expire'"]),
+    "record_delivery": (record_deliveries, ["INSERT INTO .*deliveries", "UPDATE .*deliveries"]),
     "release_leases": (
         lambda: close_engine.release_leases(batch=100),
         ["SELECT o.id FROM .*outbox", "UPDATE .*outbox SET leased_by = NULL"],
@@ -327,6 +342,8 @@ def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(
         outbox.claim(10)
         list(close_engine.pending_actions())
         conversation.fire("start_qualifying", key="k")
+        close_engine.record_delivery("sent", provider_id="SM1")
+        close_engine.record_delivery("sent", send_key="key 1")
         close_engine.receive(conversation.lead_id, "SM1", "hello")
     assert plans
     for sql, plan in plans.items():

@@ -34,6 +34,7 @@ WORKER = [
     "GRANT UPDATE ON close_engine.inbox, close_engine.outbox, close_engine.takeovers, close_engine.deadlines TO {role}",
     "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts, close_engine.pauses TO {role}",
     "GRANT INSERT ON close_engine.carried TO {role}",
+    "GRANT INSERT, UPDATE, DELETE ON close_engine.deliveries TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.
@@ -194,6 +195,13 @@ def work() -> None:
     assert close_engine.receive("lead STALLED", "SM4", "STOP").keyword
     assert close_engine.opt_in("lead STALLED", source="web form")
     close_engine.sweep()
+    close_engine.pause_sending("lunch", by="Ann")
+    assert close_engine.resume_sending(by="Ann")
+    close_engine.record_delivery("sent", provider_id="provider-1")
+    close_engine.record_delivery("queued", send_key="key 2")
+    close_engine.record_delivery("sent", provider_id="provider-2")
+    assert close_engine.record_delivery("read", provider_id="provider-2", send_key="key 2").message_id is None
+    assert message.delivery
 
 
 def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
@@ -226,18 +234,17 @@ def test_a_role_that_may_not_change_stages_cannot_sweep(worker: peewee.Database,
     assert CloseEngineConversation.get_by_id(conversation.id).stage is Stage.BUILDING
 
 
+WRITTEN = ("outbox", "inbox", "takeovers", "numbers", "optouts", "pauses", "deliveries")
 RIGHTS = [
     *(f"SELECT ({column}) ON leads" for column in ("id", "phone", "autonomy_level", "close_entry_point")),
     *(f"UPDATE ({column}) ON leads" for column in ("close_entry_point", "qualification_data")),
     *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
     *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
     "USAGE ON SCHEMA close_engine",
-    *(
-        f"SELECT ON close_engine.{name}"
-        for name in ("migrations", "history", "outbox", "inbox", "takeovers", "numbers", "optouts")
-    ),
-    *(f"INSERT ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "numbers", "optouts", "carried")),
-    *(f"UPDATE ON close_engine.{name}" for name in ("outbox", "inbox", "takeovers", "deadlines", "numbers", "optouts")),
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", *WRITTEN)),
+    *(f"INSERT ON close_engine.{name}" for name in (*WRITTEN, "carried")),
+    *(f"UPDATE ON close_engine.{name}" for name in (*WRITTEN, "deadlines")),
+    "DELETE ON close_engine.deliveries",
 ]
 
 

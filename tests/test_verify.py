@@ -707,7 +707,7 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
 
 def test_every_trigger_and_function_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
     catalog = current().dialect.catalog(database)
-    ours = ("outbox", "history", "subscriptions", "events", "takeovers", "pauses")
+    ours = ("outbox", "history", "subscriptions", "events", "takeovers", "pauses", "deliveries")
     places = (None, TABLE), (None, "pending_actions"), *map(current().dialect.own_table, ours)
     there = {(table, name) for schema, table in places for name in catalog.triggers(table, schema)}
 
@@ -752,7 +752,7 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         assert close_engine.verify() == [
             f"This role may not read the sequence close_engine.{table}_id_seq, so it is not checked: "
             f"have its owner GRANT SELECT ON SEQUENCE close_engine.{table}_id_seq."
-            for table in ("history", "optouts", "pauses", "takeovers", "outbox", "inbox")
+            for table in ("history", "deliveries", "optouts", "pauses", "takeovers", "outbox", "inbox")
         ]
         execute(postgres_url, f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA close_engine TO {reader}")
         assert close_engine.verify() == []

@@ -108,6 +108,7 @@ def render_outbox(line: OutboxLine) -> RenderableType:
     counts.add_row("of which in flight", f"{line.in_flight:,}")
     counts.add_row("of which hanging", f"{line.hanging:,}")
     counts.add_row("dead", f"{line.dead:,}")
+    counts.add_row("undelivered", f"{line.undelivered:,}")
     counts.add_section()
     counts.add_row("next one waiting for", duration(line.lag))
     if not line.paused:

@@ -34,16 +34,19 @@ app.add_typer(outbox_commands, name="outbox", cls=Group)
 
 @outbox_commands.callback()
 def outbox_(context: typer.Context, hanging_after: HangingAfter = HANGING_AFTER) -> None:
-    """Show the outbox: how many messages are pending, and which errors the dead ones ended with."""
+    """Show the outbox: how many messages are pending, and with which errors the dead and undelivered ones ended."""
     if context.invoked_subcommand:
         return
     open_migrated(context)
     console().print(render_outbox(outbox_line(hanging_after)))
-    dead = table("error", "messages", "last one died", "for example", title="Dead", numbers=("messages",))
-    for line in outbox.dead_lines():
-        dead.add_row(cell(line.error), f"{line.count:,}", cell(line.last), cell(f"{line.example}: {line.sentence}"))
-    if dead.row_count:
-        console().print("", dead)
+    for title, lines in {"Dead": outbox.dead_lines(), "Undelivered": outbox.undelivered_lines()}.items():
+        ended = table("error", "messages", "last one", "for example", title=title, numbers=("messages",))
+        for line in lines:
+            ended.add_row(
+                cell(line.error), f"{line.count:,}", cell(line.last), cell(f"{line.example}: {line.sentence}")
+            )
+        if lines:
+            console().print("", ended)
 
 
 @outbox_commands.command(cls=Command)
@@ -69,7 +72,7 @@ def requeue(
     everything: Annotated[bool, typer.Option("--all", help="All dead messages.")] = False,
     body: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this text instead: for one message.")] = None,
 ) -> None:
-    """Put dead messages back into the outbox with a fresh set of attempts."""
+    """Put dead messages, or one that was not delivered, back into the outbox with a fresh set of attempts."""
     many = everything or error is not None or since is not None
     if (message is None) is not many or (body is not None and many):
         raise typer.BadParameter("Name one message by its id, or several by --error, --since or --all.")

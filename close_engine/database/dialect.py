@@ -157,6 +157,10 @@ class Dialect:
         """Inside a transaction, make a query lock the rows that it finds against every other writer."""
         raise NotImplementedError
 
+    def hold(self, database: peewee.Database, what: str, name: str) -> None:
+        """Inside a transaction, wait until no other one holds this name, and hold it until the end."""
+        raise NotImplementedError
+
     #: The statement that says that an event without a stage happened: event, conversation, fact and facts.
     publish: str
 

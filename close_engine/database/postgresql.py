@@ -468,6 +468,10 @@ class Postgres(Dialect):
     def for_update(self, database: peewee.Database, query: peewee.ModelSelect[Any]) -> peewee.ModelSelect[Any]:
         return query.for_update(self.row_lock)  # type: ignore[arg-type]
 
+    def hold(self, database: peewee.Database, what: str, name: str) -> None:
+        hashed = "pg_catalog.hashtext(%s::text), pg_catalog.hashtext(%s::text)"
+        database.execute_sql(f"SELECT pg_catalog.pg_advisory_xact_lock({hashed})", (what, name))
+
     def skip_locked(self, *aliases: str) -> str:
         return f"{self.row_lock} OF {', '.join(aliases)} SKIP LOCKED"
 

@@ -163,6 +163,9 @@ class Sqlite(Dialect):
             database.execute_sql("DELETE FROM close_engine_context")
         return query
 
+    def hold(self, database: peewee.Database, what: str, name: str) -> None:
+        """Do nothing: SQLite has one writer at a time."""
+
     def skip_locked(self, *aliases: str) -> str:
         return self.row_lock
 
