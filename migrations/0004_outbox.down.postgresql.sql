@@ -16,4 +16,4 @@ DROP TABLE close_engine.workers;
 DROP TABLE IF EXISTS close_engine.carried;
 DROP TABLE close_engine.deliveries;
 DROP FUNCTION
-    close_engine.announce_resumption(), close_engine.follow_delivery();
+    close_engine.announce_resumption(), close_engine.follow_delivery(), close_engine.adopt_delivery(bigint, text, text);

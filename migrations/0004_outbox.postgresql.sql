@@ -269,25 +269,64 @@ REVOKE EXECUTE ON FUNCTION close_engine.announce_resumption() FROM PUBLIC;
 CREATE OR REPLACE TRIGGER close_engine_resumed AFTER UPDATE OR DELETE OR TRUNCATE ON close_engine.pauses
     FOR EACH STATEMENT EXECUTE FUNCTION close_engine.announce_resumption();
 
+-- What a provider said of a message before it was marked as sent becomes its delivery: the furthest, if it was said by both
+-- ids. It is in a function of its own because it happens so seldom.
+CREATE OR REPLACE FUNCTION close_engine.adopt_delivery(message bigint, provider text, sending text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    early bigint[] := ARRAY(
+        SELECT d.id FROM close_engine.deliveries d
+        WHERE d.message_id IS NULL AND (d.provider_id = provider OR d.send_key = sending)
+        ORDER BY pg_catalog.array_position(ARRAY['queued', 'sent', 'undelivered', 'delivered', 'read'], d.status) DESC
+        FOR NO KEY UPDATE);
+BEGIN
+    IF early = '{}' THEN
+        RETURN;
+    END IF;
+    DELETE FROM close_engine.deliveries d WHERE d.id = ANY (early[2:]);
+    UPDATE close_engine.deliveries d
+    SET message_id = message, provider_id = coalesce(d.provider_id, provider), send_key = sending
+    WHERE d.id = early[1];
+END
+$body$;
+REVOKE EXECUTE ON FUNCTION close_engine.adopt_delivery(bigint, text, text) FROM PUBLIC;
+
 -- What follows from a message's new status, whoever writes it. It is one trigger, because PostgreSQL prepares each WHEN
 -- again for every statement.
 --   SENT: after a text of ours it is the lead's turn. It waits for nobody: whoever else writes this row at that moment
---       closes or stalls the conversation, or receives a text, after which it is our turn.
+--       closes or stalls the conversation, or receives a text, after which it is our turn. Who says at that moment whether
+--       it was delivered is waited for, or sees it: they hold the provider's id.
 --   DEAD: that is an event. It may be requeued and die again: that is another one. A message that tells of a dead one and
 --       dies itself is none, because nobody might ever be told.
 --   PENDING: it is put back by hand.
 --   WITHDRAWN: a text that a human must see first, since its level has become stricter, becomes an action.
 CREATE OR REPLACE FUNCTION close_engine.follow_message() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    has_early boolean;
 BEGIN
     IF TG_RELID IS DISTINCT FROM pg_catalog.to_regclass('close_engine.outbox'::text) THEN
         PERFORM close_engine.refuse_table(TG_RELID, 'close_engine.outbox');
     END IF;
-    IF NEW.status = 'SENT' AND NEW.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK') THEN
-        UPDATE close_engine.deadlines d SET trigger = 'stall', at = close_engine.moment()
-        FROM (SELECT trigger, subject_id FROM close_engine.deadlines
-              WHERE trigger IN ('stall', 'answer') AND subject_id = NEW.conversation_id FOR UPDATE SKIP LOCKED) turn
-        WHERE d.trigger = turn.trigger AND d.subject_id = turn.subject_id;
+    IF NEW.status = 'SENT' THEN
+        -- An IF, because plpgsql evaluates its condition without a query.
+        IF pg_catalog.pg_advisory_xact_lock(
+                pg_catalog.hashtext('close_engine.deliveries'::text), pg_catalog.hashtext(NEW.provider_id)) IS NULL THEN
+        END IF;
+        IF NEW.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK') THEN
+            UPDATE close_engine.deadlines d SET trigger = 'stall', at = close_engine.moment()
+            FROM (SELECT trigger, subject_id FROM close_engine.deadlines
+                  WHERE trigger IN ('stall', 'answer') AND subject_id = NEW.conversation_id FOR UPDATE SKIP LOCKED) turn
+            WHERE d.trigger = turn.trigger AND d.subject_id = turn.subject_id
+            -- Asked along with it, because a query of its own would cost more than all of the answer.
+            RETURNING EXISTS (
+                SELECT FROM close_engine.deliveries e WHERE e.message_id IS NULL AND e.provider_id = NEW.provider_id)
+                OR EXISTS (SELECT FROM close_engine.deliveries e
+                           WHERE e.message_id IS NULL AND e.send_key = NEW.send_key) INTO has_early;
+        END IF;
+        IF coalesce(has_early, true) THEN
+            PERFORM close_engine.adopt_delivery(NEW.id, NEW.provider_id, NEW.send_key);
+        END IF;
     ELSIF NEW.status = 'DEAD' AND coalesce(NEW.key NOT LIKE 'close_engine:effect:%:message:dead:%', true) THEN
         PERFORM close_engine.publish('message:dead', '', NEW.conversation_id, NEW.id || ':' || NEW.claims,
             pg_catalog.jsonb_build_object('message_id', NEW.id, 'topic', NEW.topic, 'error', NEW.last_error));

@@ -141,6 +141,26 @@ BEGIN
     WHERE "trigger" IN ('stall', 'answer') AND subject_id = NEW.conversation_id;
 END;
 
+-- What a provider said of a message before it was marked as sent becomes its delivery: the furthest, if it was said by both
+-- ids.
+DROP TRIGGER IF EXISTS close_engine_adopted;
+CREATE TRIGGER close_engine_adopted
+AFTER UPDATE ON close_engine_outbox
+WHEN NEW.status = 'SENT' AND OLD.status <> 'SENT' AND (
+    EXISTS (SELECT 1 FROM close_engine_deliveries WHERE message_id IS NULL AND provider_id = NEW.provider_id)
+    OR EXISTS (SELECT 1 FROM close_engine_deliveries WHERE message_id IS NULL AND send_key = NEW.send_key))
+BEGIN
+    DELETE FROM close_engine_deliveries
+    WHERE message_id IS NULL AND (provider_id = NEW.provider_id OR send_key = NEW.send_key) AND id <> (
+        SELECT id FROM close_engine_deliveries
+        WHERE message_id IS NULL AND (provider_id = NEW.provider_id OR send_key = NEW.send_key)
+        ORDER BY CASE status WHEN 'read' THEN 5 WHEN 'delivered' THEN 4 WHEN 'undelivered' THEN 3 WHEN 'sent' THEN 2
+            ELSE 1 END DESC, id LIMIT 1);
+    UPDATE close_engine_deliveries
+    SET message_id = NEW.id, provider_id = coalesce(provider_id, NEW.provider_id), send_key = NEW.send_key
+    WHERE message_id IS NULL AND (provider_id = NEW.provider_id OR send_key = NEW.send_key);
+END;
+
 -- That a message is undelivered is an event, once for each sending, whoever writes it. One that tells of another message is
 -- none, because nobody might ever be told.
 DROP TRIGGER IF EXISTS close_engine_undelivered_insert;

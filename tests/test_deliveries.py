@@ -35,6 +35,7 @@ from close_engine.board import outbox_line
 from close_engine.testing import FakeSender, MovableClock
 from tests.command_line import run
 from tests.rows import copy_of
+from tests.waiting import Running, until_they_wait
 from tests.workers import claimed, messages, race, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
@@ -107,7 +108,7 @@ def test_a_status_only_goes_forward_in_whatever_order_it_is_said(
 ) -> None:
     """Delivered is further than undelivered: who says that it arrived knows it."""
     for when, word in enumerate(order):
-        if when == 0:
+        if when == 2:
             in_flight.sent("SM1")
         record_delivery(word, provider_id="SM1")
     assert stored() == [("SM1", in_flight.id, DELIVERED)]
@@ -132,12 +133,43 @@ def test_when_and_why_are_those_of_the_furthest_status(
 # -- before sent() was recorded, and of other systems ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("by", ["provider_id", "send_key", "both", "each"])
+def test_what_is_said_too_early_becomes_the_messages(in_flight: OutboxMessage, by: str) -> None:
+    subscribe("tell_owner", events=["message:undelivered"])
+    ids = {"provider_id": "SM1", "send_key": in_flight.send_key}
+    if by == "each":
+        record_delivery("sent", send_key=in_flight.send_key)
+        record_delivery("undelivered", provider_id="SM1", error="30003")
+    else:
+        given = ids if by == "both" else {by: ids[by]}
+        record_delivery("undelivered", error="30003", **given)
+    assert told() == []
+    in_flight.sent("SM1")
+    assert stored() == [("SM1", in_flight.id, UNDELIVERED)]
+    delivery = copy_of(in_flight).delivery
+    assert delivery is not None
+    assert (delivery.send_key, delivery.error) == (in_flight.send_key, "30003")
+    said = {"event": "message:undelivered", "message_id": in_flight.id, "topic": "SEND_MESSAGE", "error": "30003"}
+    assert told() == [{**said, "provider_id": "SM1"}]
+    record_delivery("undelivered", error="30003", **ids)
+    assert len(told()) == 1
+
+
+def test_what_an_effect_has_sent_is_adopted_too(conversation: CloseEngineConversation) -> None:
+    message = outbox.enqueue(conversation, "send_email")
+    record_delivery("delivered", provider_id="mail-1")
+    claimed().sent("mail-1")
+    assert stored() == [("mail-1", message.id, DELIVERED)]
+
+
 def test_two_ids_that_turn_out_to_be_one_sending_are_joined(in_flight: OutboxMessage) -> None:
     record_delivery("delivered", send_key=in_flight.send_key)
     record_delivery("sent", provider_id="SM1")
     assert len(stored()) == 2
     assert record_delivery("queued", provider_id="SM1", send_key=in_flight.send_key).status is DELIVERED
     assert stored() == [("SM1", None, DELIVERED)]
+    in_flight.sent("SM1")
+    assert stored() == [("SM1", in_flight.id, DELIVERED)]
 
 
 def test_a_message_of_another_system_is_kept_and_nobodys(in_flight: OutboxMessage) -> None:
@@ -187,6 +219,25 @@ def test_any_number_may_say_it_at_once(in_flight: OutboxMessage, kind: str) -> N
     ids = [{"provider_id": "SM1"}, {"send_key": in_flight.send_key}]
     outcomes = race([lambda word=word, one=one: record_delivery(word, **one) for word in words for one in ids])
     assert not [each for each in outcomes if isinstance(each, BaseException)]
+    assert stored() == [("SM1", in_flight.id, UNDELIVERED)]
+    assert len(told()) == 1
+
+
+@pytest.mark.parametrize("by", ["provider_id", "send_key"])
+@pytest.mark.parametrize("first", ["sent", "said"])
+@pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+def test_it_is_said_at_the_moment_at_which_it_is_marked_as_sent(
+    in_flight: OutboxMessage, first: str, by: str, kind: str
+) -> None:
+    """Neither sees what the other has not committed: one waits for the other."""
+    subscribe("tell_owner", events=["message:undelivered"])
+    given = {by: {"provider_id": "SM1", "send_key": in_flight.send_key}[by]}
+    mark, say = (lambda: in_flight.sent("SM1")), (lambda: record_delivery("undelivered", **given))
+    with close_engine.atomic():
+        (mark if first == "sent" else say)()
+        other = Running(say if first == "sent" else mark)
+        until_they_wait([other])
+    assert not isinstance(other.result(), BaseException), other.result()
     assert stored() == [("SM1", in_flight.id, UNDELIVERED)]
     assert len(told()) == 1
 
