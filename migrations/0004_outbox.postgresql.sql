@@ -183,7 +183,7 @@ WITH next AS (
     FROM close_engine.outbox o
     WHERE o.status = 'PENDING' AND o.available_at <= at
         AND NOT ('' = ANY (ARRAY(SELECT p.topic FROM close_engine.pauses p WHERE p.resumed_at IS NULL)))
-        AND NOT (o.topic = ANY (ARRAY(SELECT p.topic FROM close_engine.pauses p WHERE p.resumed_at IS NULL)))
+        AND CASE WHEN o.topic = ANY (ARRAY(SELECT p.topic FROM close_engine.pauses p WHERE p.resumed_at IS NULL)) THEN false ELSE true END
         AND (o.leased_by IS NOT NULL OR NOT EXISTS (
         SELECT 1 FROM close_engine.outbox ahead
         WHERE ahead.conversation_id = o.conversation_id AND ahead.status = 'PENDING' AND ahead.id <> o.id
