@@ -197,7 +197,7 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
         the Pipeline, as plain numbers.
     """
     at = moment()
-    stages, strange = _stage_lines(at)
+    stages, strange = stage_lines(at)
     approvals, unreadable = _approval_lines(at)
     taken_over, surplus = current().count(Takeover.lasting()), current().count(surplus_payments().order_by())
     return Pipeline(
@@ -291,7 +291,7 @@ def _approval_lines(at: datetime) -> tuple[list[ApprovalLine], int]:
     return lines, unreadable
 
 
-def _stage_lines(now: datetime) -> tuple[list[StageLine], int]:
+def stage_lines(now: datetime) -> tuple[list[StageLine], int]:
     """Return a line for each stage, and the number of conversations that are in none."""
     builtin = current().dialect.builtin
     counted = f"SELECT stage, {builtin}count(stage) FROM close_engine_conversations GROUP BY stage"

@@ -20,7 +20,7 @@ from functools import cache, partial
 from threading import local
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from close_engine import hooks
+from close_engine import hooks, tally
 from close_engine.columns import is_row
 from close_engine.database.binding import current, now
 from close_engine.database.dialect import Dialect
@@ -215,7 +215,7 @@ def _write(
     try:
         return binding.dialect.execute_guarded(binding.database, statement, parameters, provenance, write)
     except StageConflict as lost:
-        raise StageConflict(conversation.id, write.trigger, source, None) from lost.__cause__
+        raise _counted(StageConflict(conversation.id, write.trigger, source, None)) from lost.__cause__
 
 
 @cache
@@ -283,7 +283,7 @@ def write_fields(conversation: CloseEngineConversation, values: Mapping[str, Any
     try:
         written = update.execute()
     except StageConflict as lost:
-        raise StageConflict(conversation.id, operation, conversation.stage, None) from lost.__cause__
+        raise _counted(StageConflict(conversation.id, operation, conversation.stage, None)) from lost.__cause__
     if not written:
         raise conflict(conversation, operation, conversation.stage)
     accept(conversation, values)
@@ -313,7 +313,12 @@ def conflict(
     found = model.select(model.stage).where(model.id == conversation.id).first()
     if found is None:
         return ConversationNotFound(conversation.id)
-    return StageConflict(conversation.id, operation, expected, found.stage)
+    return _counted(StageConflict(conversation.id, operation, expected, found.stage))
+
+
+def _counted(conflict: StageConflict) -> StageConflict:
+    tally.CONFLICTS.add(str(conflict.operation))
+    return conflict
 
 
 def run_entry_hooks(conversation: CloseEngineConversation, change: StageChange) -> None:

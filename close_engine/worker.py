@@ -46,7 +46,7 @@ from typing import Any, Protocol
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
-from close_engine import deliveries, heartbeats, optouts, outbox, pauses, policies, sweeps
+from close_engine import deliveries, heartbeats, optouts, outbox, pauses, policies, sweeps, tally
 from close_engine.database.binding import current, is_transient, now
 from close_engine.database.notices import LISTEN, Notices, listening_database
 from close_engine.errors import (
@@ -653,7 +653,7 @@ class _Shift:
                     event, report = held
                     self._report(event, message, report)
                     return
-                provider_id = self.worker.send(message)
+                provider_id = self._call(message)
         except CannotBeSent as error:
             self._report("failed", message, partial(message.give_up, error))
         except RecipientOptedOut as error:
@@ -665,6 +665,13 @@ class _Shift:
             self._report("failed", message, partial(message.retry, error))
         else:
             self._record(message, provider_id)
+
+    def _call(self, message: OutboxMessage) -> str | None:
+        began = time.monotonic()
+        try:
+            return self.worker.send(message)
+        finally:
+            tally.SEND_SECONDS.observe(message.topic, time.monotonic() - began)
 
     def _snooze(self, message: OutboxMessage, asked: Snooze) -> None:
         try:
@@ -717,6 +724,7 @@ class _Shift:
             except (LeaseLost, MessageNotFound) as error:
                 if not _is_already_recorded(error, name):
                     logger.error("lost worker=%s %s: %s", name, _described(message), error)
+                    tally.REPORTS.add(message.topic, "lost")
                     return
                 break
             except Exception as error:
@@ -733,6 +741,9 @@ class _Shift:
             level, why = logging.WARNING, message.last_error
         if message.status is MessageStatus.DEAD:
             event, level = "dead", logging.ERROR
+        tally.REPORTS.add(message.topic, event)
+        if event == "sent":
+            tally.ATTEMPTS.observe(message.topic, message.attempts)
         logger.log(level, "%s worker=%s %s%s", event, name, _described(message), f" why={why!r}" if why else "")
 
     # -- the database is away

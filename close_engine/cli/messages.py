@@ -232,6 +232,13 @@ def worker(
         typer.Option(metavar="NAME", help="The timezone of leads without a known one, such as America/New_York."),
     ] = None,
     no_sweep: Annotated[bool, typer.Option("--no-sweep", help="Do not sweep; other workers do.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", min=0, max=65535, help="Serve metrics for Prometheus at this port; 0 for any."),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="The address to serve them at; 0.0.0.0 for other machines, too.")
+    ] = "127.0.0.1",
     until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when nothing can be sent now.")] = False,
 ) -> None:
     """Send the messages in the outbox, and sweep, until SIGTERM or Ctrl-C.
@@ -281,7 +288,7 @@ def worker(
         daily_cap=cap,
     )
     _log_to_standard_error()
-    with _stopped_by_signals(sending_worker):
+    with _metrics_served(metrics_host, metrics_port), _stopped_by_signals(sending_worker):
         if until_empty:
             sending_worker.run_until_empty()
         else:
@@ -304,6 +311,19 @@ def _policies(
 
 def _place(database: peewee.Database) -> tuple[Any, ...]:
     return database.database, database.connect_params
+
+
+@contextmanager
+def _metrics_served(host: str, port: int | None) -> Iterator[None]:
+    """Serve the metrics of this process meanwhile, unless there is no port."""
+    if port is None:
+        yield
+        return
+    from close_engine import metrics  # it needs a package that not everybody has
+
+    with metrics.serving(port, host) as chosen:
+        logging.getLogger(__name__).info("metrics at http://%s:%s/metrics", host, chosen)
+        yield
 
 
 class _OneLine(logging.Formatter):
