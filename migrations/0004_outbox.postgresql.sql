@@ -441,27 +441,29 @@ LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
     moment timestamp := close_engine.moment();
-    said jsonb := pg_catalog.jsonb_build_object('event', publish.event) || pg_catalog.jsonb_strip_nulls(publish.facts);
     subscribed record;
-    named text;
+    said jsonb;
     waiting bigint;
 BEGIN
-    FOR subscribed IN SELECT * FROM close_engine.subscriptions s
-        WHERE s.event = publish.event AND s.stage = publish.stage
+    FOR subscribed IN SELECT s.topic, s.debounce, s.at_most,
+            moment + s.send_after * interval '1 millisecond' AS at,
+            'close_engine:effect:' || s.topic || ':' || publish.event || ':' || publish.fact AS key,
+            coalesce(s.payload, '{}') || pg_catalog.jsonb_build_object('event', publish.event)
+                || pg_catalog.jsonb_strip_nulls(publish.facts) AS payload
+        FROM close_engine.subscriptions s WHERE s.event = publish.event AND s.stage = publish.stage
+            AND (s.before IS NULL OR publish.facts ->> 'expires_at' IS NULL
+                OR (publish.facts ->> 'expires_at')::timestamp <= moment + s.before * interval '1 millisecond')
     LOOP
-        CONTINUE WHEN subscribed.before IS NOT NULL
-            AND (said ->> 'expires_at')::timestamp > moment + subscribed.before * interval '1 millisecond';
-        named := 'close_engine:effect:' || subscribed.topic || ':' || publish.event || ':' || publish.fact;
         IF subscribed.debounce = 0 THEN
             INSERT INTO close_engine.outbox (conversation_id, topic, payload, key, created_at, available_at)
-            VALUES (publish.conversation_id, subscribed.topic, coalesce(subscribed.payload, '{}') || said, named, moment,
-                moment + subscribed.send_after * interval '1 millisecond')
+            VALUES (publish.conversation_id, subscribed.topic, subscribed.payload, subscribed.key, moment, subscribed.at)
             ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
             CONTINUE;
         END IF;
-        INSERT INTO close_engine.carried (conversation_id, key) VALUES (publish.conversation_id, named)
+        INSERT INTO close_engine.carried (conversation_id, key) VALUES (publish.conversation_id, subscribed.key)
         ON CONFLICT (conversation_id, key) DO NOTHING;
         CONTINUE WHEN NOT FOUND;
+        said := pg_catalog.jsonb_build_object('event', publish.event) || pg_catalog.jsonb_strip_nulls(publish.facts);
         SELECT o.id INTO waiting FROM close_engine.outbox o
         WHERE o.conversation_id = publish.conversation_id AND o.status = 'PENDING' AND o.topic = subscribed.topic
             AND o.claims = 0 AND o.debounced_until IS NOT NULL AND pg_catalog.jsonb_typeof(o.payload -> 'events') = 'array'
@@ -476,9 +478,9 @@ BEGIN
             -- The key says that it is debounced: it is none of an effect that carries one event.
             INSERT INTO close_engine.outbox
                 (conversation_id, topic, payload, key, created_at, available_at, debounced_until)
-            VALUES (publish.conversation_id, subscribed.topic, coalesce(subscribed.payload, '{}') || said
+            VALUES (publish.conversation_id, subscribed.topic, subscribed.payload
                     || pg_catalog.jsonb_build_object('events', pg_catalog.jsonb_build_array(said)),
-                named || ':debounced', moment, moment + subscribed.debounce * interval '1 millisecond',
+                subscribed.key || ':debounced', moment, moment + subscribed.debounce * interval '1 millisecond',
                 moment + subscribed.at_most * interval '1 millisecond');
         END IF;
     END LOOP;
