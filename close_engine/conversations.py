@@ -70,6 +70,7 @@ from close_engine.firing import (
 from close_engine.machine import allowed_triggers, decide
 from close_engine.models import BaseModel, Lead, StageChange, User
 from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, AutonomyLevel, EntryPoint, Stage
+from close_engine.transcript import Transcript, transcript_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -450,6 +451,17 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         """Return its stage changes, oldest first."""
         return list(StageChange.select().where(StageChange.conversation_id == self.id).order_by(StageChange.id))
 
+    def messages(self) -> Transcript:
+        """Return every text in both directions, in the order of time: what was said, what waits, what never left.
+
+        It is one query, however many there are. Texts from before the conversation was opened are in it, and those that
+        `record_sent` and `import_texts` have added.
+
+        Returns:
+            Transcript, a list of Text; its `as_prompt()` is what a language model takes.
+        """
+        return transcript_of(self.id)
+
     @classmethod
     def in_stages(cls, *stages: Stage) -> Rows[CloseEngineConversation]:
         """Return a `readable()` query for the conversations in any of these stages."""
@@ -470,6 +482,10 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         return cls.in_stages(stage).where(~peewee.fn.EXISTS(later))
 
     # -- rows ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        loaded = self.__data__.get
+        return f"<{type(self).__name__} {loaded('id')}: {loaded('stage')}, of lead {loaded('lead')}>"
 
     @classmethod
     def get_by_id(cls, pk: str) -> CloseEngineConversation:
@@ -567,6 +583,7 @@ class Takeover(BaseModel):
 
 
 Takeover.add_index(Takeover.conversation_id, unique=True, where=Takeover.handed_back_at.is_null())
+Takeover.add_index(Takeover.conversation_id, Takeover.id)
 
 
 @cache

@@ -77,6 +77,11 @@ class InboxEntry(BaseModel):
 InboxEntry.add_index(InboxEntry.kind, InboxEntry.key, unique=True)
 InboxEntry.add_index(InboxEntry.conversation_id, InboxEntry.id, where=InboxEntry.kind == "text")
 InboxEntry.add_index(
+    InboxEntry.lead_id,
+    InboxEntry.id,
+    where=(InboxEntry.kind == "text") & InboxEntry.conversation_id.is_null(),
+)
+InboxEntry.add_index(
     InboxEntry.conversation_id, unique=True, where=(InboxEntry.kind == "payment") & ~InboxEntry.is_surplus
 )
 InboxEntry.add_index(InboxEntry.id, where=InboxEntry.is_surplus)
@@ -171,14 +176,14 @@ def receive(
 def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> Received:
     if optouts.word(entry.body or "") is Keyword.OPT_OUT:
         optouts.hold(entry.lead_id)
-    conversation = _lock_conversation(entry.lead_id)
+    conversation = lock_conversation(entry.lead_id)
     if conversation is None and not Lead.select().where(Lead.id == entry.lead_id).exists():
         raise LeadNotFound(entry.lead_id)
     entry_id = entry.add(None if conversation is None else conversation.id)
     if entry_id is None:
         return _repeated(entry, conversation)
     if (keyword := _heard(entry, entry_id, provenance)) is not None:
-        return Received(_lock_conversation(entry.lead_id), keyword=keyword)
+        return Received(lock_conversation(entry.lead_id), keyword=keyword)
     is_first, change = conversation is None, None
     is_open = conversation is not None and conversation.stage is not Stage.CLOSED_LOST
     if open is not None and not is_open and optouts.opted_out(entry.lead_id) is None:
@@ -187,7 +192,7 @@ def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> 
         mine = (StageChange.conversation_id == conversation.id) & (StageChange.key == under.key)
         change = StageChange.get_or_none(mine)
         if change is None:  # another text has opened it at the same moment
-            conversation = _lock_conversation(entry.lead_id)
+            conversation = lock_conversation(entry.lead_id)
     if conversation is None:
         return Received(None)
     wrote = {"text_id": entry_id, "key": entry.key, "text": entry.body}
@@ -348,7 +353,7 @@ def record_payment(
     amount, currency = _money(amount, currency)
     entry = _Entry("payment", key, lead_id, amount=amount, currency=currency, metadata=provenance.metadata)
     with atomic():
-        conversation = _lock_conversation(lead_id)
+        conversation = lock_conversation(lead_id)
         if conversation is None:
             raise PaymentUnmatched(lead_id, key, "the lead has no close conversation")
         is_completed = conversation.stage is Stage.COMPLETED
@@ -391,7 +396,7 @@ def _money(amount: int | None, currency: str | None) -> tuple[int | None, str | 
     return amount, currency.upper()
 
 
-def _lock_conversation(lead_id: str) -> CloseEngineConversation | None:
+def lock_conversation(lead_id: str) -> CloseEngineConversation | None:
     """Load the lead's conversation, and lock it against every other writer."""
     query = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
     conversation: CloseEngineConversation | None = current().for_update(query).first()

@@ -552,7 +552,7 @@ _CALL_MARK_SENT = "SELECT {mark_sent}(%s::bigint, %s::text, %s::integer, %s::tex
 
 _IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
 _WAITING = OutboxMessage.status == MessageStatus.PENDING
-_WAS_SENT = OutboxMessage.status == MessageStatus.SENT
+_IS_SETTLED = OutboxMessage.status != MessageStatus.PENDING
 _IS_TEXT = OutboxMessage.topic.in_([topic.value for topic in TEXTS])
 
 for fields, unique, where in (
@@ -561,7 +561,7 @@ for fields, unique, where in (
     ((OutboxMessage.conversation_id,), True, _IN_FLIGHT & _IS_TEXT),
     ((OutboxMessage.conversation_id, OutboxMessage.topic), True, _IN_FLIGHT & ~_IS_TEXT),
     ((OutboxMessage.available_at,), False, _IN_FLIGHT),
-    ((OutboxMessage.conversation_id, OutboxMessage.sent_at), False, _WAS_SENT & _IS_TEXT),
+    ((OutboxMessage.conversation_id, OutboxMessage.sent_at), False, _IS_SETTLED & _IS_TEXT),
     ((OutboxMessage.id,), False, OutboxMessage.status == MessageStatus.DEAD),
     ((OutboxMessage.conversation_id, OutboxMessage.key), True, OutboxMessage.key.is_null(False)),
     ((OutboxMessage.provider_id,), True, OutboxMessage.provider_id.is_null(False)),

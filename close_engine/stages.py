@@ -17,8 +17,10 @@ __all__ = [
     "CLOSED_STAGES",
     "ActionStatus",
     "ActionType",
+    "Author",
     "AutonomyLevel",
     "DeliveryStatus",
+    "Direction",
     "EntryPoint",
     "Event",
     "IfLeadWrites",
@@ -95,6 +97,21 @@ class IfLeadWrites(Word):
 
     WITHDRAW = "withdraw"
     SEND = "send"
+
+
+class Direction(Word):
+    """Which way a text went: inbound from the lead, outbound to it."""
+
+    INBOUND = "inbound"
+    OUTBOUND = "outbound"
+
+
+class Author(Word):
+    """Who wrote a text."""
+
+    AI = "AI"
+    HUMAN = "human"
+    LEAD = "lead"
 
 
 class ActionStatus(Word):

@@ -9,6 +9,7 @@ DROP FUNCTION IF EXISTS
 DROP TABLE close_engine.inbox;
 DROP TABLE close_engine.drafts;
 DROP TABLE close_engine.takeovers;
+DROP TABLE close_engine.texts;
 DROP TABLE close_engine.numbers;
 DROP TABLE close_engine.optouts;
 DROP TABLE close_engine.pauses;

@@ -7,6 +7,7 @@ DROP TABLE close_engine_outbox;
 DROP TABLE close_engine_inbox;
 DROP TABLE close_engine_drafts;
 DROP TABLE close_engine_takeovers;
+DROP TABLE close_engine_texts;
 DROP TABLE close_engine_numbers;
 DROP TABLE close_engine_optouts;
 DROP TABLE close_engine_pauses;

@@ -51,11 +51,11 @@ CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_effect_in_flight_key
         AND topic NOT IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
 CREATE INDEX IF NOT EXISTS close_engine_outbox_leased_idx
     ON close_engine_outbox (available_at) WHERE status = 'PENDING' AND leased_by IS NOT NULL;
--- What was sent to a lead since its conversation stalled says where things stand.
-CREATE INDEX IF NOT EXISTS close_engine_outbox_sent_idx ON close_engine_outbox (conversation_id, sent_at)
-    WHERE status = 'SENT' AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
 -- What was sent is found by its send key, if that is what the provider names.
 CREATE INDEX IF NOT EXISTS close_engine_outbox_send_key_idx ON close_engine_outbox (send_key) WHERE status = 'SENT';
+-- What was sent to a lead since its conversation stalled says where things stand. A transcript has what was withdrawn, too.
+CREATE INDEX IF NOT EXISTS close_engine_outbox_settled_idx ON close_engine_outbox (conversation_id, sent_at)
+    WHERE status <> 'PENDING' AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK');
 CREATE INDEX IF NOT EXISTS close_engine_outbox_dead_idx ON close_engine_outbox (id) WHERE status = 'DEAD';
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_outbox_key_key
     ON close_engine_outbox (conversation_id, "key") WHERE "key" IS NOT NULL;
@@ -207,6 +207,9 @@ CREATE TABLE IF NOT EXISTS close_engine_inbox (
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_key_key ON close_engine_inbox (kind, "key");
 -- What a draft knew is compared with the last text of its conversation.
 CREATE INDEX IF NOT EXISTS close_engine_inbox_text_idx ON close_engine_inbox (conversation_id, id) WHERE kind = 'text';
+-- What a lead wrote before it had a conversation, and its keywords.
+CREATE INDEX IF NOT EXISTS close_engine_inbox_lead_id_idx ON close_engine_inbox (lead_id, id)
+    WHERE kind = 'text' AND conversation_id IS NULL;
 -- A conversation has at most one payment that completes it.
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_payment_key
     ON close_engine_inbox (conversation_id) WHERE kind = 'payment' AND NOT is_surplus;
@@ -229,6 +232,21 @@ CREATE TABLE IF NOT EXISTS close_engine_takeovers (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_takeovers_conversation_id_key
     ON close_engine_takeovers (conversation_id) WHERE handed_back_at IS NULL;
+CREATE INDEX IF NOT EXISTS close_engine_takeovers_all_idx ON close_engine_takeovers (conversation_id, id);
+
+-- Texts that others sent, or that the CRM's own table had: they are part of what was said, and nothing else asks for them.
+CREATE TABLE IF NOT EXISTS close_engine_texts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    lead_id TEXT NOT NULL,
+    "key" TEXT NOT NULL,
+    direction TEXT NOT NULL,
+    author TEXT NOT NULL,
+    body TEXT NOT NULL,
+    metadata TEXT,
+    at TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS close_engine_texts_key_key ON close_engine_texts ("key");
+CREATE INDEX IF NOT EXISTS close_engine_texts_lead_id_idx ON close_engine_texts (lead_id, id);
 
 -- Which workers run: each says so again and again, for people to see. Nothing depends on it.
 CREATE TABLE IF NOT EXISTS close_engine_workers (

@@ -254,7 +254,13 @@ BEGIN
     INSERT INTO close_engine_outbox
         (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", action_id, if_lead_writes,
          after_text, after_change, created_at, available_at, not_after)
-    SELECT NEW.conversation_id, NEW.type, NEW.draft_message, NEW.metadata,
+    -- Whoever changes the words while approving them is their author.
+    SELECT NEW.conversation_id, NEW.type, NEW.draft_message,
+        CASE WHEN NEW.draft_message <> OLD.draft_message
+            AND coalesce(json_type(NEW.metadata) IN ('object', 'null'), 1)
+            THEN json_set(CASE json_type(NEW.metadata) WHEN 'object' THEN NEW.metadata ELSE '{}' END,
+                '$.editedBy', NEW.approved_by)
+            ELSE NEW.metadata END,
         CASE WHEN NEW.type = 'SEND_PREVIEW' THEN 'send_preview'
             WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 'send_payment_link'
             WHEN stage = 'INITIATED' THEN 'start_qualifying' END,

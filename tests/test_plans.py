@@ -52,6 +52,10 @@ FILL = [
     FROM generate_series(1, 20000) n
     """,
     """
+    INSERT INTO close_engine.texts (lead_id, key, direction, author, body, at)
+    SELECT 'lead ' || n, 'past ' || n, 'outbound', 'human', 'hello', now() FROM generate_series(1, 20000) n
+    """,
+    """
     INSERT INTO close_engine.takeovers (conversation_id, taken_by, taken_at, handed_back_at)
     SELECT 'taken over ' || n, 'owner', now(), CASE WHEN n %% 2 = 0 THEN now() END
     FROM generate_series(1, 20000) n
@@ -206,6 +210,20 @@ RUNS: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: close_engine.receive("lead 17", "SM2", "hello"),
         ["INSERT INTO .*inbox", f"UPDATE {CONVERSATIONS} SET"],
     ),
+    "messages": (
+        lambda: CloseEngineConversation.get_by_id("conversation 8").messages(),
+        ["SELECT .*outbox.*inbox.*texts.*pending_actions"],
+    ),
+    "record_sent": (
+        lambda: close_engine.record_sent("lead 16", "SM1", "hello"),
+        ["INSERT INTO .*texts", "UPDATE .*deadlines"],
+    ),
+    "import_texts": (
+        lambda: close_engine.import_texts(
+            [close_engine.PastText("lead 16", "inbound", "hi", "SM1", "2026-01-01T00:00Z")]
+        ),
+        ["INSERT INTO .*texts"],
+    ),
     "stall_silent": (lambda: close_engine.stall_silent(batch=100), ["SELECT c.id FROM .*deadlines.*'stall'"]),
     "lose_stalled": (lambda: close_engine.lose_stalled(batch=100), ["SELECT c.id FROM .*deadlines.*'close_lost'"]),
     "expire_actions": (lambda: close_engine.expire_actions(batch=100), ["SELECT a.id FROM .*deadlines.*'expire'"]),
@@ -343,6 +361,7 @@ def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(
         close_engine.sweep()
         outbox.claim(10)
         list(close_engine.pending_actions())
+        conversation.messages()
         conversation.fire("start_qualifying", key="k")
         close_engine.record_delivery("sent", provider_id="SM1")
         close_engine.record_delivery("sent", send_key="key 1")

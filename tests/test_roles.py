@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from urllib.parse import urlsplit, urlunsplit
 
 import peewee
@@ -17,6 +17,8 @@ from tests.foreign import REFUSED, Change, ForeignWriter
 from tests.servers import execute, new_name
 
 PASSWORD = "secret"
+
+PAST = datetime(2025, 1, 1, tzinfo=timezone.utc)
 
 #: The rights of the CRM's own application.
 CRM = [
@@ -35,6 +37,7 @@ WORKER = [
     "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts, close_engine.pauses TO {role}",
     "GRANT INSERT ON close_engine.carried TO {role}",
     "GRANT INSERT, UPDATE, DELETE ON close_engine.deliveries TO {role}",
+    "GRANT INSERT ON close_engine.texts TO {role}",
 ]
 
 #: The rights that it needs in addition to verify the installation.
@@ -191,6 +194,9 @@ def work() -> None:
     reopened.hand_back(by="Ann")
     reopened.stall()
     assert close_engine.receive("lead STALLED", "SM3", "Hi").resumed
+    assert close_engine.record_sent("lead STALLED", "SM5", "Ann here.", author="Ann")
+    assert close_engine.import_texts([close_engine.PastText("lead STALLED", "inbound", "Hi", "SM6", PAST)]).added == 1
+    assert len(reopened.messages()) == 5
     assert close_engine.record_payment("lead PAYMENT_SENT", "pay 1")
     assert close_engine.receive("lead STALLED", "SM4", "STOP").keyword
     assert close_engine.opt_in("lead STALLED", source="web form")
@@ -241,8 +247,8 @@ RIGHTS = [
     *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
     *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
     "USAGE ON SCHEMA close_engine",
-    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", *WRITTEN)),
-    *(f"INSERT ON close_engine.{name}" for name in (*WRITTEN, "carried")),
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "texts", *WRITTEN)),
+    *(f"INSERT ON close_engine.{name}" for name in (*WRITTEN, "carried", "texts")),
     *(f"UPDATE ON close_engine.{name}" for name in (*WRITTEN, "deadlines")),
     "DELETE ON close_engine.deliveries",
 ]

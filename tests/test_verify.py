@@ -752,7 +752,7 @@ def test_a_role_that_may_only_read_can_verify(postgres_url: str, server: str) ->
         assert close_engine.verify() == [
             f"This role may not read the sequence close_engine.{table}_id_seq, so it is not checked: "
             f"have its owner GRANT SELECT ON SEQUENCE close_engine.{table}_id_seq."
-            for table in ("history", "deliveries", "optouts", "pauses", "takeovers", "outbox", "inbox")
+            for table in ("history", "deliveries", "optouts", "pauses", "takeovers", "outbox", "inbox", "texts")
         ]
         execute(postgres_url, f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA close_engine TO {reader}")
         assert close_engine.verify() == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import peewee
 
-from close_engine import approvals, heartbeats, inbox  # noqa: F401 - defines more models to check
+from close_engine import approvals, heartbeats, inbox, texts  # noqa: F401 - defines more models to check
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog

@@ -12,7 +12,7 @@ from typing import Any
 
 import peewee
 
-from close_engine import approvals, heartbeats, inbox, numbers  # noqa: F401 - defines more models to check
+from close_engine import approvals, heartbeats, inbox, numbers, texts  # noqa: F401 - defines more models to check
 from close_engine.database.binding import current
 from close_engine.database.catalog import Catalog, Column, ForeignKey, Index
 from close_engine.machine import ACTION_TRANSITIONS, pairs
