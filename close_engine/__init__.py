@@ -70,6 +70,7 @@ from close_engine.errors import (
     UnreadableRow,
     UserNotFound,
 )
+from close_engine.finding import FoundConversation, WaitingFor, conversations_of, find_conversations
 from close_engine.hooks import Hook, after_commit, on_enter, on_exit
 from close_engine.inbox import InboxEntry, Payment, Received, receive, record_payment, surplus_payments
 from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Condition, Facts, Stamp, Transition
@@ -143,6 +144,7 @@ __all__ = [
     "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
+    "conversations_of",
     "ConversationTakenOver",
     "GuardMissing",
     "DailyCap",
@@ -156,9 +158,11 @@ __all__ = [
     "Event",
     "expire_actions",
     "Facts",
+    "find_conversations",
     "FindingSender",
     "forget",
     "Forgotten",
+    "FoundConversation",
     "Hook",
     "IfLeadWrites",
     "import_texts",
@@ -258,6 +262,7 @@ __all__ = [
     "UserNotFound",
     "verify",
     "waiting_for_us",
+    "WaitingFor",
     "Worker",
 ]
 

@@ -6,6 +6,7 @@ A lead's number is kept with the text that it was read from. Where the CRM has a
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -24,7 +25,9 @@ __all__ = [
     "OptOut",
     "find",
     "has_opted_out",
+    "is_like_a_number",
     "keep",
+    "leads_with",
     "number_of",
     "phone_of",
     "refuse",
@@ -154,6 +157,42 @@ def sharing(lead_id: str, numbers: Sequence[str]) -> list[str]:
     """Return the ids of a lead and of the other leads for which one of these numbers is kept."""
     others = LeadNumber.select(LeadNumber.id).where(LeadNumber.number.in_(numbers) & (LeadNumber.id != lead_id))
     return [lead_id, *(other.id for other in others)]
+
+
+def is_like_a_number(text: str) -> bool:
+    """Return whether a text may be a phone number, and not an id."""
+    digits = sum(character.isdecimal() for character in text)
+    return digits > 4 and not any(character.isalpha() for character in text.lower().removeprefix("tel:"))
+
+
+#: Leads with a conversation whose number in the CRM is not the one that was read.
+_UNREAD = """SELECT l.id, CAST(l.phone AS TEXT) FROM close_engine_conversations c JOIN {leads} l ON l.id = c.lead_id
+    LEFT JOIN {numbers} n ON n.lead_id = l.id
+    WHERE l.phone IS NOT NULL AND COALESCE(n.phone, '') <> CAST(l.phone AS TEXT)"""
+
+
+def leads_with(phone: str) -> list[str]:
+    """Return the ids of the leads that have a phone number, however it is written.
+
+    They are those for which the number is kept. If there is none, every conversation's lead is looked at whose number
+    was not read yet, for example because the conversation is older than this library.
+    """
+    number = number_of(phone)
+    if number is None:
+        return []
+    kept = [lead.id for lead in LeadNumber.select(LeadNumber.id).where(LeadNumber.number == number)]
+    current_phones: Any = Lead.select(Lead.id, Lead.phone.cast("TEXT").alias("text")).where(Lead.id.in_(kept)).tuples()
+    found = {lead_id for lead_id, text in current_phones if number_of(text) == number}
+    if not found:
+        unread = current().execute(_UNREAD).fetchall()
+        found = {lead_id for lead_id, text in unread if _ends_alike(text, number) and number_of(text) == number}
+    return sorted(found)
+
+
+def _ends_alike(phone: str, number: str) -> bool:
+    """Return whether the last digits are the same, which is quick to tell."""
+    digits = "".join(str(unicodedata.digit(each)) for each in phone if each.isdecimal())
+    return digits[-4:] == number[-4:]
 
 
 def find(lead_id: str, number: str | None) -> OptOut | None:

@@ -10,9 +10,10 @@ be.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,7 @@ __all__ = [
     "open_database",
     "open_migrated",
     "option",
+    "time_or_ago",
 ]
 
 
@@ -238,6 +240,24 @@ def in_seconds(text: str, default: float | None, unit: Literal["seconds", "hours
 
     shown = text if default is None else f"{text} Default {default:g}."
     return typer.Option(metavar=unit.upper(), parser=parse, help=shown, show_default=False)
+
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def time_or_ago(text: str) -> datetime | timedelta:
+    """Read a moment, or how long ago it is."""
+    if ago := re.fullmatch("([0-9]{1,5})([mhd])", text):
+        return timedelta(**{_UNITS[ago[2]]: int(ago[1])})
+    try:
+        at = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        at = None
+    if at is None or at.utcoffset() is None:
+        raise typer.BadParameter(
+            f"{text!r} is neither a time with a timezone, such as 2026-01-31T08:00Z, nor so long ago, such as 3h."
+        )
+    return at
 
 
 def _without_secrets(sentence: str) -> str:

@@ -1,20 +1,25 @@
-"""Conversations: print the diagram, show a conversation with its timeline, fire a trigger, opt a lead out and in."""
+"""Conversations: print the diagram, list and show them, fire a trigger, opt a lead out and in."""
 
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
 from close_engine import optouts
-from close_engine.cli.app import PlainCommand, app, command, open_migrated
+from close_engine.cli.app import PlainCommand, app, command, open_migrated, time_or_ago
 from close_engine.cli.terminal import cell, console, table
 from close_engine.conversations import CloseEngineConversation
+from close_engine.database.binding import moment
 from close_engine.errors import ConversationNotFound, InvalidValue, LeadNotFound
+from close_engine.finding import WaitingFor, conversations_of, find_conversations
 from close_engine.machine import TRIGGERS, mermaid
 from close_engine.models import StageChange
 from close_engine.numbers import OptOut
+from close_engine.stages import Stage
+from close_engine.transcript import Transcript, transcript_of
 
 
 @app.command(cls=PlainCommand)
@@ -23,16 +28,64 @@ def graph() -> None:
     print(mermaid())
 
 
+@command("list")
+def list_(
+    context: typer.Context,
+    stage: Annotated[
+        list[Stage] | None, typer.Option(help="Only those in this stage. It can be given several times.")
+    ] = None,
+    phone: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Only those of leads with this number, however it is written.")
+    ] = None,
+    waiting_for: Annotated[
+        WaitingFor | None,
+        typer.Option(help="Only those in which this one is waited for; a human is to approve or has taken over."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Only those opened at this time or later: ISO 8601 with a timezone, or so long ago, such as 3d.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="The most to list.")] = 50,
+) -> None:
+    """List conversations, the newest first."""
+    after = None if since is None else time_or_ago(since)
+    open_migrated(context)
+    if isinstance(after, timedelta):
+        after = moment() - after
+    found = find_conversations(stages=stage or (), phone=phone, waiting_for=waiting_for, since=after, limit=limit + 1)
+    listed = table("id", "lead", "phone", "stage", "opened", "waiting for")
+    for line in found[:limit]:
+        each = line.conversation
+        waiting = " and ".join(line.waiting_for) or None
+        listed.add_row(*map(cell, (each.id, each.lead_id, line.phone, each.stage, each.created_at, waiting)))
+    if not found:
+        print("There is no such conversation.")
+        return
+    console().print(listed)
+    if len(found) > limit:
+        print(f"These are the newest {limit}. Give --limit for more.")
+
+
 @command()
 def show(
     context: typer.Context,
     conversation: Annotated[
-        str, typer.Argument(metavar="CONVERSATION", help="The id of the conversation or of its lead.")
+        str,
+        typer.Argument(
+            metavar="CONVERSATION", help="The id of the conversation or of its lead, or the lead's phone number."
+        ),
     ],
 ) -> None:
-    """Show a conversation and its timeline, or only the timeline if it was deleted."""
+    """Show a conversation, its texts and its timeline, or what is left of it if it was deleted."""
     open_migrated(context)
-    found = _find(conversation)
+    among = conversations_of(conversation)
+    if len(among) > 1:
+        leads = ", ".join(f"{each.lead_id} ({each.stage})" for each in among)
+        raise InvalidValue("CONVERSATION", conversation, f"several leads have this number: name one of {leads}")
+    found = among[0] if among else None
     belongs_to_it = StageChange.conversation_id == (found.id if found else conversation)
     changes = list(StageChange.select().where(belongs_to_it).order_by(StageChange.id))
     if not changes and not found:
@@ -46,11 +99,24 @@ def show(
         console().print(row, "")
     else:
         print(f"Conversation {conversation!r} was deleted; its history is kept.")
+    _print_texts(transcript_of(found.id if found else conversation))
     columns = ("created_at", "source", "dest", "trigger", "actor", "reason", "key", "metadata")
     timeline = table("when", "from", "to", *columns[3:])
     for change in changes:
         timeline.add_row(*(cell(getattr(change, column)) for column in columns))
     console().print(timeline)
+
+
+def _print_texts(transcript: Transcript) -> None:
+    texts = table("when", "who", "what", "status", "text")
+    for text in transcript:
+        who = text.author if text.by is None else f"{text.author} ({text.by})"
+        status = text.status if text.reason is None else f"{text.status}: {text.reason}"
+        texts.add_row(*map(cell, (text.at, who, text.kind, status, text.body)))
+    if texts.row_count:
+        console().print(texts, "")
+    for row in transcript.unreadable:
+        print(cell(str(row)))
 
 
 @command()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import typer
 
 from close_engine import outbox, pauses, sweeps
 from close_engine.board import HANGING_AFTER, outbox_line
-from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option
+from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option, time_or_ago
 from close_engine.cli.board import HangingAfter, render_outbox
 from close_engine.cli.terminal import cell, console, table
 from close_engine.database.binding import current, moment
@@ -76,7 +75,7 @@ def requeue(
     many = everything or error is not None or since is not None
     if (message is None) is not many or (body is not None and many):
         raise typer.BadParameter("Name one message by its id, or several by --error, --since or --all.")
-    after = None if since is None else _time(since)
+    after = None if since is None else time_or_ago(since)
     open_migrated(context)
     if isinstance(after, timedelta):
         after = moment() - after
@@ -84,24 +83,6 @@ def requeue(
         print(f"Message {outbox.requeue(message, body).id} will be sent again.")
     else:
         print(f"Messages that will be sent again: {len(outbox.requeue_all(error=error, since=after))}.")
-
-
-_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
-
-
-def _time(text: str) -> datetime | timedelta:
-    """Read a moment, or how long ago it is."""
-    if ago := re.fullmatch("([0-9]{1,5})([mhd])", text):
-        return timedelta(**{_UNITS[ago[2]]: int(ago[1])})
-    try:
-        at = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
-        at = None
-    if at is None or at.utcoffset() is None:
-        raise typer.BadParameter(
-            f"{text!r} is neither a time with a timezone, such as 2026-01-31T08:00Z, nor so long ago, such as 3h."
-        )
-    return at
 
 
 _Topics = Annotated[
