@@ -20,6 +20,7 @@ from close_engine import (
     CloseEngineConversation,
     CloseEngineError,
     ConfigurationError,
+    Direction,
     MessageStatus,
     OutboxMessage,
     PendingAction,
@@ -32,6 +33,8 @@ from close_engine.demo.mistakes import MISTAKES, Mistake
 from close_engine.demo.place import temporary_database
 from close_engine.demo.play import MIN_LEADS, Demo
 from close_engine.demo.report import Report
+from close_engine.demo.stories import STORIES
+from close_engine.demo.story import tell
 from close_engine.errors import StageConflict
 from close_engine.inbox import receive
 from close_engine.machine import TRIGGERS
@@ -235,9 +238,63 @@ def test_the_command_shows_the_pipeline_and_leaves_nothing_behind(beside: str) -
     assert all(mistake.description in result.out for mistake in MISTAKES)
     assert result.out.startswith("\nPipeline")
     assert "was killed (SIGKILL) in the middle of sending a SEND_PREVIEW" in " ".join(result.out.split())
-    assert result.out.endswith("was sent exactly as often as recorded, and verify finds nothing wrong.\n")
+    _, _, story = result.out.partition("was sent exactly as often as recorded, and verify finds nothing wrong.\n\n")
+    assert story.startswith("One conversation told whole: ")
     assert databases(beside) == there
     assert tables == (catalog(beside) if beside.startswith("postgres") else {})
+
+
+@pytest.fixture(scope="module")
+def all_told() -> dict[str, list[str]]:
+    """What is told of every story."""
+    with temporary_database() as url, Demo(url, MIN_LEADS, 1) as demo:
+        for _ in demo.run():
+            pass
+        return {role.story.meaning: [line.what for line in tell(role.conversation)] for role in demo._roles}
+
+
+def test_one_conversation_is_told_whole(beside: str) -> None:
+    with temporary_database(beside) as url, Demo(url, MIN_LEADS, 1) as demo:
+        for _ in demo.run():
+            pass
+        conversation = demo.hero.conversation
+        told = tell(conversation)
+        texts, changes = conversation.messages(), conversation.history()
+        actions = list(PendingAction.select().where(PendingAction.conversation_id == conversation.id))
+
+    def said(beginning: str) -> int:
+        return sum(line.what.startswith(beginning) for line in told)
+
+    assert [line.at for line in told] == sorted(line.at for line in told)
+    assert said("texts: ") == sum(text.is_said and text.direction is Direction.OUTBOUND for text in texts) > 1
+    assert said("writes: ") == sum(text.direction is Direction.INBOUND for text in texts) > 0
+    assert [line.what.partition(" (")[0] for line in told if "→" in line.what] == [
+        f"{change.source} → {change.dest}" for change in changes[1:]
+    ]
+    assert said("drafts ") == len(actions)
+    assert said("approves it") == sum(action.status is ActionStatus.APPROVED for action in actions) > 1
+    assert said("rejects it") == sum(action.status is ActionStatus.REJECTED for action in actions) > 1
+    assert said("pays 900.00 USD") == 1
+    assert told[-1].what == "PAYMENT_SENT → COMPLETED"
+
+
+def test_whatever_the_story_it_can_be_told(all_told: dict[str, list[str]]) -> None:
+    assert all_told.keys() == {story.meaning for story in STORIES}
+    assert all(told[0] == "opens the conversation as INITIATED" for told in all_told.values())
+
+
+def test_what_never_left_and_what_nobody_decided_is_told_too(all_told: dict[str, list[str]]) -> None:
+    never = "would have texted: “Hi! What do you do?” (dead, because CannotBeSent: this number cannot receive texts)"
+    assert never in all_told["has no number for texts"]
+    assert "nobody has decided in time: the draft expires" in all_told["nobody approves the link in time"]
+
+
+def test_the_command_tells_only_the_story_if_asked() -> None:
+    result = run("demo", "--story")
+
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("One conversation told whole: a human corrects and says no")
+    assert "Pipeline" not in result.out
 
 
 def test_the_command_tells_of_what_must_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

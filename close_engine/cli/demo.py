@@ -11,21 +11,35 @@ from rich.progress import track
 from rich.table import Table
 
 from close_engine.cli.app import command, option
-from close_engine.cli.terminal import console, duration, table
+from close_engine.cli.terminal import cell, console, duration, table
+from close_engine.conversations import CloseEngineConversation
 from close_engine.demo.place import temporary_database
 from close_engine.demo.play import MIN_LEADS, Demo
 from close_engine.demo.report import Report
+from close_engine.demo.story import tell
 from close_engine.errors import SchemaError
 from close_engine.stages import ActionStatus, ActionType, MessageStatus
+
+#: How many leads are simulated.
+LEADS = 200
 
 
 @command()
 def demo(
     context: typer.Context,
-    leads: Annotated[int, typer.Option(metavar="NUMBER", min=MIN_LEADS, help="How many leads to simulate.")] = 200,
+    leads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            min=MIN_LEADS,
+            help=f"How many leads to simulate: {LEADS}, or {MIN_LEADS} with --story.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="NUMBER", help="The same seed tells the same stories.")] = 1,
+    story: Annotated[bool, typer.Option("--story", help="Only tell one of the conversations whole.")] = False,
 ) -> None:
-    """Simulate leads and their conversations in a temporary database, and report the outcome.
+    """Simulate leads and their conversations in a temporary database, report the outcome, and tell one of them whole.
 
     The database is a SQLite file. With --database, it is created on that
     server, or next to that file. No existing database is touched.
@@ -33,7 +47,7 @@ def demo(
     progress = console(stderr=True)
     with (
         temporary_database(option(context, "database")) as url,
-        Demo(url, leads, seed) as simulation,
+        Demo(url, leads or (MIN_LEADS if story else LEADS), seed) as simulation,
     ):
         steps = track(
             simulation.run(),
@@ -46,17 +60,36 @@ def demo(
         for _ in steps:
             pass
         report = simulation.report()
+        told = _story(simulation.hero.conversation, simulation.hero.story.meaning)
+    if not story:
+        _print_report(report)
+    if report.problems:
+        raise SchemaError("The demo found problems:", report.problems)
+    if not story:
+        console().print(
+            "\nThe history replays to every stored stage, every message was sent exactly as often as recorded, and "
+            "verify finds nothing wrong.\n",
+            style="green",
+        )
+    console().print(told)
+
+
+def _print_report(report: Report) -> None:
     pipeline, triggers, levels, approvals, outbox, refused = _tables(report)
     tables = [Columns([pipeline, triggers], padding=(0, 4)), levels, Columns([approvals, outbox], padding=(0, 4))]
     for part in (*tables, refused, _summary(report), str(report.handover)):
         console().print("", part, sep="\n")
-    if report.problems:
-        raise SchemaError("The demo found problems:", report.problems)
-    console().print(
-        "\nThe history replays to every stored stage, every message was sent exactly as often as recorded, and verify "
-        "finds nothing wrong.",
-        style="green",
-    )
+
+
+def _story(conversation: CloseEngineConversation, meaning: str) -> Table:
+    """Lay out one conversation; the day stands where it begins."""
+    told = table("when", "who", "what", title=f"One conversation told whole: {meaning}")
+    day = None
+    for line in tell(conversation):
+        is_new, day = line.at.date() != day, line.at.date()
+        told.add_row(f"{line.at:%a %d %b %H:%M}" if is_new else f"{line.at:%H:%M}", cell(line.who), cell(line.what))
+    told.columns[0].justify = "right"
+    return told
 
 
 def _tables(report: Report) -> Iterator[Table]:

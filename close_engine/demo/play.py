@@ -48,7 +48,7 @@ from close_engine.demo.handover import hand_over
 from close_engine.demo.mistakes import MISTAKES, Turn
 from close_engine.demo.provider import Provider
 from close_engine.demo.report import Report
-from close_engine.demo.stories import CAST, STILL_ACTIVE, STORIES, Role
+from close_engine.demo.stories import CAST, HERO, STILL_ACTIVE, STORIES, Role
 from close_engine.errors import CannotBeSent, ConfigurationError
 from close_engine.inbox import receive, record_payment
 from close_engine.models import Lead, User
@@ -131,6 +131,11 @@ class Demo:
         preview, *others = self._last_messages()
         self._handover = hand_over(self._url, self._provider, preview, others, self._now, self._set_clock)
         yield
+
+    @property
+    def hero(self) -> Role:
+        """The lead whose conversation is told whole."""
+        return next(role for role in self._roles if role.story is HERO)
 
     def report(self) -> Report:
         """Return the results, once `run` has ended."""

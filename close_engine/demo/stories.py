@@ -17,7 +17,7 @@ from close_engine.models import Lead
 from close_engine.outbox import OutboxMessage
 from close_engine.stages import AutonomyLevel
 
-__all__ = ["CAST", "STILL_ACTIVE", "STORIES", "Role", "Story"]
+__all__ = ["CAST", "HERO", "STILL_ACTIVE", "STORIES", "Role", "Story"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ STORIES = (
 
 #: The stories that are told even with few leads: every one, and a second lead who waits for the site.
 CAST = [*STORIES, next(story for story in STORIES if story.meaning == "waits for the site")]
+
+#: The story that is told whole: it has drafts that a human corrects, rejects and approves, a preview and a payment.
+HERO = next(story for story in STORIES if story.meaning == "a human corrects and says no")
 
 
 @dataclass
