@@ -136,7 +136,7 @@ def test_when_and_why_are_those_of_the_furthest_status(
 @pytest.mark.parametrize("by", ["provider_id", "send_key", "both", "each"])
 def test_what_is_said_too_early_becomes_the_messages(in_flight: OutboxMessage, by: str) -> None:
     subscribe("tell_owner", events=["message:undelivered"])
-    ids = {"provider_id": "SM1", "send_key": in_flight.send_key}
+    ids: dict[str, Any] = {"provider_id": "SM1", "send_key": in_flight.send_key}
     if by == "each":
         record_delivery("sent", send_key=in_flight.send_key)
         record_delivery("undelivered", provider_id="SM1", error="30003")
@@ -231,7 +231,7 @@ def test_it_is_said_at_the_moment_at_which_it_is_marked_as_sent(
 ) -> None:
     """Neither sees what the other has not committed: one waits for the other."""
     subscribe("tell_owner", events=["message:undelivered"])
-    given = {by: {"provider_id": "SM1", "send_key": in_flight.send_key}[by]}
+    given: dict[str, Any] = {by: {"provider_id": "SM1", "send_key": in_flight.send_key}[by]}
     mark, say = (lambda: in_flight.sent("SM1")), (lambda: record_delivery("undelivered", **given))
     with close_engine.atomic():
         (mark if first == "sent" else say)()
