@@ -65,6 +65,7 @@ from close_engine.outbox import (
     IF_LEAD_WRITES,
     OutboxMessage,
     find_by_key,
+    priority_of,
     put_in,
     require_order,
     require_words,
@@ -133,7 +134,7 @@ class PendingAction(BaseModel):
 
     Attributes:
         metadata: what the sender needs besides the text (`paymentUrl`, `previewUrl`); `sendAfter` if it must wait,
-            `notAfter` if it must not leave later.
+            `notAfter` if it must not leave later, `sendPriority` if it has a priority of its own.
         status: PENDING until somebody decides; reads as EXPIRED from `expires_at` on.
         approved_by: who decided, even if they rejected it.
         approved_at: when it was approved, by the database's clock.
@@ -452,6 +453,7 @@ def submit(
     metadata: Mapping[str, Any] | None = None,
     send_after: timedelta | datetime | None = None,
     not_after: timedelta | datetime | None = None,
+    priority: int | None = None,
     key: str | None = None,
     actor: str | None = None,
     policy: Policy = needs_approval,
@@ -473,6 +475,8 @@ def submit(
         send_after: a delay, or a point in time with a timezone, before which it is not sent.
         not_after: how long it may wait, or until when, as a point in time with a timezone. If it could not leave by
             then, it is withdrawn. A draft that waits for approval expires then at the latest.
+        priority: from 0 to 9: what is due with a higher one leaves first, within the order of its lane. The default is
+            the one of its type in `outbox.PRIORITIES`, or else 0.
         key: idempotency key, unique within the conversation. Using it again returns the first result.
         actor: who wrote the draft, for the history.
         policy: decides whether a human must approve it first.
@@ -496,6 +500,7 @@ def submit(
     type = PendingAction.type.clean(type)
     require_words("draft", draft)
     require_order(send_after, not_after)
+    urgency = priority_of(type, priority)
     provenance = Provenance(actor, key=key)
     details = clean_json("metadata", dict(metadata or {}))
     if if_lead_writes is not None:
@@ -537,6 +542,7 @@ def submit(
                 not_after,
                 level=level,
                 topic=str(type),
+                priority=urgency,
                 body=draft,
                 payload=details,
                 key=key,
@@ -547,6 +553,8 @@ def submit(
             )
         if provenance.actor is not None:
             details["submittedBy"] = provenance.actor
+        if priority is not None:
+            details["sendPriority"] = urgency
         expires_at = None if expires_after is None else moment() + expires_after
         if send_after is not None:
             details["sendAfter"] = stored_time(_point(send_after))

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
 import peewee
@@ -64,6 +65,7 @@ from close_engine.stages import (
 )
 
 __all__ = [
+    "PRIORITIES",
     "DeadLine",
     "OutboxMessage",
     "claim",
@@ -123,6 +125,7 @@ class OutboxMessage(BaseModel):
         available_at: datetime before which it cannot be claimed: the end of a delay, of a pause after an error, or of
             its lease. Of a DEAD message, when it was given up.
         not_after: datetime after which it does not leave, but is WITHDRAWN; None if it may leave at any time.
+        priority: int, how urgent it is: what is due with a higher one leaves first.
         debounced_until: datetime, of an effect that carries the events of a burst: until when further ones move it on.
         attempts: int, how often sending it began, without those attempts that were taken back.
         max_attempts: int, how often it may be tried.
@@ -157,6 +160,7 @@ class OutboxMessage(BaseModel):
     created_at = UtcDateTimeField[datetime](default=now)
     available_at = UtcDateTimeField[datetime](default=now)
     not_after = UtcDateTimeField["datetime | None"](null=True)
+    priority = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
     debounced_until = UtcDateTimeField["datetime | None"](null=True)
     attempts = peewee.IntegerField(default=0, constraints=[peewee.SQL("DEFAULT 0")])
     max_attempts = peewee.IntegerField(default=MAX_ATTEMPTS, constraints=[peewee.SQL(f"DEFAULT {MAX_ATTEMPTS}")])
@@ -553,10 +557,13 @@ _CALL_MARK_SENT = "SELECT {mark_sent}(%s::bigint, %s::text, %s::integer, %s::tex
 _IN_FLIGHT = (OutboxMessage.status == MessageStatus.PENDING) & OutboxMessage.leased_by.is_null(False)
 _WAITING = OutboxMessage.status == MessageStatus.PENDING
 _IS_SETTLED = OutboxMessage.status != MessageStatus.PENDING
+_URGENT = _WAITING & (OutboxMessage.priority > 0)
 _IS_TEXT = OutboxMessage.topic.in_([topic.value for topic in TEXTS])
 
 for fields, unique, where in (
     ((OutboxMessage.available_at, OutboxMessage.id), False, _WAITING),
+    ((OutboxMessage.available_at,), False, _URGENT),
+    ((OutboxMessage.priority, OutboxMessage.available_at, OutboxMessage.id), False, _URGENT),
     ((OutboxMessage.conversation_id, OutboxMessage.id), False, _WAITING),
     ((OutboxMessage.conversation_id,), True, _IN_FLIGHT & _IS_TEXT),
     ((OutboxMessage.conversation_id, OutboxMessage.topic), True, _IN_FLIGHT & ~_IS_TEXT),
@@ -586,6 +593,7 @@ def enqueue(
     payload: Mapping[str, Any] | None = None,
     send_after: timedelta | datetime | None = None,
     not_after: timedelta | datetime | None = None,
+    priority: int | None = None,
     key: str | None = None,
     trigger: str | None = None,
     approved_by: str | None = None,
@@ -603,6 +611,8 @@ def enqueue(
         send_after: timedelta, how long to wait, or datetime with a timezone, until when. Until then it holds up nobody.
         not_after: timedelta, how long it may wait, or datetime with a timezone, until when it may leave. If it could
             not leave by then, it is withdrawn.
+        priority: int from 0 to 9: what is due with a higher one leaves first, within the order of its lane. The default
+            is the one of its topic in `PRIORITIES`, or else 0.
         key: str, idempotency key, unique within the conversation. Using it again returns the first message.
         trigger: str, the trigger to fire when the message is marked sent.
         approved_by: str, who approved it.
@@ -634,6 +644,7 @@ def enqueue(
         send_after,
         not_after,
         topic=str(topic),
+        priority=priority_of(topic, priority),
         body=body,
         payload=payload,
         trigger=trigger,
@@ -651,6 +662,26 @@ IF_LEAD_WRITES: Mapping[str, IfLeadWrites] = {
     ActionType.SEND_PREVIEW: IfLeadWrites.SEND,
     ActionType.SEND_PAYMENT_LINK: IfLeadWrites.SEND,
 }
+
+
+#: How urgent a message is by default, by its topic; any other's priority is 0. A payment link is money.
+PRIORITIES: Mapping[str, int] = {ActionType.SEND_PAYMENT_LINK: 5}
+
+#: The most urgent. There are few, because a claim asks for one priority after the other while something urgent is due.
+MOST_URGENT = 9
+
+
+def priority_of(topic: str, given: int | None) -> int:
+    """Return the priority of a message: the one that is given, or the one of its topic.
+
+    Raises:
+        InvalidValue: it is no int from 0 to 9.
+    """
+    if given is None:
+        return PRIORITIES.get(topic, 0)
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= MOST_URGENT:
+        raise InvalidValue("priority", given, f"it must be a whole number from 0 to {MOST_URGENT}")
+    return given
 
 
 def strictest_level(conversation: CloseEngineConversation) -> AutonomyLevel:
@@ -835,17 +866,41 @@ def claimable_now(dialect: Dialect) -> str:
                 OR ahead.id < o.id AND (ahead.claims > 0 OR ahead.available_at <= {{moment}}))))"""
 
 
-def claiming(dialect: Dialect, limit: str, worker: str, only: str, columns: str) -> str:
-    """Return the statement that claims. A lease that is over is counted: after too many, the message is dead.
+#: Whether nothing urgent is due. The order says which index to use.
+NOTHING_URGENT = """(SELECT u.id FROM {outbox} u
+        WHERE u.status = 'PENDING' AND u.priority > 0 AND u.available_at <= {moment}
+        ORDER BY u.available_at LIMIT 1) IS NULL"""
+
+
+def claiming(
+    dialect: Dialect, limit: str, worker: str, only: str, columns: str, *, anyway: str = "", urgency: str = ""
+) -> str:
+    """Return a statement that claims. A lease that is over is counted: after too many, the message is dead.
 
     SQLite runs it as it is. PostgreSQL has it in the function `close_engine.claim`, and keeps its plan, because to plan
     it takes longer than to run it. A test compares the two.
+
+    Something urgent lifts its lane: what is claimed is the next of the lane, so that what is urgent can follow.
 
     Args:
         limit, worker: how the most messages to claim and the worker's name are written.
         only: more conditions for a message `o`, or nothing.
         columns: what to return; after it the lead, and whether the CRM has another phone number for it by now.
+        anyway: the condition under which to claim although something urgent is due.
+        urgency: how a priority is written, to claim only the lanes in which a message of that priority is due.
     """
+    claimable, first = f"{claimable_now(dialect)}{only}", ""
+    if urgency:
+        source = f"""{{outbox}} u JOIN {{outbox}} o ON o.conversation_id = u.conversation_id AND {one_lane("u", "o")}
+    WHERE u.status = 'PENDING' AND u.priority > 0 AND u.priority = {urgency} AND u.available_at <= {{moment}}
+        AND {claimable}
+    ORDER BY u.available_at, u.id"""
+        first = " LIMIT 1"  # of those in one lane
+    else:
+        source = f"""{{outbox}} o
+    WHERE {claimable}
+        AND ({anyway} OR {NOTHING_URGENT})
+    ORDER BY o.available_at, o.id"""
     is_leased, found = "reason IS NULL AND over = 0", dialect.in_subquery("SELECT message_id FROM next")
     # The cast gives what is returned the affinity of text, without which SQLite does not use the index.
     conversation = "CAST(conversation_id AS TEXT)"
@@ -853,9 +908,7 @@ def claiming(dialect: Dialect, limit: str, worker: str, only: str, columns: str)
     SELECT o.id AS message_id, {may_leave()} AS reason,
         CASE WHEN o.leased_by IS NOT NULL
             AND (o.unreported >= {MAX_UNREPORTED - 1} OR o.attempts >= o.max_attempts) THEN 1 ELSE 0 END AS over
-    FROM {{outbox}} o
-    WHERE {claimable_now(dialect)}{only}
-    ORDER BY o.available_at, o.id LIMIT {limit} {dialect.skip_locked("o")}
+    FROM {source} LIMIT {limit} {dialect.skip_locked("o")}
 )
 UPDATE {{outbox}} AS message SET
     (status, action_id, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
@@ -869,7 +922,7 @@ UPDATE {{outbox}} AS message SET
         CASE WHEN {is_leased} THEN {{later}} ELSE {{moment}} END,
         CASE WHEN {is_leased} THEN attempts + 1 ELSE attempts END,
         CASE WHEN {is_leased} THEN claims + 1 ELSE claims END
-    FROM next WHERE message_id = id)
+    FROM next WHERE message_id = id{first})
 WHERE id {found}
 RETURNING {columns}, (SELECT c.lead_id FROM close_engine_conversations c WHERE c.id = {conversation}),
     (SELECT CASE WHEN COALESCE(CAST(l.phone AS TEXT), '') <> COALESCE(n.phone, '') THEN 1 ELSE 0 END
@@ -902,7 +955,7 @@ def claim(
             their worker. Such a message is claimed alone, and its worker should send nothing else meanwhile.
 
     Returns:
-        list of OutboxMessage, oldest first.
+        list of OutboxMessage, the most urgent first, and then the oldest.
 
     Raises:
         InvalidValue: the worker has no name, the limit is less than 1, or the lease is not greater than zero.
@@ -919,7 +972,7 @@ def claim(
         loaded = [message for row in rows if (message := _loaded(row, before + seconds)) is not None]
         claimed = [message for message in loaded if _may_be_texted(message)]
         if claimed or not rows:
-            return _suspect_alone(sorted(claimed, key=lambda message: int(message.id)))
+            return _suspect_alone(sorted(claimed, key=lambda message: (-message.priority, message.id)))
 
 
 def _of_topics(topics: Sequence[str] | None) -> tuple[str, list[str]]:
@@ -928,22 +981,46 @@ def _of_topics(topics: Sequence[str] | None) -> tuple[str, list[str]]:
 
 
 def suspect_is_next(topics: Sequence[str] | None = None) -> bool:
-    """Return whether the oldest message that can be claimed may have killed its worker."""
+    """Return whether the message that would be claimed next may have killed its worker."""
     only, names = _of_topics(topics)
-    claimable = f"{claimable_now(current().dialect)}{only}"
-    oldest = f"SELECT {SUSPECT} FROM {{outbox}} o WHERE {claimable} ORDER BY o.available_at, o.id LIMIT 1"
-    row = current().execute(oldest, names).fetchone()
-    return row is not None and bool(row[0])
+    claimable = f"SELECT {SUSPECT} FROM {{outbox}} o WHERE {claimable_now(current().dialect)}{only}"
+    urgent, rest = "AND o.priority > 0 ORDER BY o.priority DESC, o.available_at, o.id", "ORDER BY o.available_at, o.id"
+    for order in (urgent, rest):
+        row = current().execute(f"{claimable} {order} LIMIT 1", names).fetchone()
+        if row is not None:
+            return bool(row[0])
+    return False
 
 
 def _claim(limit: int, seconds: float, worker: str, topics: list[str] | None, suspects: bool) -> list[tuple[Any, ...]]:
+    dialect = current().dialect
+    if dialect.keeps_plans:
+        return _claimed(_CALL_CLAIM, [limit, seconds, worker, topics, suspects])
+    # As the function does it.
+    only, names = _of_topics(topics)
+    if not suspects:
+        only += f" AND NOT {SUSPECT}"
+    write = partial(claiming, dialect, "%s", "%s", only, _COLUMNS)
+    rows = _claimed(write(anyway="0"), [*names, limit, worker, seconds])
+    urgency = None if rows else _next_urgency()
+    is_urgent = urgency is not None
+    while urgency is not None and len(rows) < limit:
+        rows += _claimed(write(urgency="%s"), [urgency, *names, limit - len(rows), worker, seconds])
+        urgency = _next_urgency(urgency)
+    if is_urgent and len(rows) < limit:
+        rows += _claimed(write(anyway="1"), [*names, limit - len(rows), worker, seconds])
+    return rows
+
+
+def _next_urgency(below: int = 2**31 - 1) -> int | None:
+    """Return the highest priority above 0 that waits, and is below another one."""
+    waits = "SELECT u.priority FROM {outbox} u WHERE u.status = 'PENDING' AND u.priority > 0 AND u.priority < %s"
+    row = current().execute(f"{waits} ORDER BY u.priority DESC LIMIT 1", [below]).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _claimed(statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
     binding = current()
-    if binding.dialect.keeps_plans:
-        statement, values = _CALL_CLAIM, [limit, seconds, worker, topics, suspects]
-    else:
-        only, names = _of_topics(topics)
-        statement = claiming(binding.dialect, "%s", "%s", only if suspects else f"{only} AND NOT {SUSPECT}", _COLUMNS)
-        values = [*names, limit, worker, seconds]
     while True:
         try:
             with atomic() if binding.database.in_transaction() else nullcontext():
@@ -1014,7 +1091,7 @@ def _may_be_texted(message: OutboxMessage) -> bool:
 
 
 def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:
-    """List the messages that can be claimed now, oldest first, without claiming them.
+    """List the messages that can be claimed now, without claiming them: the most urgent first, and then the oldest.
 
     One that cannot be read is passed over: whoever claims it gives it up.
 
@@ -1025,7 +1102,7 @@ def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:
     claimable = f"{claimable_now(current().dialect)}{only}"
     found = peewee.SQL(current().sql(f"(SELECT o.id FROM {{outbox}} o WHERE {claimable})"), names)
     query = OutboxMessage.select().readable().where(OutboxMessage.id.in_(found))
-    return list(query.order_by(OutboxMessage.available_at, OutboxMessage.id))
+    return list(query.order_by(OutboxMessage.priority.desc(), OutboxMessage.available_at, OutboxMessage.id))
 
 
 def due_in(within: timedelta = timedelta(days=1)) -> timedelta | None:

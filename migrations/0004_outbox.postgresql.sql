@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS close_engine.outbox (
     created_at timestamp(3) without time zone NOT NULL,
     available_at timestamp(3) without time zone NOT NULL,
     not_after timestamp(3) without time zone,
+    priority integer NOT NULL DEFAULT 0,
     debounced_until timestamp(3) without time zone,
     attempts integer NOT NULL DEFAULT 0,
     max_attempts integer NOT NULL DEFAULT 36,
@@ -39,6 +40,11 @@ CREATE TABLE IF NOT EXISTS close_engine.outbox (
 );
 CREATE INDEX IF NOT EXISTS outbox_available_at_idx
     ON close_engine.outbox (available_at, id) WHERE status = 'PENDING';
+-- What is urgent is found first: whether anything of it is due, and then priority by priority.
+CREATE INDEX IF NOT EXISTS outbox_urgent_idx
+    ON close_engine.outbox (available_at) WHERE status = 'PENDING' AND priority > 0;
+CREATE INDEX IF NOT EXISTS outbox_priority_idx
+    ON close_engine.outbox (priority, available_at, id) WHERE status = 'PENDING' AND priority > 0;
 CREATE INDEX IF NOT EXISTS outbox_conversation_id_idx
     ON close_engine.outbox (conversation_id, id) WHERE status = 'PENDING';
 -- At most one message of a lane is in flight, no matter what the workers do. The texts of a conversation are one lane,
@@ -130,10 +136,12 @@ CREATE INDEX IF NOT EXISTS deliveries_early_send_key_idx
 CREATE INDEX IF NOT EXISTS deliveries_undelivered_idx
     ON close_engine.deliveries (message_id) WHERE status = 'undelivered';
 
--- Claims messages: the statement is the one of `outbox.claiming`. It is in a function, whose plan is kept, because to
--- plan it takes longer than to run it. Each record is a message, its lead, and whether the CRM has another phone number for
--- that lead by now than the one that is kept. Were the message's type declared, the table could not be dropped without
--- the function.
+-- Claims messages: the statements are those of `outbox.claiming`. They are in a function, whose plans are kept, because to
+-- plan them takes longer than to run them. If something urgent is due, the first finds nothing: then what is urgent is
+-- claimed, the most urgent first, and after it the rest.
+--
+-- Each record is a message, its lead, and whether the CRM has another phone number for that lead by now than the one that
+-- is kept. Were the message's type declared, the table could not be dropped without the function.
 CREATE OR REPLACE FUNCTION close_engine.claim(
     most integer, seconds double precision, worker text, topics text[], suspects boolean
 ) RETURNS SETOF record
@@ -143,8 +151,12 @@ DECLARE
     at timestamp without time zone := close_engine.moment();
     until timestamp without time zone :=
         pg_catalog.date_trunc('milliseconds', at + pg_catalog.make_interval(secs => seconds));
+    urgency integer := 2147483647;
+    is_urgent boolean := false;
+    claimed integer;
 BEGIN
-    RETURN QUERY
+    FOR pass IN 1..2 LOOP
+        RETURN QUERY
 WITH next AS (
     SELECT o.id AS message_id, CASE WHEN o.not_after < at THEN 'it could not leave in time'
         WHEN o.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') THEN NULLIF(COALESCE((
@@ -191,6 +203,9 @@ WITH next AS (
             AND (ahead.leased_by IS NOT NULL
                 OR ahead.id < o.id AND (ahead.claims > 0 OR ahead.available_at <= at))))
         AND (topics IS NULL OR o.topic = ANY (topics)) AND (suspects OR NOT (o.unreported > 0 OR o.leased_by IS NOT NULL))
+        AND (pass = 2 OR (SELECT u.id FROM close_engine.outbox u
+        WHERE u.status = 'PENDING' AND u.priority > 0 AND u.available_at <= at
+        ORDER BY u.available_at LIMIT 1) IS NULL)
     ORDER BY o.available_at, o.id LIMIT most FOR NO KEY UPDATE OF o SKIP LOCKED
 )
 UPDATE close_engine.outbox AS message SET
@@ -211,6 +226,89 @@ RETURNING message, (SELECT c.lead_id FROM public.close_engine_conversations c WH
     (SELECT CASE WHEN COALESCE(CAST(l.phone AS TEXT), '') <> COALESCE(n.phone, '') THEN 1 ELSE 0 END
     FROM public.close_engine_conversations c JOIN public."leads" l ON l.id = c.lead_id
     LEFT JOIN close_engine.numbers n ON n.lead_id = c.lead_id WHERE c.id = CAST(conversation_id AS TEXT));
+        GET DIAGNOSTICS claimed = ROW_COUNT;
+        EXIT WHEN claimed > 0 OR pass = 2;
+        LOOP
+            urgency := (SELECT u.priority FROM close_engine.outbox u
+                WHERE u.status = 'PENDING' AND u.priority > 0 AND u.priority < urgency ORDER BY u.priority DESC LIMIT 1);
+            EXIT WHEN urgency IS NULL;
+            is_urgent := true;
+            RETURN QUERY
+WITH next AS (
+    SELECT o.id AS message_id, CASE WHEN o.not_after < at THEN 'it could not leave in time'
+        WHEN o.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') THEN NULLIF(COALESCE((
+            SELECT CASE
+                WHEN COALESCE((SELECT p.id FROM close_engine.optouts p WHERE p.lead_id = c.lead_id AND p.lifted_at IS NULL),
+                    (SELECT p.id FROM close_engine.numbers n JOIN close_engine.optouts p ON p.number = n.number
+                    WHERE n.lead_id = c.lead_id AND p.lifted_at IS NULL)) IS NOT NULL THEN 'the lead opted out'
+                WHEN c.stage IN ('COMPLETED', 'CLOSED_LOST') THEN 'the conversation is closed'
+                WHEN (SELECT h.id FROM close_engine.history h
+                    WHERE h.conversation_id = o.conversation_id AND h.id > o.after_change
+                        AND h.dest IN ('COMPLETED', 'CLOSED_LOST') LIMIT 1) IS NOT NULL
+                    THEN 'the conversation closed, and was opened again, after this was put in'
+                WHEN o.if_lead_writes = 'withdraw' AND (SELECT i.id FROM close_engine.inbox i
+                    WHERE i.kind = 'text' AND i.conversation_id = o.conversation_id
+                        AND i.id > o.after_text LIMIT 1) IS NOT NULL
+                    THEN 'the lead has written since'
+                WHEN (SELECT t.id FROM close_engine.takeovers t
+                    WHERE t.conversation_id = o.conversation_id AND t.handed_back_at IS NULL
+                        AND (t.until IS NULL OR t.until > at)
+                        AND t.taken_by <> COALESCE(o.submitted_by, '')
+                        AND t.taken_by <> COALESCE(o.approved_by, '')
+                    LIMIT 1) IS NOT NULL
+                    THEN 'a human has taken over'
+                WHEN o.action_id IS NULL
+                    AND ((l.autonomy_level = 'SEMI_AUTO' AND o.topic = 'SEND_PAYMENT_LINK' AND o.level = 'FULL_AUTO'
+                        OR l.autonomy_level NOT IN ('FULL_AUTO', 'SEMI_AUTO') AND o.level <> 'MANUAL')
+                    OR (c.autonomy_level = 'SEMI_AUTO' AND o.topic = 'SEND_PAYMENT_LINK' AND o.level = 'FULL_AUTO'
+                        OR c.autonomy_level NOT IN ('FULL_AUTO', 'SEMI_AUTO') AND o.level <> 'MANUAL'))
+                    THEN 'a human must approve it first'
+                ELSE '' END
+            FROM public.close_engine_conversations c LEFT JOIN public."leads" l ON l.id = c.lead_id
+            WHERE c.id = o.conversation_id
+        ), 'the conversation is deleted'), '') END AS reason,
+        CASE WHEN o.leased_by IS NOT NULL
+            AND (o.unreported >= 4 OR o.attempts >= o.max_attempts) THEN 1 ELSE 0 END AS over
+    FROM close_engine.outbox u JOIN close_engine.outbox o ON o.conversation_id = u.conversation_id AND (u.topic = o.topic OR u.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') AND o.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW'))
+    WHERE u.status = 'PENDING' AND u.priority > 0 AND u.priority = urgency AND u.available_at <= at
+        AND o.status = 'PENDING' AND o.available_at <= at
+        AND NOT ('' = ANY (ARRAY(SELECT p.topic FROM close_engine.pauses p WHERE p.resumed_at IS NULL)))
+        AND CASE WHEN o.topic = ANY (ARRAY(SELECT p.topic FROM close_engine.pauses p WHERE p.resumed_at IS NULL)) THEN false ELSE true END
+        AND (o.leased_by IS NOT NULL OR NOT EXISTS (
+        SELECT 1 FROM close_engine.outbox ahead
+        WHERE ahead.conversation_id = o.conversation_id AND ahead.status = 'PENDING' AND ahead.id <> o.id
+            AND (ahead.topic = o.topic OR ahead.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW') AND o.topic IN ('SEND_PAYMENT_LINK', 'SEND_MESSAGE', 'SEND_PREVIEW'))
+            AND (ahead.leased_by IS NOT NULL
+                OR ahead.id < o.id AND (ahead.claims > 0 OR ahead.available_at <= at))))
+        AND (topics IS NULL OR o.topic = ANY (topics)) AND (suspects OR NOT (o.unreported > 0 OR o.leased_by IS NOT NULL))
+    ORDER BY u.available_at, u.id LIMIT most FOR NO KEY UPDATE OF o SKIP LOCKED
+)
+UPDATE close_engine.outbox AS message SET
+    (status, action_id, last_error, unreported, leased_by, leased_at, available_at, attempts, claims) = (SELECT
+        CASE WHEN reason IS NOT NULL THEN 'WITHDRAWN' WHEN over = 1 THEN 'DEAD' ELSE status END,
+        CASE WHEN reason = 'a human must approve it first' THEN 'message:' || send_key ELSE action_id END,
+        CASE WHEN reason IS NOT NULL THEN reason
+            WHEN leased_by IS NOT NULL THEN 'the lease of ' || leased_by || ' ran out' ELSE last_error END,
+        CASE WHEN leased_by IS NOT NULL THEN unreported + 1 ELSE unreported END,
+        CASE WHEN reason IS NULL AND over = 0 THEN worker END,
+        CASE WHEN reason IS NULL AND over = 0 THEN at END,
+        CASE WHEN reason IS NULL AND over = 0 THEN until ELSE at END,
+        CASE WHEN reason IS NULL AND over = 0 THEN attempts + 1 ELSE attempts END,
+        CASE WHEN reason IS NULL AND over = 0 THEN claims + 1 ELSE claims END
+    FROM next WHERE message_id = id LIMIT 1)
+WHERE id = ANY (ARRAY(SELECT message_id FROM next))
+RETURNING message, (SELECT c.lead_id FROM public.close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT)),
+    (SELECT CASE WHEN COALESCE(CAST(l.phone AS TEXT), '') <> COALESCE(n.phone, '') THEN 1 ELSE 0 END
+    FROM public.close_engine_conversations c JOIN public."leads" l ON l.id = c.lead_id
+    LEFT JOIN close_engine.numbers n ON n.lead_id = c.lead_id WHERE c.id = CAST(conversation_id AS TEXT));
+            GET DIAGNOSTICS claimed = ROW_COUNT;
+            most := most - claimed;
+            IF most <= 0 THEN
+                RETURN;
+            END IF;
+        END LOOP;
+        EXIT WHEN NOT is_urgent;
+    END LOOP;
 END
 $body$;
 

@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS close_engine_outbox (
     created_at TEXT NOT NULL,
     available_at TEXT NOT NULL,
     not_after TEXT,
+    priority INTEGER NOT NULL DEFAULT 0,
     debounced_until TEXT,
     attempts INTEGER NOT NULL DEFAULT 0,
     max_attempts INTEGER NOT NULL DEFAULT 36,
@@ -39,6 +40,11 @@ CREATE TABLE IF NOT EXISTS close_engine_outbox (
 );
 CREATE INDEX IF NOT EXISTS close_engine_outbox_available_at_idx
     ON close_engine_outbox (available_at, id) WHERE status = 'PENDING';
+-- What is urgent is found first: whether anything of it is due, and then priority by priority.
+CREATE INDEX IF NOT EXISTS close_engine_outbox_urgent_idx
+    ON close_engine_outbox (available_at) WHERE status = 'PENDING' AND priority > 0;
+CREATE INDEX IF NOT EXISTS close_engine_outbox_priority_idx
+    ON close_engine_outbox (priority, available_at, id) WHERE status = 'PENDING' AND priority > 0;
 CREATE INDEX IF NOT EXISTS close_engine_outbox_conversation_id_idx
     ON close_engine_outbox (conversation_id, id) WHERE status = 'PENDING';
 -- At most one message of a lane is in flight, no matter what the workers do. The texts of a conversation are one lane,

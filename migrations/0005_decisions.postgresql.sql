@@ -237,7 +237,7 @@ BEGIN
     IF NEW.status = 'APPROVED' THEN
         INSERT INTO close_engine.outbox
             (conversation_id, topic, body, payload, trigger, approved_by, submitted_by, key, action_id, if_lead_writes,
-             after_text, after_change, created_at, available_at, not_after)
+             after_text, after_change, created_at, available_at, not_after, priority)
         -- Whoever changes the words while approving them is their author.
         SELECT NEW.conversation_id, NEW.type, NEW.draft_message,
             CASE WHEN NEW.draft_message <> OLD.draft_message
@@ -252,7 +252,9 @@ BEGIN
             (SELECT pg_catalog.max(h.id) FROM close_engine.history h WHERE h.conversation_id = NEW.conversation_id),
             NEW.approved_at,
             greatest(NEW.approved_at, close_engine.moment_in(NEW.id, NEW.metadata, 'sendAfter')),
-            close_engine.moment_in(NEW.id, NEW.metadata, 'notAfter')
+            close_engine.moment_in(NEW.id, NEW.metadata, 'notAfter'),
+            CASE WHEN NEW.metadata ->> 'sendPriority' ~ '^[0-9]$' THEN (NEW.metadata ->> 'sendPriority')::integer
+                WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 5 ELSE 0 END
         FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id
         ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
         RETURN NULL;

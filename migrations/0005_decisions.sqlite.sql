@@ -253,7 +253,7 @@ BEGIN
     -- first.
     INSERT INTO close_engine_outbox
         (conversation_id, topic, body, payload, "trigger", approved_by, submitted_by, "key", action_id, if_lead_writes,
-         after_text, after_change, created_at, available_at, not_after)
+         after_text, after_change, created_at, available_at, not_after, priority)
     -- Whoever changes the words while approving them is their author.
     SELECT NEW.conversation_id, NEW.type, NEW.draft_message,
         CASE WHEN NEW.draft_message <> OLD.draft_message
@@ -279,7 +279,10 @@ BEGIN
         strftime('%Y-%m-%d %H:%M:%f', CASE WHEN not_after GLOB '*:[0-9][0-9].[0-9][0-9][0-9][0-9]*'
             THEN substr(not_after, 1, instr(not_after, '.') + 3)
                 || ltrim(substr(not_after, instr(not_after, '.') + 4), '0123456789')
-            ELSE not_after END)
+            ELSE not_after END),
+        CASE WHEN json_extract(NEW.metadata, '$.sendPriority') IN (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+            THEN json_extract(NEW.metadata, '$.sendPriority')
+            WHEN NEW.type = 'SEND_PAYMENT_LINK' THEN 5 ELSE 0 END
     FROM (SELECT c.stage, json_extract(NEW.metadata, '$.sendAfter') AS send_after,
               json_extract(NEW.metadata, '$.notAfter') AS not_after,
               coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')) AS approved_at

@@ -40,10 +40,11 @@ FILL = [
     "ALTER TABLE pending_actions ENABLE TRIGGER zz_close_engine_guard",
     """
     INSERT INTO close_engine.outbox
-        (conversation_id, topic, body, status, created_at, available_at, leased_by, key, provider_id)
+        (conversation_id, topic, body, status, created_at, available_at, leased_by, key, provider_id, priority)
     SELECT 'conversation ' || n, 'SEND_MESSAGE', 'hello',
         CASE WHEN n %% 20 = 0 THEN 'PENDING' WHEN n %% 20 = 1 THEN 'DEAD' ELSE 'SENT' END, now(),
-        now() + interval '1 minute' * (n %% 100 - 5), CASE WHEN n %% 40 <> 20 THEN 'w1' END, 'key ' || n, 'p' || n
+        now() + interval '1 minute' * (n %% 100 - 5), CASE WHEN n %% 40 <> 20 THEN 'w1' END, 'key ' || n, 'p' || n,
+        CASE WHEN n %% 60 = 0 THEN n %% 3 + 1 ELSE 0 END
     FROM generate_series(1, 20000) n
     """,
     """
@@ -254,17 +255,22 @@ def test_no_statement_reads_a_table_on_postgresql(filled: str, monkeypatch: pyte
         database.close()
 
 
-def claiming() -> str:
-    """The statement that claims, as the function has it."""
+#: The two statements that claim, as the function has them: of what is urgent, and of the rest.
+CLAIMS = ({"anyway": "pass = 2"}, {"urgency": "urgency"})
+
+
+def claiming(kind: dict[str, str]) -> str:
+    """A statement that claims, as the function has it."""
     only = "\n        AND (topics IS NULL OR o.topic = ANY (topics)) AND (suspects OR NOT " + outbox.SUSPECT + ")"
-    return current().sql(outbox.claiming(current().dialect, "most", "worker", only, "message"))
+    return current().sql(outbox.claiming(current().dialect, "most", "worker", only, "message", **kind))
 
 
 def test_the_function_that_claims_has_the_statement_that_claims(postgres: peewee.Database) -> None:
     """SQLite runs the statement, PostgreSQL the function."""
     (function,) = [each for each in scripts.functions() if each.name == "claim"]
-    statement = claiming().replace(current().dialect.later, "until").replace(current().dialect.moment, "at")
-    assert statement in function.body.replace("public.", "")
+    for kind in CLAIMS:
+        statement = claiming(kind).replace(current().dialect.later, "until").replace(current().dialect.moment, "at")
+        assert statement in function.body.replace("public.", "")
 
 
 def test_the_function_that_marks_as_sent_has_the_statement_that_does(postgres: peewee.Database) -> None:
@@ -289,21 +295,24 @@ def test_marking_as_sent_reads_no_table_on_postgresql(filled: str) -> None:
         database.close()
 
 
-def test_claiming_reads_no_table_and_sorts_no_backlog_on_postgresql(filled: str) -> None:
+@pytest.mark.parametrize("kind", CLAIMS, ids=lambda kind: next(iter(kind)))
+def test_claiming_reads_no_table_and_sorts_no_backlog_on_postgresql(filled: str, kind: dict[str, str]) -> None:
     """The function's plan is made once, whatever it is called with."""
     database = close_engine.connect(filled)
     try:
-        statement = claiming().replace(current().dialect.later, "'2026-01-01'::timestamp")
-        for number, variable in enumerate(("most", "worker", "topics", "suspects"), 1):
-            statement = re.sub(rf"(?<![.\w]){variable}\b", f"${number}", statement)
+        statement = claiming(kind).replace(current().dialect.later, "'2026-01-01'::timestamp")
+        variable = "pass" if kind == CLAIMS[0] else "urgency"
+        for number, name in enumerate(("most", "worker", "topics", "suspects", variable), 1):
+            statement = re.sub(rf"(?<![.\w]){name}\b", f"${number}", statement)
         database.execute_sql("SET plan_cache_mode = force_generic_plan")
-        database.execute_sql(f"PREPARE claiming (integer, text, text[], boolean) AS {statement}")
-        found = database.execute_sql("EXPLAIN EXECUTE claiming (1, 'w', NULL, true)").fetchall()
+        database.execute_sql(f"PREPARE claiming (integer, text, text[], boolean, integer) AS {statement}")
+        found = database.execute_sql("EXPLAIN EXECUTE claiming (1, 'w', NULL, true, 2)").fetchall()
         plan = "\n".join(row for (row,) in found)
         assert not re.search(r"Seq Scan on (?!next)", plan), plan
         # In the order of an index: what is claimed is found at its beginning.
         assert "Sort" not in plan.partition("LockRows")[2].partition("SubPlan")[0], plan
-        assert "Index Scan using outbox_available_at_idx on outbox o" in plan, plan
+        index = "outbox_available_at_idx on outbox o" if kind == CLAIMS[0] else "outbox_priority_idx on outbox u"
+        assert f"Index Scan using {index}" in plan, plan
     finally:
         database.close()
 
@@ -357,6 +366,7 @@ def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(
     database: peewee.Database, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    outbox.enqueue(conversation, "build_site", priority=3)
     with explained(monkeypatch, "EXPLAIN QUERY PLAN") as plans:
         close_engine.sweep()
         outbox.claim(10)
@@ -366,7 +376,7 @@ def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(
         close_engine.record_delivery("sent", provider_id="SM1")
         close_engine.record_delivery("sent", send_key="key 1")
         close_engine.receive(conversation.lead_id, "SM1", "hello")
-    assert plans
+    assert any("SEARCH u USING INDEX close_engine_outbox_priority_idx" in plan for plan in plans.values())
     for sql, plan in plans.items():
         scans = [line for line in plan.splitlines() if re.match(r"SCAN (?!next|due|CONSTANT|close_engine_clock)", line)]
         assert not [line for line in scans if "USING" not in line], f"{sql}\n{plan}"
