@@ -437,7 +437,8 @@ BEGIN
             CASE pg_catalog.jsonb_typeof(NEW.payload) WHEN 'object' THEN NEW.payload ELSE '{}' END
                 || pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
                     'submittedBy', NEW.submitted_by, 'ifLeadWrites', NEW.if_lead_writes,
-                    'notAfter', pg_catalog.to_char(NEW.not_after, 'YYYY-MM-DD HH24:MI:SS.MS'::text))),
+                    'notAfter', pg_catalog.to_char(NEW.not_after, 'YYYY-MM-DD HH24:MI:SS.MS'::text),
+                    'sendPriority', nullif(NEW.priority, CASE NEW.topic WHEN 'SEND_PAYMENT_LINK' THEN 5 ELSE 0 END))),
             NEW.available_at, least(NEW.available_at + interval '1 day', NEW.not_after)
         FROM public.close_engine_conversations c WHERE c.id = NEW.conversation_id;
     END IF;

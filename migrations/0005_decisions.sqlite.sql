@@ -499,10 +499,12 @@ WHEN NEW.action_id IS NOT NULL AND OLD.action_id IS NULL
 BEGIN
     INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message, metadata, created_at, expires_at)
     SELECT NEW.action_id, c.id, c.lead_id, NEW.topic, coalesce(NEW.body, ''),
-        json_patch(json_patch(json_patch(CASE json_type(NEW.payload) WHEN 'object' THEN NEW.payload ELSE '{}' END,
+        json_patch(json_patch(json_patch(json_patch(
+                CASE json_type(NEW.payload) WHEN 'object' THEN NEW.payload ELSE '{}' END,
                 json_object('submittedBy', NEW.submitted_by)),
             json_object('ifLeadWrites', NEW.if_lead_writes)),
             json_object('notAfter', NEW.not_after)),
+            json_object('sendPriority', nullif(NEW.priority, CASE NEW.topic WHEN 'SEND_PAYMENT_LINK' THEN 5 ELSE 0 END))),
         NEW.available_at, min(strftime('%Y-%m-%d %H:%M:%f', NEW.available_at, '+1 day'),
             coalesce(NEW.not_after, '9999'))
     FROM close_engine_conversations c WHERE c.id = NEW.conversation_id;

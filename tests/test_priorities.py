@@ -193,6 +193,30 @@ def test_the_crm_may_say_it_and_what_makes_no_sense_hinders_nothing(
     assert [message.priority for message in messages()] == [kept]
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, None), (0, None), (7, 7)])
+def test_a_text_that_a_human_must_see_first_keeps_it(
+    conversation_in: ConversationIn, given: int | None, kept: int | None
+) -> None:
+    submit(conversation_in(Stage.QUALIFYING), MESSAGE, "hello", priority=given)
+    sql("UPDATE leads SET autonomy_level = 'MANUAL'")
+    assert outbox.claim() == []
+    action = PendingAction.get()
+    assert action.metadata.get("sendPriority") == kept
+    assert action.approve(by="dana").priority == (kept or 0)
+
+
+def test_a_link_that_a_human_must_see_first_keeps_it(conversation_in: ConversationIn) -> None:
+    for given, kept in ((None, None), (0, 0)):
+        conversation = conversation_in(Stage.PREVIEW_SENT)
+        submit(conversation, LINK_TYPE, "pay", metadata={"paymentUrl": LINK}, priority=given)
+        sql(f"UPDATE leads SET autonomy_level = 'SEMI_AUTO' WHERE id = '{conversation.lead_id}'")
+        assert outbox.claim() == []
+        action = PendingAction.get(PendingAction.conversation_id == conversation.id)
+        assert action.metadata.get("sendPriority") == kept
+        assert action.approve(by="dana").priority == (5 if given is None else 0)
+        claimed().sent()
+
+
 # -- at once, and with a long backlog ----------------------------------------------------------------------------------
 
 
