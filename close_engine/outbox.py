@@ -360,7 +360,14 @@ class OutboxMessage(BaseModel):
 
         Raises:
             LeaseLost: this worker no longer holds the lease.
+            MessageNotFound: the message was deleted.
+            InvalidValue: it is no text to the lead, a human has seen it already, or the reason is empty.
         """
+        clean_words("reason", reason, "a reason must be given")
+        if self.topic not in TEXTS:
+            raise InvalidValue("topic", self.topic, "only texts to the lead are approved by a human")
+        if self.action_id is not None:
+            raise InvalidValue("action_id", self.action_id, "a human has seen this text already")
         action = {"action_id": f"message:{self.send_key}", "available_at": _moment()}
         withdrawn = {**_REPORTED, "status": MessageStatus.WITHDRAWN, "last_error": reason}
         return self._report({**withdrawn, **_not_tried(), **action})
