@@ -462,6 +462,9 @@ def test_the_right_is_a_role_s(
         database.execute_sql("RESET ROLE")
         if right is None:
             assert problems() == [], "such a role is no forger"
+            database.execute_sql(f"GRANT UPDATE (actor) ON close_engine.history TO {role}")
+            (forger,) = problems()
+            assert f"The role {role} may UPDATE (actor) on close_engine.history" in forger
         database.execute_sql(f"DROP OWNED BY {role}")
         execute(server, f"DROP ROLE {role}")
 

@@ -58,7 +58,7 @@ _FUNCTION_OWNERS_AND_TABLES = """
         FROM pg_catalog.pg_class c
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = 'close_engine'
-                AND c.relname IN ('deadlines', 'history', 'outbox', 'subscriptions', 'transitions')
+                AND c.relname IN ('carried', 'deadlines', 'history', 'outbox', 'subscriptions', 'transitions')
             OR n.nspname = pg_catalog.current_schema()
                 AND c.relname IN ('close_engine_conversations', 'pending_actions')
     )
@@ -237,6 +237,18 @@ class PostgresCatalog(Catalog):
             CROSS JOIN pg_catalog.aclexplode(c.relacl) a
             WHERE c.relname IN ('created', 'history', 'migrations', 'sweeping', 'transitions')
                 AND a.grantee <> c.relowner AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
+            UNION ALL
+            SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC'
+                    ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)::text) END,
+                a.privilege_type || ' (' || pg_catalog.quote_ident(t.attname::text) || ')', 'close_engine.' || c.relname
+            FROM pg_catalog.pg_class c
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'close_engine'
+            JOIN pg_catalog.pg_attribute t ON t.attrelid = c.oid AND t.attnum > 0 AND NOT t.attisdropped
+            CROSS JOIN pg_catalog.aclexplode(t.attacl) a
+            WHERE c.relname IN ('created', 'history', 'migrations', 'sweeping', 'transitions')
+                AND a.grantee <> c.relowner AND a.privilege_type IN ('INSERT', 'UPDATE')
+                -- Whoever forgets a lead empties these two.
+                AND NOT (c.relname = 'history' AND t.attname IN ('reason', 'metadata') AND a.privilege_type = 'UPDATE')
             ORDER BY 3, 1, 2
             """
         )
