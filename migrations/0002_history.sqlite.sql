@@ -79,59 +79,56 @@ CREATE TRIGGER close_engine_publish
 INSTEAD OF INSERT ON close_engine_events
 BEGIN
     INSERT INTO close_engine_outbox (conversation_id, topic, payload, "key", created_at, available_at)
-    SELECT NEW.conversation_id, s.topic, json_patch(coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts)),
+    SELECT NEW.conversation_id, s.topic,
+        json_patch(coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts)),
         'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact,
         coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
-        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.send_after / 1000.0))
+        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+            printf('%+.3f seconds', s.send_after / 1000.0))
     FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce = 0
-        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
-            OR json_extract(NEW.facts, '$.expires_at')
-                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
+        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL OR json_extract(NEW.facts, '$.expires_at')
+            <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+                printf('%+.3f seconds', s.before / 1000.0)))
     ON CONFLICT (conversation_id, "key") WHERE "key" IS NOT NULL DO NOTHING;
-    -- Of a debounced subscription, the event joins the effect of its lane that still waits and was never claimed, …
-    UPDATE close_engine_outbox SET
-        payload = json_insert(payload, '$.events[#]', json_patch(json_object('event', NEW.event), NEW.facts)),
-        available_at = min(debounced_until, max(available_at, (
-            SELECT strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.debounce / 1000.0))
-            FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.topic = close_engine_outbox.topic)))
-    WHERE id IN (
-        SELECT (SELECT min(o.id) FROM close_engine_outbox o
-            WHERE o.conversation_id = NEW.conversation_id AND o.status = 'PENDING' AND o.topic = s.topic
-                AND o.claims = 0 AND o.debounced_until IS NOT NULL
-                AND CASE WHEN json_valid(o.payload) THEN json_type(o.payload, '$.events') = 'array' END)
-        FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
-        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
-            OR json_extract(NEW.facts, '$.expires_at')
-                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
-        AND NOT EXISTS (SELECT 1 FROM close_engine_carried d WHERE d.conversation_id = NEW.conversation_id
-            AND d."key" = 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact));
-    -- … or else begins one. The key says that it is debounced: it is none of an effect that carries one event.
+    INSERT INTO close_engine_bursts (conversation_id, topic, "key", payload, said, at, until)
+    SELECT NEW.conversation_id, s.topic, 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact,
+        coalesce(s.payload, '{}'), json_patch(json_object('event', NEW.event), NEW.facts),
+        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+            printf('%+.3f seconds', s.debounce / 1000.0)),
+        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+            printf('%+.3f seconds', s.at_most / 1000.0))
+    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
+        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL OR json_extract(NEW.facts, '$.expires_at')
+            <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+                printf('%+.3f seconds', s.before / 1000.0)));
+END;
+
+-- Of a debounced subscription, the event joins the effect of its lane that still waits and was never claimed, or else begins
+-- one. The key says that it is debounced: it is none of an effect that carries one event.
+CREATE VIEW IF NOT EXISTS close_engine_bursts AS
+    SELECT '' AS conversation_id, '' AS topic, '' AS "key", '{}' AS payload, '{}' AS said, '' AS at, '' AS until WHERE 0;
+
+DROP TRIGGER IF EXISTS close_engine_gather;
+CREATE TRIGGER close_engine_gather
+INSTEAD OF INSERT ON close_engine_bursts
+WHEN NOT EXISTS (SELECT 1 FROM close_engine_carried d
+    WHERE d.conversation_id = NEW.conversation_id AND d."key" = NEW."key")
+BEGIN
+    UPDATE close_engine_outbox SET payload = json_insert(payload, '$.events[#]', json(NEW.said)),
+        available_at = min(debounced_until, max(available_at, NEW.at))
+    WHERE id = (SELECT min(id) FROM close_engine_outbox WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
+            AND topic = NEW.topic AND claims = 0 AND debounced_until IS NOT NULL
+            AND CASE WHEN json_valid(payload) THEN json_type(payload, '$.events') = 'array' END);
     INSERT INTO close_engine_outbox
         (conversation_id, topic, payload, "key", created_at, available_at, debounced_until)
-    SELECT NEW.conversation_id, s.topic, json_patch(coalesce(s.payload, '{}'), json_set(json_patch(json_object('event', NEW.event), NEW.facts),
-            '$.events', json_array(json_patch(json_object('event', NEW.event), NEW.facts)))),
-        'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact || ':debounced',
-        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
-        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.debounce / 1000.0)),
-        strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.at_most / 1000.0))
-    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
-        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
-            OR json_extract(NEW.facts, '$.expires_at')
-                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
-        AND NOT EXISTS (SELECT 1 FROM close_engine_carried d WHERE d.conversation_id = NEW.conversation_id
-            AND d."key" = 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact)
-        AND NOT EXISTS (SELECT 1 FROM close_engine_outbox o
-            WHERE o.conversation_id = NEW.conversation_id AND o.status = 'PENDING' AND o.topic = s.topic
-                AND o.claims = 0 AND o.debounced_until IS NOT NULL
-                AND CASE WHEN json_valid(o.payload) THEN json_type(o.payload, '$.events') = 'array' END);
-    INSERT OR IGNORE INTO close_engine_carried (conversation_id, "key")
-    SELECT NEW.conversation_id, 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact
-    FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
-        AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL
-            OR json_extract(NEW.facts, '$.expires_at')
-                <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')), printf('%+.3f seconds', s.before / 1000.0)))
-        AND NOT EXISTS (SELECT 1 FROM close_engine_carried d WHERE d.conversation_id = NEW.conversation_id
-            AND d."key" = 'close_engine:effect:' || s.topic || ':' || NEW.event || ':' || NEW.fact);
+    SELECT NEW.conversation_id, NEW.topic,
+        json_patch(NEW.payload, json_set(NEW.said, '$.events', json_array(json(NEW.said)))),
+        NEW."key" || ':debounced', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
+        NEW.at, NEW.until
+    WHERE NOT EXISTS (SELECT 1 FROM close_engine_outbox WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
+            AND topic = NEW.topic AND claims = 0 AND debounced_until IS NOT NULL
+            AND CASE WHEN json_valid(payload) THEN json_type(payload, '$.events') = 'array' END);
+    INSERT INTO close_engine_carried (conversation_id, "key") VALUES (NEW.conversation_id, NEW."key");
 END;
 
 INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES

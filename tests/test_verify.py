@@ -707,7 +707,7 @@ def test_a_healthy_database_passes_every_check(database: peewee.Database) -> Non
 
 def test_every_trigger_and_function_that_the_migrations_make_is_looked_for(database: peewee.Database) -> None:
     catalog = current().dialect.catalog(database)
-    ours = ("outbox", "history", "subscriptions", "events", "takeovers", "pauses", "deliveries")
+    ours = ("outbox", "history", "subscriptions", "events", "bursts", "takeovers", "pauses", "deliveries")
     places = (None, TABLE), (None, "pending_actions"), *map(current().dialect.own_table, ours)
     there = {(table, name) for schema, table in places for name in catalog.triggers(table, schema)}
 

@@ -56,6 +56,7 @@ _HELPERS = {
     "transitions": Helper(("machine", "trigger", "source", "dest", "subscribed")),
 }
 _SQLITE_HELPERS = {
+    "bursts": Helper(("conversation_id", "topic", "key", "payload", "said", "at", "until")),
     "clock": Helper(("at",)),
     "context": Helper(("id", "context")),
     "events": Helper(("event", "stage", "conversation_id", "fact", "facts")),
