@@ -13,6 +13,7 @@ import peewee
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from playhouse.postgres_ext import Psycopg3Database
 
 import close_engine
 from close_engine import (
@@ -220,6 +221,27 @@ def test_a_draft_that_has_expired_does_not_wait(
     close_engine_clock.move(timedelta(days=2))
 
     assert conversation.messages() == []
+
+
+def test_psycopg_3_reads_the_same(postgres_url: str) -> None:
+    database = close_engine.bind(Psycopg3Database(postgres_url))
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    assert import_texts([past(conversation.lead_id, "CRM1", metadata={"a": 1}), past("nobody", "CRM2")]).added == 1
+    receive(conversation.lead_id, "SM1", "Hello?")
+    record_sent(conversation.lead_id, "SM2", "Dana here.", author="dana", metadata={"b": [2]})
+    outbox.enqueue(conversation, ActionType.SEND_MESSAGE, "Hi!", payload={"c": 3})
+    conversation.reload()
+    submit(conversation, ActionType.SEND_MESSAGE, "Hm?", policy=lambda level, type: True, actor="writer")
+
+    assert {(text.body, str(text.author), str(text.payload)) for text in conversation.messages()} == {
+        ("long ago", "lead", "{'a': 1}"),
+        ("Hello?", "lead", "None"),
+        ("Dana here.", "human", "{'b': [2]}"),
+        ("Hi!", "AI", "{'c': 3}"),
+        ("Hm?", "AI", "{'submittedBy': 'writer'}"),
+    }
+    assert not ours(conversation)
+    database.close()
 
 
 # -- whose it is ---------------------------------------------------------------------------------------------------
