@@ -15,11 +15,11 @@ if somebody changed its words while approving it. Every other text of the outbox
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from close_engine.database.binding import current
 from close_engine.database.dialect import Dialect
@@ -29,6 +29,8 @@ from close_engine.errors import InvalidValue, UnreadableRow, one_line
 from close_engine.stages import ActionType, Author, Direction, MessageStatus, Word
 
 __all__ = ["Text", "TextKind", "TextStatus", "Transcript", "transcript_of"]
+
+Known = TypeVar("Known")
 
 
 class TextKind(Word):
@@ -99,7 +101,7 @@ class Transcript(list[Text]):
 
     Attributes:
         unreadable: list of UnreadableRow: what could not be read of some rows. Such a text is in the list all the same,
-            without its payload or, before all others, without its time.
+            without its payload or, before all others, without its time. Only one with an unknown word is left out.
     """
 
     def __init__(self, texts: Sequence[Text] = (), unreadable: Sequence[UnreadableRow] = ()) -> None:
@@ -173,7 +175,7 @@ def transcript_of(conversation_id: str) -> Transcript:
             continue
         try:
             texts.append(_text(row, humans, unreadable))
-        except ValueError as error:  # a word that is none of ours
+        except InvalidValue as error:  # a word that is none of ours
             unreadable.append(_unreadable(row, None, error))
     texts.sort(key=lambda text: text.at or _BEFORE_ALL)
     return Transcript(texts, unreadable)
@@ -228,6 +230,8 @@ _STATUSES = {
     MessageStatus.DEAD.value: TextStatus.DEAD,
     MessageStatus.WITHDRAWN.value: TextStatus.WITHDRAWN,
 }
+_DIRECTIONS = {str(direction): direction for direction in Direction}
+_AUTHORS = {str(author): author for author in Author}
 #: What the provider says of a text that was sent, where that is more.
 _DELIVERIES = {"delivered": TextStatus.DELIVERED, "undelivered": TextStatus.UNDELIVERED}
 
@@ -236,56 +240,47 @@ def _text(row: _Row, humans: Collection[str | None], unreadable: list[Unreadable
     """Make the text of a row. What cannot be read of it is named, and left out.
 
     Raises:
-        ValueError: one of its words is unknown.
+        InvalidValue: one of its words is unknown.
     """
     at, payload = _read(row, unreadable)
+    body = row.body or ""
     if row.source == _INBOX:
-        return Text(
-            at,
-            Direction.INBOUND,
-            Author.LEAD,
-            None,
-            TextKind.MESSAGE,
-            TextStatus.RECEIVED,
-            row.body or "",
-            payload,
-            row.key,
-        )
+        return Text(at, *_FROM_LEAD, body, payload, row.key)
     if row.source == _RECORDED:
-        direction = Direction(row.word)
-        is_ours = direction is Direction.OUTBOUND
-        author = next((word for word in Author if word == row.person), Author.HUMAN)
-        return Text(
-            at,
-            direction,
-            author,
-            None if author == row.person else row.person,
-            TextKind.MESSAGE,
-            _DELIVERIES.get(row.delivery or "", TextStatus.SENT) if is_ours else TextStatus.RECEIVED,
-            row.body or "",
-            payload,
-            row.key,
-            row.reason,
-        )
-    details = payload if isinstance(payload, dict) else {}
-    submitted_by = details.get("submittedBy") if row.source == _ACTION else row.person
-    is_edited = "editedBy" in details
-    is_humans = is_edited or (submitted_by is not None and (submitted_by in humans or submitted_by == row.approved_by))
-    status = TextStatus.AWAITING_APPROVAL if row.source == _ACTION else _STATUSES[row.status or ""]
-    return Text(
-        at,
-        Direction.OUTBOUND,
-        Author.HUMAN if is_humans else Author.AI,
-        details["editedBy"] if is_edited else submitted_by,
-        _KINDS[row.word or ""],
-        _DELIVERIES.get(row.delivery or "", status),
-        row.body or "",
-        payload,
-        None if row.source == _ACTION else row.key,
-        row.reason,
-        row.id if row.source == _OUTBOX else None,
-        row.key if row.source == _ACTION else None,
-    )
+        if _known(row.word, _DIRECTIONS) is Direction.INBOUND:
+            return Text(at, *_FROM_LEAD, body, payload, row.key)
+        status = _DELIVERIES.get(row.delivery or "", TextStatus.SENT)
+        author = _AUTHORS.get(row.person or "")
+        by = row.person if author is None else None
+        author = author or Author.HUMAN
+        return Text(at, Direction.OUTBOUND, author, by, TextKind.MESSAGE, status, body, payload, row.key, row.reason)
+    kind, details = _known(row.word, _KINDS), payload if isinstance(payload, dict) else {}
+    by = details.get("submittedBy") if row.source == _ACTION else row.person
+    is_humans = by is not None and (by in humans or by == row.approved_by)
+    if "editedBy" in details:
+        by, is_humans = details["editedBy"], True
+    author = Author.HUMAN if is_humans else Author.AI
+    if row.source == _ACTION:
+        status = TextStatus.AWAITING_APPROVAL
+        return Text(at, Direction.OUTBOUND, author, by, kind, status, body, payload, action_id=row.key)
+    status = _DELIVERIES.get(row.delivery or "") or _known(row.status, _STATUSES)
+    return Text(at, Direction.OUTBOUND, author, by, kind, status, body, payload, row.key, row.reason, row.id)
+
+
+#: What every text of the lead's is, in the order of the fields of a Text.
+_FROM_LEAD = (Direction.INBOUND, Author.LEAD, None, TextKind.MESSAGE, TextStatus.RECEIVED)
+
+
+def _known(word: str | None, words: Mapping[str, Known]) -> Known:
+    """Return what a word stands for.
+
+    Raises:
+        InvalidValue: nobody knows it.
+    """
+    found = words.get(word or "")
+    if found is None:
+        raise InvalidValue("a word", word, f"it must be one of {', '.join(words)}")
+    return found
 
 
 def _read(row: _Row, unreadable: list[UnreadableRow]) -> tuple[datetime | None, Any]:

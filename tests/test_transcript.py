@@ -761,6 +761,7 @@ DEEP = "[" * 11000 + "]" * 11000
         ("inbox", "metadata", '{"n": 1' + "0" * 5000 + "}"),
         ("outbox", "payload", DEEP),
         ("texts", "direction", "sideways"),
+        ("outbox", "status", "LOST"),
     ],
 )
 def test_one_bad_row_does_not_fail_the_list(
@@ -773,13 +774,27 @@ def test_one_bad_row_does_not_fail_the_list(
 
     found = conversation.messages()
 
-    is_strange = column == "direction"
-    assert {text.body for text in found} == {"texts", "inbox", "outbox"} - ({"texts"} if is_strange else set())
+    is_strange = column in ("direction", "status")
+    assert {text.body for text in found} == {"texts", "inbox", "outbox"} - ({table} if is_strange else set())
     (bad,) = found.unreadable
     assert bad.table in (f"close_engine.{table}", f"close_engine_{table}")
     assert (bad.row_id, bad.column) == (1, None if is_strange else column)
     if column in ("at", "received_at"):
         assert (found[0].body, found[0].at) == (table, None)
+
+
+def test_a_draft_of_an_unknown_type_does_not_fail_the_list(
+    conversation: CloseEngineConversation, foreign: ForeignWriter
+) -> None:
+    submit(conversation, ActionType.SEND_MESSAGE, "Hello?", policy=lambda level, type: True)
+    (action,) = close_engine.pending_actions()
+    spoil(foreign, "pending_actions", "type", "SEND_SMS", action.id)
+
+    found = conversation.messages()
+    assert found == []
+    (bad,) = found.unreadable
+    assert (bad.table, bad.row_id) == ("pending_actions", action.id)
+    assert "SEND_SMS" in str(bad)
 
 
 def test_a_bad_time_of_sending_has_the_time_at_which_it_was_put_in(
