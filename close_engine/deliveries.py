@@ -203,8 +203,9 @@ def of_sending(send_key: str, provider_id: str | None) -> Delivery | None:
 
 def undelivered() -> Rows[Delivery]:
     """Return a query for what was not delivered of the messages that were sent, and not put back since."""
-    as_sent = "(SELECT d.id FROM {deliveries} d JOIN {outbox} o ON o.id = d.message_id AND o.send_key = d.send_key "
-    as_sent += "WHERE d.status = 'undelivered' AND o.status = 'SENT')"
+    # A subquery of one value: the planner might read the whole outbox for a join.
+    as_sent = "(SELECT d.id FROM {deliveries} d WHERE d.status = 'undelivered' AND d.send_key = "
+    as_sent += "(SELECT o.send_key FROM {outbox} o WHERE o.id = d.message_id AND o.status = 'SENT'))"
     found = Delivery.id.in_(peewee.SQL(current().sql(as_sent)))
     return Delivery.select().where(found).order_by(Delivery.message_id)
 
