@@ -322,12 +322,12 @@ class OutboxMessage(BaseModel):
         at = _moment_after(wait)
         if self.not_after is None:
             return at
+        too_late = self.not_after + timedelta(milliseconds=1)
         if isinstance(at, datetime):
-            return min(at, self.not_after)
-        earlier = (
-            "(SELECT CASE WHEN again.at < not_after THEN again.at ELSE not_after END FROM (SELECT {at} AS at) again)"
-        )
-        return peewee.SQL(earlier.replace("{at}", at.sql), at.params)
+            return min(at, too_late)
+        earlier = "(SELECT CASE WHEN again.at < %s THEN again.at ELSE %s END FROM (SELECT {at} AS at) again)"
+        late = _FIELDS["not_after"].db_value(too_late)
+        return peewee.SQL(earlier.replace("{at}", at.sql), [late, late, *(at.params or ())])
 
     def withdraw(self, reason: str) -> OutboxMessage:
         """Decide that the message is not sent at all. It can be in flight with this worker, or wait.

@@ -103,6 +103,19 @@ def test_nothing_is_tried_again_when_its_time_is_over(
     assert outcome(first) == TOO_LATE
 
 
+def test_what_is_snoozed_beyond_its_time_is_not_claimed_in_the_moment_before(
+    conversation: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    """Or a worker in whose quiet hours that moment is would claim and snooze it again and again."""
+    first = outbox.enqueue(conversation, "SEND_MESSAGE", "Good morning!", not_after=MINUTE)
+    claimed().snooze(HOUR)
+    close_engine_clock.move(MINUTE)
+    assert outbox.claim() == []
+    close_engine_clock.move(timedelta(milliseconds=1))
+    assert outbox.claim() == []
+    assert outcome(first) == TOO_LATE
+
+
 def test_a_retry_in_time_comes_when_it_would(
     conversation: CloseEngineConversation, close_engine_clock: MovableClock
 ) -> None:
