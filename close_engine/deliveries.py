@@ -83,6 +83,7 @@ for fields, unique, where in (
     ((Delivery.send_key,), True, Delivery.send_key.is_null(False)),
     ((Delivery.provider_id,), False, _NOBODYS),
     ((Delivery.send_key,), False, _NOBODYS),
+    ((Delivery.message_id,), False, None),
     ((Delivery.message_id,), False, Delivery.status == _UNDELIVERED),
 ):
     Delivery.add_index(*fields, unique=unique, where=where)

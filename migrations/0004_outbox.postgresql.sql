@@ -133,6 +133,7 @@ CREATE INDEX IF NOT EXISTS deliveries_early_provider_id_idx
     ON close_engine.deliveries (provider_id) WHERE message_id IS NULL;
 CREATE INDEX IF NOT EXISTS deliveries_early_send_key_idx
     ON close_engine.deliveries (send_key) WHERE message_id IS NULL;
+CREATE INDEX IF NOT EXISTS deliveries_message_id_idx ON close_engine.deliveries (message_id);
 CREATE INDEX IF NOT EXISTS deliveries_undelivered_idx
     ON close_engine.deliveries (message_id) WHERE status = 'undelivered';
 

@@ -133,6 +133,7 @@ CREATE INDEX IF NOT EXISTS close_engine_deliveries_early_provider_id_idx
     ON close_engine_deliveries (provider_id) WHERE message_id IS NULL;
 CREATE INDEX IF NOT EXISTS close_engine_deliveries_early_send_key_idx
     ON close_engine_deliveries (send_key) WHERE message_id IS NULL;
+CREATE INDEX IF NOT EXISTS close_engine_deliveries_message_id_idx ON close_engine_deliveries (message_id);
 CREATE INDEX IF NOT EXISTS close_engine_deliveries_undelivered_idx
     ON close_engine_deliveries (message_id) WHERE status = 'undelivered';
 

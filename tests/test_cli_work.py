@@ -186,7 +186,9 @@ def test_requeue_puts_a_dead_message_back(messages: list[OutboxMessage], databas
     assert result == Result(0, f"Message {dead.id} will be sent again.\n", "")
     close_engine.bind(database)
     assert OutboxMessage.get_by_id(dead.id).status is MessageStatus.PENDING
-    assert "only a DEAD one, or one that was not delivered, can be put back" in refused("outbox", "requeue", str(dead.id))
+    assert "only a DEAD one, or one that was not delivered, can be put back" in refused(
+        "outbox", "requeue", str(dead.id)
+    )
     assert run("outbox", "requeue", str(2**63)).code == 2
     assert refused("outbox", "requeue", "99") == "There is no message 99 in the outbox.\n"
 

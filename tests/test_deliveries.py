@@ -324,6 +324,19 @@ def test_it_may_be_sent_again_with_another_text_but_not_to_everybody(
     assert outbox.requeue(in_flight, "Hello!").body == "Hello!"
 
 
+def test_one_that_was_emptied_is_sent_again_only_with_another_text(
+    in_flight: OutboxMessage, close_engine_clock: MovableClock
+) -> None:
+    in_flight.sent("SM1")
+    record_delivery("undelivered", provider_id="SM1")
+    close_engine_clock.move(timedelta(days=400))
+    close_engine.prune(timedelta(days=365))
+    with pytest.raises(InvalidValue, match="the text of this message was emptied since: give another one"):
+        outbox.requeue(in_flight)
+    assert copy_of(in_flight).status is MessageStatus.SENT
+    assert outbox.requeue(in_flight, "Hello again!").body == "Hello again!"
+
+
 @pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"], indirect=True)
 def test_two_who_put_it_back_at_once_send_it_once(in_flight: OutboxMessage, kind: str) -> None:
     in_flight.sent("SM1")
