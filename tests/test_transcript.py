@@ -702,6 +702,27 @@ def test_rows_may_be_mappings_or_dataclasses_of_ones_own(conversation: CloseEngi
     ]
 
 
+@pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"], indirect=True)
+def test_two_imports_at_once_add_each_text_once(conversation: CloseEngineConversation, kind: str) -> None:
+    rows = [past(conversation.lead_id, f"CRM{number:03}", str(number)) for number in range(120)]
+    start, outcomes = threading.Barrier(3), []
+
+    def take_over() -> None:
+        start.wait()
+        outcomes.append(import_texts(rows, batch=20))
+        current().database.close()
+
+    threads = [threading.Thread(target=take_over) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sum(done.added for done in outcomes) == 120
+    assert [done.added + done.known for done in outcomes] == [120] * 3
+    assert [text.body for text in conversation.messages()] == [str(number) for number in range(120)]
+
+
 def test_what_was_stored_before_the_source_failed_stays(conversation: CloseEngineConversation) -> None:
     def rows() -> Iterator[PastText]:
         yield past(conversation.lead_id, "CRM1")
