@@ -26,7 +26,7 @@ from close_engine.database.dialect import Dialect
 from close_engine.database.fields import UtcDateTimeField
 from close_engine.database.reading import is_unreadable
 from close_engine.errors import InvalidValue, UnreadableRow, one_line
-from close_engine.stages import ActionType, Author, Direction, MessageStatus, Word
+from close_engine.stages import ActionType, Author, DeliveryStatus, Direction, MessageStatus, Word
 
 __all__ = ["Text", "TextKind", "TextStatus", "Transcript", "transcript_of"]
 
@@ -233,7 +233,11 @@ _STATUSES = {
 _DIRECTIONS = {str(direction): direction for direction in Direction}
 _AUTHORS = {str(author): author for author in Author}
 #: What the provider says of a text that was sent, where that is more.
-_DELIVERIES = {"delivered": TextStatus.DELIVERED, "undelivered": TextStatus.UNDELIVERED}
+_DELIVERIES = {
+    DeliveryStatus.UNDELIVERED.value: TextStatus.UNDELIVERED,
+    DeliveryStatus.DELIVERED.value: TextStatus.DELIVERED,
+    DeliveryStatus.READ.value: TextStatus.DELIVERED,
+}
 
 
 def _text(row: _Row, humans: Collection[str | None], unreadable: list[UnreadableRow]) -> Text:
@@ -244,16 +248,18 @@ def _text(row: _Row, humans: Collection[str | None], unreadable: list[Unreadable
     """
     at, payload = _read(row, unreadable)
     body = row.body or ""
+    word, _, why = (row.delivery or "").partition(" ")
+    delivered = _DELIVERIES.get(word)
+    reason = (why or None) if delivered is TextStatus.UNDELIVERED else row.reason
     if row.source == _INBOX:
         return Text(at, *_FROM_LEAD, body, payload, row.key)
     if row.source == _RECORDED:
         if _known(row.word, _DIRECTIONS) is Direction.INBOUND:
             return Text(at, *_FROM_LEAD, body, payload, row.key)
-        status = _DELIVERIES.get(row.delivery or "", TextStatus.SENT)
         author = _AUTHORS.get(row.person or "")
         by = row.person if author is None else None
-        author = author or Author.HUMAN
-        return Text(at, Direction.OUTBOUND, author, by, TextKind.MESSAGE, status, body, payload, row.key, row.reason)
+        author, status = author or Author.HUMAN, delivered or TextStatus.SENT
+        return Text(at, Direction.OUTBOUND, author, by, TextKind.MESSAGE, status, body, payload, row.key, reason)
     kind, details = _known(row.word, _KINDS), payload if isinstance(payload, dict) else {}
     by = details.get("submittedBy") if row.source == _ACTION else row.person
     is_humans = by is not None and (by in humans or by == row.approved_by)
@@ -263,8 +269,8 @@ def _text(row: _Row, humans: Collection[str | None], unreadable: list[Unreadable
     if row.source == _ACTION:
         status = TextStatus.AWAITING_APPROVAL
         return Text(at, Direction.OUTBOUND, author, by, kind, status, body, payload, action_id=row.key)
-    status = _DELIVERIES.get(row.delivery or "") or _known(row.status, _STATUSES)
-    return Text(at, Direction.OUTBOUND, author, by, kind, status, body, payload, row.key, row.reason, row.id)
+    status = delivered or _known(row.status, _STATUSES)
+    return Text(at, Direction.OUTBOUND, author, by, kind, status, body, payload, row.key, reason, row.id)
 
 
 #: What every text of the lead's is, in the order of the fields of a Text.
@@ -319,14 +325,14 @@ _LEADS = """SELECT CAST(c.lead_id AS TEXT) FROM close_engine_conversations c WHE
         UNION SELECT h.lead_id FROM {history} h WHERE h.conversation_id = %s
             AND NOT EXISTS (SELECT 1 FROM {leads} l WHERE l.id = h.lead_id)"""
 
-#: What the provider says of a text that was sent, and its error.
-_DELIVERY, _DELIVERY_ERROR = "CAST(NULL AS TEXT)", "CAST(NULL AS TEXT)"
+#: What the provider says of a text that was sent: a word, and its error. As one value, to look it up once.
+_DELIVERY = "(SELECT d.status || ' ' || COALESCE(d.error, '') FROM {deliveries} d WHERE d."
+_DELIVERY_OF_MESSAGE, _DELIVERY_OF_TEXT = f"{_DELIVERY}send_key = o.send_key)", f"{_DELIVERY}provider_id = t.key)"
 
 # One query for each index that serves it: of what waits, and of what does not.
 _OF_OUTBOX = f"""SELECT {_OUTBOX} AS source, o.id, {_readable("o.sent_at", "o.created_at")}, o.provider_id, o.body,
         CAST(o.payload AS TEXT), o.status, o.topic, o.submitted_by, o.approved_by,
-        CASE o.status WHEN 'SENT' THEN {_DELIVERY_ERROR} ELSE o.last_error END,
-        CASE o.status WHEN 'SENT' THEN {_DELIVERY} END
+        CASE WHEN o.status <> 'SENT' THEN o.last_error END, CASE o.status WHEN 'SENT' THEN {_DELIVERY_OF_MESSAGE} END
     FROM {{outbox}} o WHERE o.conversation_id = %s
         AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')"""
 _OF_INBOX = f"""SELECT {_INBOX}, i.id, {_readable("i.received_at")}, i.key, i.body, CAST(i.metadata AS TEXT),
@@ -344,7 +350,7 @@ def _query(dialect: Dialect) -> str:
     UNION ALL {_OF_INBOX} AND i.conversation_id = %s
     UNION ALL {_OF_INBOX} AND i.conversation_id IS NULL AND i.lead_id {of_leads}
     UNION ALL SELECT {_RECORDED}, t.id, {_readable("t.at")}, t.key, t.body, CAST(t.metadata AS TEXT),
-        NULL, t.direction, t.author, NULL, {_DELIVERY_ERROR}, {_DELIVERY}
+        NULL, t.direction, t.author, NULL, NULL, {_DELIVERY_OF_TEXT}
     FROM {{texts}} t WHERE t.lead_id {of_leads}
     UNION ALL SELECT {_ACTION}, 0, {_readable("a.created_at")}, a.id, a.draft_message, CAST(a.metadata AS TEXT),
         a.status, a.type, NULL, NULL, NULL, NULL

@@ -41,6 +41,7 @@ from close_engine import (
     import_texts,
     outbox,
     receive,
+    record_delivery,
     record_sent,
     submit,
     waiting_for_us,
@@ -242,6 +243,32 @@ def test_psycopg_3_reads_the_same(postgres_url: str) -> None:
     }
     assert not ours(conversation)
     database.close()
+
+
+def test_what_the_provider_says_of_a_text_is_in_it(conversation: CloseEngineConversation) -> None:
+    record_delivery("delivered", provider_id="SM1")  # before the message is marked as sent
+    for number in range(1, 5):
+        sent(conversation, f"{number}", f"SM{number}")
+    record_sent(conversation.lead_id, "SM5", "5")
+    record_sent(conversation.lead_id, "SM6", "6")
+    record_delivery("undelivered", provider_id="SM2", error="30003: unreachable")
+    record_delivery("read", provider_id="SM3")
+    record_delivery("queued", provider_id="SM4")
+    record_delivery("failed", provider_id="SM5")
+
+    found = conversation.messages()
+    assert {text.body: (str(text.status), text.reason) for text in found} == {
+        "1": ("delivered", None),
+        "2": ("undelivered", "30003: unreachable"),
+        "3": ("delivered", None),
+        "4": ("sent", None),
+        "5": ("undelivered", None),
+        "6": ("sent", None),
+    }
+    (turn,) = found.as_prompt(opening=None)
+    assert sorted(turn["content"].split()) == ["1", "3", "4", "6"]
+    outbox.requeue(OutboxMessage.with_provider_id("SM2"))  # type: ignore[arg-type]
+    assert [str(text.status) for text in conversation.messages() if text.body == "2"] == ["waiting"]
 
 
 # -- whose it is ---------------------------------------------------------------------------------------------------
