@@ -73,7 +73,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $body$
 SELECT CASE
     WHEN link_sent_at > stalled.at OR 'SEND_PAYMENT_LINK' = ANY (sent.topics) THEN 'PAYMENT_SENT'
     WHEN 'SEND_PREVIEW' = ANY (sent.topics) THEN 'PREVIEW_SENT'
-    WHEN stalled.source = 'INITIATED' AND sent.topics <> '{}' THEN 'QUALIFYING'
+    -- What others sent counts as well.
+    WHEN stalled.source = 'INITIATED' AND (sent.topics <> '{}' OR EXISTS (
+        SELECT FROM close_engine.texts t WHERE t.direction = 'outbound' AND t.at >= stalled.at
+            AND t.lead_id = (SELECT c.lead_id FROM public.close_engine_conversations c WHERE c.id = conversation)))
+        THEN 'QUALIFYING'
     WHEN stalled.source = 'PENDING_APPROVAL' AND NOT EXISTS (
             SELECT FROM public.pending_actions a WHERE a.conversation_id = conversation
                 AND a.status = 'PENDING' AND a.type = 'SEND_PAYMENT_LINK')

@@ -33,6 +33,10 @@ SELECT c.id, CASE
         SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
             AND o.topic = 'SEND_MESSAGE'
             AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'QUALIFYING'
+    -- What others sent counts as well.
+    WHEN h.source = 'INITIATED' AND EXISTS (
+        SELECT 1 FROM close_engine_texts t WHERE t.lead_id = c.lead_id AND t.direction = 'outbound'
+            AND t.at >= h.created_at) THEN 'QUALIFYING'
     WHEN h.source = 'PENDING_APPROVAL' AND NOT EXISTS (
             SELECT 1 FROM pending_actions a WHERE a.conversation_id = c.id
                 AND a.status = 'PENDING' AND a.type = 'SEND_PAYMENT_LINK')

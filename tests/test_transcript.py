@@ -46,7 +46,7 @@ from close_engine import (
     submit,
     waiting_for_us,
 )
-from close_engine.database.binding import current
+from close_engine.database.binding import current, moment
 from close_engine.testing import MovableClock, new_lead
 from tests.foreign import ForeignWriter, spoil
 from tests.rows import copy_of, left_by_an_error, triggers
@@ -385,6 +385,27 @@ def test_a_text_that_somebody_else_sent_brings_a_stalled_conversation_back(
     assert (change.trigger, change.actor, change.reason) == ("resume", "dana", "a text was sent")
     close_engine_clock.move(timedelta(hours=73))
     assert close_engine.stall_silent() != []
+
+
+@pytest.mark.parametrize("writer", ["library", "screen"])
+def test_a_first_text_that_somebody_else_sent_to_a_stalled_lead_means_qualifying(
+    conversation_in: ConversationIn, foreign: ForeignWriter, writer: str
+) -> None:
+    conversation = conversation_in(Stage.INITIATED)
+    receive(conversation.lead_id, "SM0", "Hello?")  # no text of ours
+    conversation.reload()
+    conversation.stall()
+    if writer == "library":
+        record_sent(conversation.lead_id, "SM1", "Still there?", author="dana")
+    else:
+        with close_engine.atomic():
+            TextEntry.insert(
+                lead_id=conversation.lead_id, key="SM1", direction="outbound", author="x", body="", at=moment()
+            ).execute()
+        foreign.update(conversation.id, stage="QUALIFYING")
+
+    assert copy_of(conversation).stage is Stage.QUALIFYING
+    assert (copy_of(conversation).history()[-1].trigger, close_engine.verify()) == ("resume", [])
 
 
 def test_a_text_from_before_the_stall_does_not(
