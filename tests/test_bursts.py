@@ -8,6 +8,8 @@ from typing import Any
 
 import peewee
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import close_engine
 from close_engine import CloseEngineConversation, EntryPoint, OutboxMessage, Stage, outbox, receive, subscribe
@@ -184,6 +186,45 @@ def test_one_that_tells_of_deaths_and_dies_tells_nobody(conversation_in: Convers
     (notice,) = outbox.claim(topics=["tell"])
     notice.give_up("no")
     assert len(messages()) == 2
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.one_of(st.integers(0, 5).map(str), st.timedeltas(SECOND, 12 * SECOND), st.none()), max_size=25)
+)
+def test_whatever_happens_when(
+    steps: list[Any], draft: str, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    """The model: a fact joins what waits, or begins anew. A time passes, or (None) a worker sends all that is due."""
+    close_engine_clock.rule()
+    close_engine_clock.now = close_engine_clock.now.replace(microsecond=0)
+    conversation = conversation_in(Stage.QUALIFYING)
+    told: list[tuple[list[str], bool]] = []
+    due, until, now = timedelta(0), timedelta(0), timedelta(0)
+    for step in steps:
+        if isinstance(step, timedelta):
+            passed = timedelta(milliseconds=step // timedelta(milliseconds=1))
+            close_engine_clock.move(passed)
+            now += passed
+        elif step is None:
+            for message in outbox.claim(9, topics=[draft]):
+                message.sent()
+            if told and now >= due:
+                told[-1] = (told[-1][0], True)
+        else:
+            publish(close_engine.Event.LEAD_WROTE, conversation.id, step, {"n": step})
+            if step in [fact for facts, _ in told for fact in facts]:
+                continue
+            if not told or told[-1][1]:
+                told.append(([], False))
+                due, until = now, now + 20 * SECOND
+            told[-1][0].append(step)
+            due = min(until, max(due, now + 8 * SECOND))
+    carried = messages(conversation)
+    assert [(said(message), message.status == "SENT") for message in carried] == told
+    if carried and not told[-1][1]:
+        assert carried[-1].available_at - close_engine_clock.now == due - now
+        carried[-1].withdraw("the next example must not send it")
 
 
 # -- at once -----------------------------------------------------------------------------------------------------------
