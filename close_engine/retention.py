@@ -37,12 +37,16 @@ class Pruned:
     Attributes:
         messages: int, messages of the outbox that were sent or withdrawn.
         received: int, texts and payments of the inbox.
+        recorded: int, texts that others sent, or that were taken over from the CRM.
         decided: int, drafts that were approved, rejected or expired.
+        deliveries: int, errors of deliveries.
     """
 
     messages: int
     received: int
+    recorded: int
     decided: int
+    deliveries: int
 
 
 class _Words(NamedTuple):
@@ -75,6 +79,8 @@ _PRUNED = {
         "body = NULL, metadata = NULL, no_reply_reason = NULL",
         "o.body IS NOT NULL OR o.metadata IS NOT NULL OR o.no_reply_reason IS NOT NULL",
     ),
+    "recorded": _Words("{texts}", "o.at < %s", "body = '', metadata = NULL", "o.body <> '' OR o.metadata IS NOT NULL"),
+    "deliveries": _Words("{deliveries}", "o.at < %s", "error = NULL", "o.error IS NOT NULL"),
     "decided": _Words(
         "pending_actions",
         "o.status IN ('APPROVED', 'REJECTED', 'EXPIRED') AND COALESCE(o.approved_at, o.created_at) < %s",
@@ -85,7 +91,7 @@ _PRUNED = {
 
 
 def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
-    """Empty what is over and older than this: what was sent, withdrawn, received and decided.
+    """Empty what is over and older than this: what was sent, withdrawn, received, recorded and decided.
 
     What waits stays as it is, and so do DEAD messages, the history, opt-outs and takeovers. Of what is emptied, the row
     stays, with its keys, ids and times. So nothing that is repeated is sent again.
@@ -135,6 +141,7 @@ class Forgotten:
     Attributes:
         messages: int, messages of the outbox.
         received: int, texts and payments of the inbox.
+        recorded: int, texts that others sent, or that were taken over from the CRM.
         drafts: int, pending actions, decided or not.
         changes: int, rows of the history that had a reason or metadata.
         withdrawn: list of int, ids of the messages that waited or were DEAD, and are not sent.
@@ -144,6 +151,7 @@ class Forgotten:
 
     messages: int
     received: int
+    recorded: int
     drafts: int
     changes: int
     withdrawn: list[int]
@@ -153,11 +161,11 @@ class Forgotten:
 def forget(lead: Lead | str, *, by: str = "owner") -> Forgotten:
     """Empty what a lead and we said to each other, and withdraw what waits. The rows stay, so every count does.
 
-    Emptied are the texts, payloads and errors of messages; the texts and metadata of what came in; drafts and their
-    metadata; reasons and metadata in the history; and what the conversation has collected, with the lead's copy of it
-    and its payment link. The number that was read from the CRM's is deleted. Stages, keys, ids, times, amounts and the
-    names of your own people stay. So do opt-outs: they say that somebody must be left alone. The CRM's own columns are
-    up to the CRM.
+    Emptied are the texts, payloads and errors of messages; the texts and metadata of what came in, or was recorded;
+    drafts and their metadata; reasons and metadata in the history; and what the conversation has collected, with the
+    lead's copy of it and its payment link. The number that was read from the CRM's is deleted. Stages, keys, ids,
+    times, amounts and the names of your own people stay. So do opt-outs: they say that somebody must be left alone.
+    The CRM's own columns are up to the CRM.
 
     Forgetting a lead again changes nothing. It may be deleted already, or have no conversation.
 
@@ -176,23 +184,26 @@ def forget(lead: Lead | str, *, by: str = "owner") -> Forgotten:
     clean_words("by", by, "it must say who forgets the lead")
     with atomic():
         ids = [row[0] for row in current().execute(_CONVERSATIONS, (lead_id, lead_id, lead_id)).fetchall()]
+        leads = [lead_id, *(row[0] for row in _of([], ids, _MERGED))]
         # In the order in which everybody locks: actions, conversation, messages.
-        waiting = [row[0] for row in _of(lead_id, ids, _HOLD_ACTIONS) if row[1] == "PENDING"]
-        _of(None, ids, _HOLD_CONVERSATIONS)
-        drafts = len(_expired(waiting, by)) + len(_of(lead_id, ids, _DRAFTS))
-        withdrawn = sorted(row[0] for row in _of(None, ids, _WITHDRAW))
+        waiting = [row[0] for row in _of(leads, ids, _HOLD_ACTIONS) if row[1] == "PENDING"]
+        _of([], ids, _HOLD_CONVERSATIONS)
+        drafts = len(_expired(waiting, by)) + len(_of(leads, ids, _DRAFTS))
+        withdrawn = sorted(row[0] for row in _of([], ids, _WITHDRAW))
         forgotten = Forgotten(
-            messages=len(withdrawn) + len(_of(None, ids, _MESSAGES)),
-            received=len(_of(lead_id, ids, _RECEIVED)),
+            messages=len(withdrawn) + len(_of([], ids, _MESSAGES)),
+            received=len(_of(leads, ids, _RECEIVED)),
+            recorded=len(_of([], leads, _RECORDED)),
             drafts=drafts,
-            changes=len(_of(None, ids, _CHANGES)),
+            changes=len(_of([], ids, _CHANGES)),
             withdrawn=withdrawn,
-            in_flight=sorted(row[0] for row in _of(None, ids, _IN_FLIGHT)),
+            in_flight=sorted(row[0] for row in _of([], ids, _IN_FLIGHT)),
         )
-        _of(None, ids, _COLLECTED)
+        _of([], ids, _DELIVERIES)
+        _of([], ids, _COLLECTED)
         current().execute(_COPY, (lead_id,))
         number = current().execute(_NUMBER, (lead_id,)).fetchall()
-        if not ids and not number and not current().execute(_ANYTHING, [lead_id] * 3).fetchall():
+        if not ids and not number and not current().execute(_ANYTHING, [lead_id] * 4).fetchall():
             raise LeadNotFound(lead_id)
     return forgotten
 
@@ -205,6 +216,9 @@ _CONVERSATIONS = """
         AND NOT EXISTS (SELECT 1 FROM close_engine_conversations c WHERE c.id = h.conversation_id AND c.lead_id <> %s)
     ORDER BY 1
 """
+# Leads that were merged into this one, and are gone: what they wrote is in its transcript.
+_MERGED = """SELECT DISTINCT h.lead_id FROM {history} h WHERE h.conversation_id IN {ids}
+    AND NOT EXISTS (SELECT 1 FROM {leads} l WHERE l.id = h.lead_id)"""
 _HOLD_ACTIONS = "SELECT id, status FROM pending_actions WHERE {these} ORDER BY id {lock}"
 _HOLD_CONVERSATIONS = "SELECT id FROM close_engine_conversations WHERE id IN {ids} ORDER BY id {lock}"
 _EXPIRE = """UPDATE pending_actions SET status = 'EXPIRED', draft_message = '', metadata = NULL
@@ -223,6 +237,10 @@ _MESSAGES = f"""UPDATE {{outbox}} SET body = NULL, payload = NULL, refusal = NUL
 _IN_FLIGHT = "SELECT id FROM {outbox} WHERE conversation_id IN {ids} AND status = 'PENDING'"
 _RECEIVED = """UPDATE {inbox} SET body = NULL, metadata = NULL, no_reply_reason = NULL
     WHERE {these} AND (body IS NOT NULL OR metadata IS NOT NULL OR no_reply_reason IS NOT NULL) RETURNING id"""
+_RECORDED = """UPDATE {texts} SET body = '', metadata = NULL
+    WHERE lead_id IN {ids} AND (body <> '' OR metadata IS NOT NULL) RETURNING id"""
+_DELIVERIES = """UPDATE {deliveries} SET error = NULL WHERE error IS NOT NULL
+    AND message_id IN (SELECT o.id FROM {outbox} o WHERE o.conversation_id IN {ids})"""
 _CHANGES = """UPDATE {history} SET reason = NULL, metadata = NULL
     WHERE conversation_id IN {ids} AND (reason IS NOT NULL OR metadata IS NOT NULL) RETURNING id"""
 # It is written even if it is empty: a draft that is being written at this moment is a conflict.
@@ -231,19 +249,19 @@ _COLLECTED = """UPDATE close_engine_conversations SET questions_asked = NULL, co
 _COPY = "UPDATE {leads} SET qualification_data = NULL WHERE id = %s AND qualification_data IS NOT NULL"
 _NUMBER = "DELETE FROM {numbers} WHERE lead_id = %s RETURNING lead_id"
 _ANYTHING = """SELECT lead_id FROM {inbox} WHERE lead_id = %s UNION ALL SELECT lead_id FROM {optouts} WHERE lead_id = %s
+    UNION ALL SELECT lead_id FROM {texts} WHERE lead_id = %s
     UNION ALL SELECT id FROM {leads} WHERE id = %s"""
 
 
-def _of(lead_id: str | None, ids: Sequence[str], query: str) -> list[tuple[Any, ...]]:
-    """Run a statement on what belongs to these conversations or to the lead ({these}), or to the former alone ({ids}).
+def _of(leads: Sequence[str], ids: Sequence[str], query: str) -> list[tuple[Any, ...]]:
+    """Run a statement on what belongs to these leads or conversations ({these}), or to those with these ids ({ids})."""
 
-    Without a lead, it names conversations only.
-    """
-    marks = f"({', '.join(['%s'] * len(ids)) or 'NULL'})"
-    query = query.replace("{these}", "(lead_id = %s OR conversation_id IN {ids})").replace("{ids}", marks)
-    cursor = current().execute(
-        query.replace("{lock}", current().dialect.row_lock), (*([lead_id] if lead_id else []), *ids)
-    )
+    def marks(values: Sequence[str]) -> str:
+        return f"({', '.join(['%s'] * len(values)) or 'NULL'})"
+
+    query = query.replace("{these}", f"(lead_id IN {marks(leads)} OR conversation_id IN {{ids}})")
+    query = query.replace("{ids}", marks(ids)).replace("{lock}", current().dialect.row_lock)
+    cursor = current().execute(query, (*leads, *ids))
     return list(cursor.fetchall()) if cursor.description else []
 
 
@@ -252,4 +270,4 @@ def _expired(action_ids: list[str], by: str) -> list[tuple[Any, ...]]:
     if not action_ids:
         return []
     with current().attributed(Provenance(by, _FORGOTTEN), Write("expire", None, stored_time(moment()))):
-        return _of(None, action_ids, _EXPIRE)
+        return _of([], action_ids, _EXPIRE)

@@ -35,12 +35,16 @@ from close_engine import (
     outbox,
     prune,
     receive,
+    record_delivery,
     record_payment,
+    record_sent,
     submit,
     subscribe,
     verify,
 )
+from close_engine.deliveries import Delivery
 from close_engine.testing import FakeSender, MovableClock, new_lead
+from close_engine.texts import TextEntry
 from tests.command_line import refused, run
 from tests.foreign import ForeignWriter
 from tests.servers import execute, new_name
@@ -63,6 +67,7 @@ def ask(level: AutonomyLevel, type: ActionType) -> bool:
 def words() -> str:
     """All that any table of ours has, as one text."""
     tables: list[Any] = [OutboxMessage, InboxEntry, PendingAction, StageChange, CloseEngineConversation, LeadNumber]
+    tables += [TextEntry, Delivery]
     rows = [row for model in tables for row in model.select().order_by(model.id)]
     return "\n".join(str(values(row)) for row in rows) + str([lead.qualification_data for lead in Lead.select()])
 
@@ -92,6 +97,8 @@ def told(database: peewee.Database, close_engine_clock: MovableClock) -> CloseEn
     second.retry(TOLD, after=timedelta(0))
     (second,) = outbox.claim(topics=["SEND_MESSAGE"])
     second.sent("SM-out-2")
+    record_delivery("undelivered", provider_id="SM-out-2", error=TOLD)
+    record_sent(lead, "SM-phone", TOLD, author="dana", metadata={"said": TOLD})
     conversation.reload()
     outbox.enqueue(conversation, "SEND_MESSAGE", TOLD, key="withdrawn").withdraw(TOLD)
     conversation.start_building()
@@ -114,6 +121,8 @@ def kept() -> dict[str, Any]:
         InboxEntry: ("body", "metadata", "no_reply_reason"),
         PendingAction: ("draft_message", "metadata"),
         StageChange: ("reason", "metadata"),
+        TextEntry: ("body", "metadata"),
+        Delivery: ("error",),
         OptOut: (),
     }
     return {
@@ -133,10 +142,10 @@ def test_what_is_old_is_emptied_and_its_rows_stay(
 ) -> None:
     before, history = kept(), [values(change) for change in told.history()]
     close_engine_clock.move(YEAR)
-    assert prune(YEAR) == Pruned(0, 0, 0), "it is not older yet"
+    assert prune(YEAR) == Pruned(0, 0, 0, 0, 0), "it is not older yet"
     close_engine_clock.move(DAY)
-    assert prune(YEAR) == Pruned(messages=len(messages()), received=2, decided=2)
-    assert prune(YEAR) == Pruned(0, 0, 0)
+    assert prune(YEAR) == Pruned(messages=len(messages()), received=2, recorded=1, decided=2, deliveries=1)
+    assert prune(YEAR) == Pruned(0, 0, 0, 0, 0)
     assert kept() == before
     assert [values(change) for change in told.history()] == history
     texts = [*OutboxMessage.select(), *InboxEntry.select()]
@@ -173,7 +182,7 @@ def test_what_waits_and_what_is_dead_is_not_pruned(
     claimed(lease=9 * YEAR)
     action = submit(conversation, ActionType.SEND_MESSAGE, "waits", policy=ask, expires_after=None)
     close_engine_clock.move(2 * YEAR)
-    assert prune(YEAR) == Pruned(0, 0, 0)
+    assert prune(YEAR) == Pruned(0, 0, 0, 0, 0)
     assert [message.body for message in messages()] == ["waits", "dead", "in flight"]
     assert isinstance(action, PendingAction)
     assert PendingAction.get_by_id(action.id).draft_message == "waits"
@@ -200,6 +209,10 @@ def repeat_everything(told: CloseEngineConversation, sender: FakeSender) -> None
     assert record_payment(lead, "pi_1").duplicate
     assert open_conversation(lead, EntryPoint.SMS_REPLY, key="open").id == told.id
     assert OutboxMessage.with_provider_id("SM-out-1") is not None
+    assert not record_sent(lead, "SM-phone", TOLD)
+    assert record_delivery("undelivered", provider_id="SM-out-2").error is None
+    assert [text.body for text in told.messages()] == [""] * len(told.messages())
+    assert told.messages().as_prompt() == []
     close_engine.sweep()
     assert sender.deliver() == 0
     assert kept() == before
@@ -243,6 +256,21 @@ def test_a_reply_is_compared_with_the_lead_s_words_after_pruning(
     assert [str(message.status) for message in messages()] == ["WITHDRAWN", "WITHDRAWN"]
 
 
+def test_a_text_that_was_not_delivered_is_sent_again_only_with_other_words(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    outbox.enqueue(conversation, "SEND_MESSAGE", "Hi")
+    (message,) = outbox.claim()
+    message.sent("SM1")
+    record_delivery("undelivered", provider_id="SM1")
+    close_engine_clock.move(2 * YEAR)
+    prune(YEAR)
+    with pytest.raises(InvalidValue, match="the text was cleared away since; give another one"):
+        outbox.requeue(message)
+    assert outbox.requeue(message, "Hi again").body == "Hi again"
+
+
 @pytest.mark.parametrize("older_than", [timedelta(0), -DAY, timedelta.max])
 def test_an_age_that_makes_no_sense_is_refused(older_than: timedelta, database: peewee.Database) -> None:
     with pytest.raises(InvalidValue, match="it must be more than 0 and at most 36500 days"):
@@ -259,8 +287,8 @@ def test_what_somebody_holds_is_left_for_the_next_run(postgres: peewee.Database)
     sql("UPDATE {outbox} SET created_at = created_at - interval '2 days'")
     with close_engine.atomic():
         sql("SELECT id FROM {outbox} WHERE id = %s FOR UPDATE", first.id)
-        assert Running(lambda: prune(DAY)).result() == Pruned(1, 0, 0)
-    assert prune(DAY) == Pruned(1, 0, 0)
+        assert Running(lambda: prune(DAY)).result() == Pruned(1, 0, 0, 0, 0)
+    assert prune(DAY) == Pruned(1, 0, 0, 0, 0)
 
 
 # -- forget ------------------------------------------------------------------------------------------------------------
@@ -276,7 +304,7 @@ def test_nothing_that_was_said_is_left_and_every_row_is(
     gone = forget(told.lead_id)
     assert "0199" not in words()
     assert "rather" not in words()
-    assert (gone.received, gone.drafts, gone.withdrawn, gone.in_flight) == (2, 2, [], [])
+    assert (gone.received, gone.recorded, gone.drafts, gone.withdrawn, gone.in_flight) == (2, 1, 2, [], [])
     assert kept() == before
     told.reload()
     assert [(change.source, change.dest) for change in told.history()] == stages
@@ -285,7 +313,7 @@ def test_nothing_that_was_said_is_left_and_every_row_is(
     assert "Mine stays" in words()
     assert Lead.get_by_id(other.id).close_conversation.history()[0].reason == "the lead wrote"
 
-    assert forget(told.lead_id) == Forgotten(0, 0, 0, 0, [], [])
+    assert forget(told.lead_id) == Forgotten(0, 0, 0, 0, 0, [], [])
     assert problems() == []
     repeat_everything(told, fake_sender)
 
@@ -297,7 +325,7 @@ def test_a_lead_that_is_deleted_already(gone: str, told: CloseEngineConversation
     foreign.run(f"DELETE FROM {table} WHERE id = %s", row)
     assert forget(told.lead_id).received == 2
     assert "0199" not in words()
-    assert forget(told.lead_id) == Forgotten(0, 0, 0, 0, [], [])
+    assert forget(told.lead_id) == Forgotten(0, 0, 0, 0, 0, [], [])
     assert kept() == before
 
 
@@ -324,7 +352,7 @@ def test_what_waits_is_withdrawn_and_nobody_is_told_of_it(
     assert (conversation.stage, conversation.history()[-1].actor) == (Stage.PREVIEW_SENT, "dana")
     close_engine_clock.move(YEAR)
     assert fake_sender.deliver() == 0
-    assert forget(conversation.lead_id) == Forgotten(0, 0, 0, 0, [], [])
+    assert forget(conversation.lead_id) == Forgotten(0, 0, 0, 0, 0, [], [])
 
 
 @pytest.mark.parametrize("report", ["sent", "retry", "give_up", "release", "dies"])
@@ -371,11 +399,17 @@ def test_whoever_opted_out_is_left_alone_afterwards(conversation_in: Conversatio
         submit(open_conversation(again, EntryPoint.SMS_REPLY), ActionType.SEND_MESSAGE, "Hi")
 
 
+@pytest.mark.parametrize("gone", [True, False])
 def test_after_a_merge_the_conversation_is_that_of_the_lead_who_was_kept(
-    told: CloseEngineConversation, foreign: ForeignWriter
+    gone: bool, told: CloseEngineConversation, foreign: ForeignWriter
 ) -> None:
     was, new = told.lead_id, new_lead().id
     foreign.run("UPDATE close_engine_conversations SET lead_id = %s WHERE id = %s", new, told.id)
+    if gone:
+        foreign.run("DELETE FROM leads WHERE id = %s", was)
+        assert forget(new).recorded == 1
+        assert "rather" not in words()
+        return
     forget(was)
     assert {message.body for message in messages() if message.topic == "SEND_MESSAGE"} >= {TOLD}
     assert InboxEntry.get(InboxEntry.key == "SM1").body is None
@@ -385,7 +419,7 @@ def test_after_a_merge_the_conversation_is_that_of_the_lead_who_was_kept(
 
 def test_a_lead_without_a_conversation_and_one_that_nobody_knows(database: peewee.Database) -> None:
     lead = new_lead()
-    assert forget(lead) == Forgotten(0, 0, 0, 0, [], [])
+    assert forget(lead) == Forgotten(0, 0, 0, 0, 0, [], [])
     receive(lead, "SM1", TOLD)
     assert forget(lead).received == 1
     with pytest.raises(LeadNotFound):
@@ -451,7 +485,7 @@ def test_the_right_is_a_role_s(
         database.execute_sql(f"SET ROLE {role}")
         if right is None:
             assert forget(told.lead_id).received == 2
-            assert prune(DAY) == Pruned(0, 0, 0)
+            assert prune(DAY) == Pruned(0, 0, 0, 0, 0)
         else:
             with pytest.raises(peewee.ProgrammingError, match="permission denied"):
                 forget(told.lead_id)
@@ -481,7 +515,10 @@ def test_the_commands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
-    assert run("prune", "--older-than", "48h").out == "Emptied: messages 0, received 0, decided 0.\n"
+    assert (
+        run("prune", "--older-than", "48h").out
+        == "Emptied: messages 0, received 0, recorded 0, decided 0, deliveries 0.\n"
+    )
     assert run("prune", "--older-than", "soon").code == 2
     assert run("prune", "--older-than", "0d").code == 1
     for answer in ("", "n\n"):
@@ -494,7 +531,7 @@ def test_the_commands(
     forgotten = run("forget", told.lead_id, "--yes", "--by", "dana")
     assert forgotten.code == 1
     assert f"A worker is sending messages right now: {held.id}. Forget the lead again" in forgotten.err
-    assert "received 2, drafts 2," in forgotten.out
+    assert "received 2, recorded 1, drafts 2," in forgotten.out
     held.sent()
     assert run("forget", told.lead_id, "--yes").code == 0
     assert "'nobody'" in refused("forget", "nobody", "--yes")

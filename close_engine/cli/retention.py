@@ -22,6 +22,10 @@ def _age(text: str | timedelta) -> timedelta:
     return timedelta(**{{"h": "hours", "d": "days"}[given[2]]: int(given[1])})
 
 
+def _counts(emptied: retention.Pruned | retention.Forgotten) -> str:
+    return ", ".join(f"{name} {count}" for name, count in vars(emptied).items() if isinstance(count, int))
+
+
 @command()
 def prune(
     context: typer.Context,
@@ -30,10 +34,10 @@ def prune(
     ],
     batch: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many rows at a time.")] = 1000,
 ) -> None:
-    """Empty what was sent, withdrawn, received and decided, and is older. This cannot be taken back."""
+    """Empty what was sent, withdrawn, received, recorded and decided, and is older. This cannot be taken back."""
     open_migrated(context)
     pruned = retention.prune(older_than, batch=batch)
-    print(f"Emptied: messages {pruned.messages}, received {pruned.received}, decided {pruned.decided}.")
+    print(f"Emptied: {_counts(pruned)}.")
 
 
 @command()
@@ -48,10 +52,7 @@ def forget(
     if not yes and not is_confirmed(f"This empties for ever what lead {lead!r} and you said to each other"):
         raise CloseEngineError("Nothing was forgotten. To forget without being asked, use --yes.")
     gone = retention.forget(lead, by=by)
-    print(
-        f"Emptied: messages {gone.messages}, received {gone.received}, drafts {gone.drafts}, history {gone.changes}. "
-        f"Withdrawn: {len(gone.withdrawn)}."
-    )
+    print(f"Emptied: {_counts(gone)}. Withdrawn: {len(gone.withdrawn)}.")
     if gone.in_flight:
         those = ", ".join(map(str, gone.in_flight))
         raise CloseEngineError(f"A worker is sending messages right now: {those}. Forget the lead again in a minute.")
