@@ -26,6 +26,9 @@ __all__ = ["Forgotten", "Pruned", "forget", "prune"]
 #: The longest that something can be kept: more is a mistake, and some dates are too early for Python.
 _LONGEST = timedelta(days=36500)
 
+#: A statement names the rows of a batch one by one, and SQLite takes only so many values.
+LARGEST_BATCH = 10_000
+
 #: What is said of the messages that are not sent because their lead is forgotten.
 _FORGOTTEN = "the lead is forgotten"
 
@@ -104,12 +107,12 @@ def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
         Pruned.
 
     Raises:
-        InvalidValue: `older_than` is not greater than zero or too long, or the batch is less than 1.
+        InvalidValue: `older_than` is not greater than zero or too long, or the batch is too small or too large.
     """
     if not timedelta(0) < older_than <= _LONGEST:
         raise InvalidValue("older_than", str(older_than), f"it must be more than 0 and at most {_LONGEST.days} days")
-    if batch < 1:
-        raise InvalidValue("batch", batch, "it must be at least 1")
+    if not 1 <= batch <= LARGEST_BATCH:
+        raise InvalidValue("batch", batch, f"it must be from 1 to {LARGEST_BATCH}")
     before = stored_time(moment() - older_than)
     return Pruned(**{kind: _emptied(words, before, batch) for kind, words in _PRUNED.items()})
 

@@ -106,6 +106,7 @@ CREATE TABLE IF NOT EXISTS close_engine.pauses (
     resumed_at timestamp(3) without time zone
 );
 CREATE UNIQUE INDEX IF NOT EXISTS pauses_topic_key ON close_engine.pauses (topic) WHERE resumed_at IS NULL;
+
 -- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone.
 CREATE TABLE IF NOT EXISTS close_engine.carried (
     conversation_id text NOT NULL,

@@ -106,6 +106,7 @@ CREATE TABLE IF NOT EXISTS close_engine_pauses (
     resumed_at TEXT
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_pauses_topic_key ON close_engine_pauses (topic) WHERE resumed_at IS NULL;
+
 -- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone.
 CREATE TABLE IF NOT EXISTS close_engine_carried (
     conversation_id TEXT NOT NULL,

@@ -32,7 +32,9 @@ def prune(
     older_than: Annotated[
         timedelta, typer.Option(metavar="AGE", parser=_age, help="How old: days or hours, such as 365d or 48h.")
     ],
-    batch: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many rows at a time.")] = 1000,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, max=retention.LARGEST_BATCH, help="How many rows at a time.")
+    ] = 1000,
 ) -> None:
     """Empty what was sent, withdrawn, received, recorded and decided, and is older. This cannot be taken back."""
     open_migrated(context)
