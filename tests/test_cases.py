@@ -1110,7 +1110,7 @@ TRIGGER_FUNCTIONS = (
 def test_e4_no_function_of_ours_works_for_another_table(forger: ForeignWriter, role: str) -> None:
     """`pg_dump --no-acl` loses the REVOKE. A worker's role attached a function to its own table and forged history."""
     functions = [name for (name,) in forger.run(TRIGGER_FUNCTIONS)]
-    assert len(functions) == 11
+    assert len(functions) == 13
     conversation = forger.insert("QUALIFYING", "c1")
     before = all_rows(forger)
     forger.run(f"SET SESSION AUTHORIZATION {role}")
