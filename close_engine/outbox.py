@@ -1215,7 +1215,7 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
         MessageNotDead: the message is not DEAD, and not one that was sent and not delivered.
         LeadOptedOut: it is a text, and the lead opted out of texts.
         ConversationClosed, ConversationNotFound: it is a text, and its conversation has closed or was deleted.
-        InvalidValue: the body is empty, or none is given for a text that was cleared away.
+        InvalidValue: the body is empty, or none is given for a text that was emptied.
     """
     message_id = message if isinstance(message, int) else message.id
     found: OutboxMessage | None = OutboxMessage.get_or_none(OutboxMessage.id == message_id)
@@ -1224,12 +1224,10 @@ def requeue(message: OutboxMessage | int, body: str | None = None) -> OutboxMess
     fresh: dict[str, Any] = {"status": MessageStatus.PENDING, "attempts": 0, "unreported": 0, "available_at": _moment()}
     if found.status is MessageStatus.SENT and _is_undelivered(found):
         fresh |= {**_FREE, "send_key": str(uuid.uuid4()), "provider_id": None, "sent_at": None, "refusal": None}
-        if found.topic in TEXTS and (body, found.body, found.payload) == (None, None, None):
-            raise InvalidValue("body", None, "the text of this message was emptied since: give another one")
     elif found.status is not MessageStatus.DEAD:
         raise MessageNotDead(message_id, found.status)
     if found.topic in TEXTS and (found.body, found.payload, body) == (None, None, None):
-        raise InvalidValue("body", None, "the text was cleared away since; give another one")
+        raise InvalidValue("body", None, "the text of this message was emptied since: give another one")
     if body is not None and require_words("body", body) != found.body:
         fresh.update(body=body, send_key=str(uuid.uuid4()))
     dead = (OutboxMessage.id == message_id) & OutboxMessage.status.is_still(found.status)

@@ -266,7 +266,7 @@ def test_a_text_that_was_not_delivered_is_sent_again_only_with_other_words(
     record_delivery("undelivered", provider_id="SM1")
     close_engine_clock.move(2 * YEAR)
     prune(YEAR)
-    with pytest.raises(InvalidValue, match="the text was cleared away since; give another one"):
+    with pytest.raises(InvalidValue, match="the text of this message was emptied since: give another one"):
         outbox.requeue(message)
     assert outbox.requeue(message, "Hi again").body == "Hi again"
 
