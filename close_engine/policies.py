@@ -234,9 +234,9 @@ MOST_A_DAY = 1000
 #: No day is as long as this, wherever the lead is.
 _TWO_DAYS = timedelta(days=2)
 
-#: When a text of the AI was sent, counted back from the last. The topics stand as in the index, so that SQLite sees it.
+#: When a text of the AI was sent, counted back from the last. SQLite takes the index because its condition stands here.
 _SO_MANY_BACK = """(SELECT o.sent_at FROM {outbox} o
-    WHERE o.conversation_id = %s AND o.status = 'SENT'
+    WHERE o.conversation_id = %s AND o.status = 'SENT' AND o.status <> 'PENDING'
         AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
         AND o.action_id IS NULL AND o.sent_at > {later} AND o.sent_at <= {moment}
     ORDER BY o.sent_at DESC LIMIT 1 OFFSET %s)"""

@@ -16,21 +16,25 @@ INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES
 ON CONFLICT (machine, source, dest) DO UPDATE SET "trigger" = EXCLUDED."trigger";
 
 -- Where a stalled conversation resumes: where things stand. That is the stage it stalled in, corrected by what happened
--- since. Of an adopted one, the history may not know it. The guard asks this for every writer.
+-- since. Of an adopted one, the history may not know it. The guard asks this for every writer. SQLite takes a partial
+-- index only if the index's own condition stands in the query.
 DROP TRIGGER IF EXISTS close_engine_guard_resume;
 DROP VIEW IF EXISTS close_engine_resumes_to;
 CREATE VIEW close_engine_resumes_to (conversation_id, stage) AS
 SELECT c.id, CASE
     WHEN strftime('%Y-%m-%d %H:%M:%f', c.payment_link_sent_at) > h.created_at OR EXISTS (
         SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
+            AND o.status <> 'PENDING' AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
             AND o.topic = 'SEND_PAYMENT_LINK'
             AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'PAYMENT_SENT'
     WHEN EXISTS (
         SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
+            AND o.status <> 'PENDING' AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
             AND o.topic = 'SEND_PREVIEW'
             AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'PREVIEW_SENT'
     WHEN h.source = 'INITIATED' AND EXISTS (
         SELECT 1 FROM close_engine_outbox o WHERE o.conversation_id = c.id AND o.status = 'SENT'
+            AND o.status <> 'PENDING' AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
             AND o.topic = 'SEND_MESSAGE'
             AND (o.sent_at > h.created_at OR o.sent_at IS NULL AND o.after_change >= h.id)) THEN 'QUALIFYING'
     -- What others sent counts as well.

@@ -380,3 +380,25 @@ def test_no_statement_of_a_sweep_or_a_claim_reads_a_table_on_sqlite(
     for sql, plan in plans.items():
         scans = [line for line in plan.splitlines() if re.match(r"SCAN (?!next|due|CONSTANT|close_engine_clock)", line)]
         assert not [line for line in scans if "USING" not in line], f"{sql}\n{plan}"
+
+
+@pytest.mark.parametrize("kind", ["sqlite-memory"], indirect=True)
+def test_what_was_sent_in_a_conversation_is_found_by_its_index_on_sqlite(
+    database: peewee.Database, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """SQLite takes a partial index only if its condition stands in the query, and else reads what all were sent."""
+    conversation = close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY)
+    close_engine.submit(conversation, ActionType.SEND_MESSAGE, "hello")
+    cap = close_engine.DailyCap(5, default="UTC")
+    with explained(monkeypatch, "EXPLAIN QUERY PLAN") as plans:
+        conversation.messages()
+        close_engine.Worker(lambda message: None, daily_cap=cap, sweep=None, concurrency=1).run_until_empty()
+    resuming = database.execute_sql(
+        "EXPLAIN QUERY PLAN SELECT * FROM close_engine_resumes_to WHERE conversation_id = ''"
+    )
+    plans["resumes_to"] = "\n".join(row[-1] for row in resuming.fetchall())
+    found = [
+        sql for sql, plan in plans.items() if "USING INDEX close_engine_outbox_settled_idx (conversation_id=" in plan
+    ]
+    assert len(found) >= 3, list(plans)
+    assert not [plan for plan in plans.values() if re.search("SCAN o ", plan)]

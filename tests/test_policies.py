@@ -606,7 +606,7 @@ def test_with_both_policies_a_text_needs_one_statement_and_finds_what_was_sent_b
     else:
         explain = "EXPLAIN QUERY PLAN"
     plan = " ".join(str(row) for row in database.execute_sql(f"{explain} {statement}", parameters).fetchall())
-    assert "outbox_sent_idx" in plan
+    assert "outbox_settled_idx" in plan
 
 
 @pytest.mark.parametrize("most", [0, -1, 1001, 2.5, "20", None])
