@@ -816,6 +816,38 @@ def test_the_texts_of_a_deleted_lead_are_nobody_elses(
         record_sent(lead, "SM2", "Hi!")
 
 
+def test_what_is_old_is_pruned_and_what_is_said_forgotten(
+    conversation: CloseEngineConversation, foreign: ForeignWriter, close_engine_clock: MovableClock
+) -> None:
+    close_engine_clock.rule()
+    gone, kept = conversation.lead_id, foreign.lead()
+    import_texts([past(gone, "CRM1", "old"), past(kept, "CRM2", "old", metadata={"a": 1})])
+    record_sent(gone, "SM1", "new", author="dana")
+    foreign.run("UPDATE close_engine_conversations SET lead_id = %s WHERE id = %s", kept, conversation.id)
+    foreign.run("DELETE FROM leads WHERE id = %s", gone)
+
+    close_engine_clock.rule()
+    assert close_engine.prune(timedelta(days=30)).recorded == 2
+    assert close_engine.prune(timedelta(days=30)).recorded == 0
+    assert [text.body for text in conversation.messages()] == ["", "", "new"]
+    assert close_engine.forget(kept).recorded == 1
+    assert close_engine.forget(kept).recorded == 0
+    assert {(text.body, text.payload) for text in conversation.messages()} == {("", None)}
+    assert conversation.messages().as_prompt() == []
+    assert import_texts([past(kept, "CRM2", "old"), past(kept, "CRM1", "old")]) == Imported(known=2)
+
+
+def test_a_lead_of_whom_only_texts_are_left_can_be_forgotten(
+    conversation: CloseEngineConversation, foreign: ForeignWriter
+) -> None:
+    lead = foreign.lead()
+    record_sent(lead, "SM1", "Hi!")
+    foreign.run("DELETE FROM leads WHERE id = %s", lead)
+
+    assert close_engine.forget(lead).recorded == 1
+    assert TextEntry.get().body == ""
+
+
 # -- rows that cannot be read ----------------------------------------------------------------------------------------
 
 DEEP = "[" * 11000 + "]" * 11000
