@@ -72,6 +72,7 @@ def test_it_says_so_again_by_the_databases_clock_with_what_it_is_sending(
     sending: list[int] = []
 
     def send(message: OutboxMessage) -> None:
+        until(worker_lines, "the worker is seen")
         close_engine_clock.move(timedelta(hours=1))
         until(lambda: worker_lines()[0].seen == timedelta(0), "it is seen an hour later")
         until(lambda: worker_lines()[0].sending, "it is seen that it sends")
