@@ -976,7 +976,7 @@ def claim(
     while True:
         before = _steady()
         rows = _claim(limit, seconds, worker, names, suspects)
-        loaded = [message for row in rows if (message := _loaded(row, before + seconds)) is not None]
+        loaded = [message for row in rows if (message := _loaded(row, worker, before + seconds)) is not None]
         claimed = [message for message in loaded if _may_be_texted(message)]
         if claimed or not rows:
             return _suspect_alone(sorted(claimed, key=lambda message: (-message.priority, message.id)))
@@ -1039,49 +1039,63 @@ def _claimed(statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
 
 _READ = OutboxMessage._meta.sorted_fields
 #: The times that the claim writes, so that Python can read them.
-_CLAIM_TIMES = (OutboxMessage.available_at, OutboxMessage.leased_at)
+_CLAIM_TIMES = ("available_at", "leased_at")
 
 
-def _as_read(field: Any, row: str = "") -> str:
+def _as_read(field: Any) -> str:
     """Return the SQL of a column in such a form that one bad value does not fail with all the others that are fetched.
 
     A payload is text until it is read by itself. A time that Python cannot read is none: nobody needs it to send.
     """
-    column = f'{row}"{field.column_name}"'
+    column = f'"{field.column_name}"'
     if isinstance(field, JsonField):
         return f"CAST({column} AS TEXT)"
-    if isinstance(field, UtcDateTimeField) and all(field is not time for time in _CLAIM_TIMES):
+    if isinstance(field, UtcDateTimeField) and field.name not in _CLAIM_TIMES:
         return f"CASE WHEN {column} >= '0001-01-01' AND {column} < '9999-01-01' THEN {column} END"
     return column
 
 
-_COLUMNS = ", ".join(map(_as_read, _READ))
-_CALL_CLAIM = (
-    f"SELECT {', '.join(_as_read(field, '(c.message).') for field in _READ)}, c.lead_id, c.has_other_number "
-    "FROM {claim}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean) "
-    "AS c (message {outbox}, lead_id text, has_other_number integer)"
-)
+_COLUMNS = f"id, status, claims, {', '.join(map(_as_read, _READ))}"
+#: The same of the function: the message is one text, because to plan and to describe so many columns takes too long.
+COLUMNS_OF_FUNCTION = "id, status, claims, pg_catalog.row_to_json(message)::text"
+_CALL_CLAIM = "SELECT * FROM {claim}(%s::integer, %s::double precision, %s::text, %s::text[], %s::boolean)"
 
 
-def _loaded(row: tuple[Any, ...], held_until: float) -> OutboxMessage | None:
+def _loaded(row: tuple[Any, ...], worker: str, held_until: float) -> OutboxMessage | None:
     """Make the object of a row that was claimed; None if the row was withdrawn, is dead, or cannot be read."""
-    values = dict(zip([field.name for field in _READ], row, strict=False))
-    if values["status"] != MessageStatus.PENDING.value:
+    message_id, status, claims, *cells, lead_id, has_other_number = row
+    if status != MessageStatus.PENDING.value:
         return None
     try:
-        values["payload"] = values["payload"] and json.loads(values["payload"])
-        read = {
-            field.name: values[field.name] if field.name == "payload" else field.python_value(values[field.name])
-            for field in _READ
-        }
+        read = _read_text(*cells) if len(cells) == 1 else _read_columns(cells)
     except (ValueError, RecursionError) as error:
-        known = {name: values[name] for name in ("id", "claims", "leased_by")}
-        OutboxMessage(__no_default__=True, **known).give_up(f"the message cannot be read: {_error_text(error)}")
+        unread = OutboxMessage(__no_default__=True, id=message_id, claims=claims, leased_by=worker)
+        unread.give_up(f"the message cannot be read: {_error_text(error)}")
         return None
     message = OutboxMessage(__no_default__=True, **read)
     message._held_until = held_until
-    message._lead_id, message._has_other_number = row[-2], bool(row[-1])
+    message._lead_id, message._has_other_number = lead_id, bool(has_other_number)
     return message
+
+
+def _read_columns(cells: Sequence[Any]) -> dict[str, Any]:
+    values = dict(zip([field.name for field in _READ], cells, strict=True))
+    values["payload"] = values["payload"] and json.loads(values["payload"])
+    return {name: value if name == "payload" else _FIELDS[name].python_value(value) for name, value in values.items()}
+
+
+def _read_text(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    for field in _READ:
+        if field.name != "payload" and values[field.name] is not None:
+            try:
+                values[field.name] = field.python_value(values[field.name])
+            except ValueError:
+                if not isinstance(field, UtcDateTimeField) or field.name in _CLAIM_TIMES:
+                    raise
+                values[field.name] = None  # as in `_as_read`
+    read: dict[str, Any] = values
+    return read
 
 
 def _may_be_texted(message: OutboxMessage) -> bool:

@@ -142,11 +142,11 @@ CREATE INDEX IF NOT EXISTS deliveries_undelivered_idx
 -- plan them takes longer than to run them. If something urgent is due, the first finds nothing: then what is urgent is
 -- claimed, the most urgent first, and after it the rest.
 --
--- Each record is a message, its lead, and whether the CRM has another phone number for that lead by now than the one that
--- is kept. Were the message's type declared, the table could not be dropped without the function.
+-- Each row is a message, as JSON too, its lead, and whether the CRM has another phone number for that lead by now than the
+-- one that is kept.
 CREATE OR REPLACE FUNCTION close_engine.claim(
     most integer, seconds double precision, worker text, topics text[], suspects boolean
-) RETURNS SETOF record
+) RETURNS TABLE (id bigint, status text, claims integer, document text, lead_id text, has_other_number integer)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $body$
 #variable_conflict use_column
 DECLARE
@@ -224,7 +224,7 @@ UPDATE close_engine.outbox AS message SET
         CASE WHEN reason IS NULL AND over = 0 THEN claims + 1 ELSE claims END
     FROM next WHERE message_id = id)
 WHERE id = ANY (ARRAY(SELECT message_id FROM next))
-RETURNING message, (SELECT c.lead_id FROM public.close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT)),
+RETURNING id, status, claims, pg_catalog.row_to_json(message)::text, (SELECT c.lead_id FROM public.close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT)),
     (SELECT CASE WHEN COALESCE(CAST(l.phone AS TEXT), '') <> COALESCE(n.phone, '') THEN 1 ELSE 0 END
     FROM public.close_engine_conversations c JOIN public."leads" l ON l.id = c.lead_id
     LEFT JOIN close_engine.numbers n ON n.lead_id = c.lead_id WHERE c.id = CAST(conversation_id AS TEXT));
@@ -299,7 +299,7 @@ UPDATE close_engine.outbox AS message SET
         CASE WHEN reason IS NULL AND over = 0 THEN claims + 1 ELSE claims END
     FROM next WHERE message_id = id LIMIT 1)
 WHERE id = ANY (ARRAY(SELECT message_id FROM next))
-RETURNING message, (SELECT c.lead_id FROM public.close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT)),
+RETURNING id, status, claims, pg_catalog.row_to_json(message)::text, (SELECT c.lead_id FROM public.close_engine_conversations c WHERE c.id = CAST(conversation_id AS TEXT)),
     (SELECT CASE WHEN COALESCE(CAST(l.phone AS TEXT), '') <> COALESCE(n.phone, '') THEN 1 ELSE 0 END
     FROM public.close_engine_conversations c JOIN public."leads" l ON l.id = c.lead_id
     LEFT JOIN close_engine.numbers n ON n.lead_id = c.lead_id WHERE c.id = CAST(conversation_id AS TEXT));

@@ -204,7 +204,7 @@ def test_the_queries_of_what_to_watch_run(postgres_url: str, postgres: peewee.Da
     assert conversation is not None
     outbox.enqueue(conversation, "SEND_MESSAGE", "Are you still there?")
 
-    by_others, waiting = (query(postgres_url, sql) for sql in block(OPERATIONS, "sql").split(";\n\n"))
+    by_others, waiting = (query(postgres_url, sql) for sql in block(OPERATIONS, "sql", "count(*)").split(";\n\n"))
 
     assert [(actor.partition(":")[0], trigger, count) for actor, trigger, count in by_others] == [
         ("database", "stall", 1)

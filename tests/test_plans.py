@@ -262,7 +262,7 @@ CLAIMS = ({"anyway": "pass = 2"}, {"urgency": "urgency"})
 def claiming(kind: dict[str, str]) -> str:
     """A statement that claims, as the function has it."""
     only = "\n        AND (topics IS NULL OR o.topic = ANY (topics)) AND (suspects OR NOT " + outbox.SUSPECT + ")"
-    return current().sql(outbox.claiming(current().dialect, "most", "worker", only, "message", **kind))
+    return current().sql(outbox.claiming(current().dialect, "most", "worker", only, outbox.COLUMNS_OF_FUNCTION, **kind))
 
 
 def test_the_function_that_claims_has_the_statement_that_claims(postgres: peewee.Database) -> None:

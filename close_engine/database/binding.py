@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any
 
 import peewee
@@ -105,9 +106,7 @@ class Binding:
 
     def sql(self, text: str) -> str:
         """Translate a statement as `Dialect.sql` does, and `{leads}` to the CRM's name of its table of leads."""
-        # The name goes in last, because it may hold anything, also braces.
-        leads = self.dialect.escaped(identifier(self.tables.leads))
-        return leads.join(map(self.dialect.sql, text.split("{leads}")))
+        return _translated(self.dialect, self.tables.leads, text)
 
     def execute(self, text: str, parameters: Sequence[Any] = ()) -> Any:
         """Run a statement that is written as `sql` takes it, and return its cursor."""
@@ -131,6 +130,12 @@ class Binding:
     def count(self, query: peewee.ModelSelect[Any]) -> int:
         """How many rows a query without an order finds: Peewee's own `count()` calls the function unqualified."""
         return int(query.select(self.dialect.function("count", peewee.SQL("*"))).scalar() or 0)
+
+
+@lru_cache(maxsize=256)
+def _translated(dialect: Dialect, leads: str, text: str) -> str:
+    # The name goes in last, because it may hold anything, also braces.
+    return dialect.escaped(identifier(leads)).join(map(dialect.sql, text.split("{leads}")))
 
 
 #: Every database that was ever bound and is still there.

@@ -141,6 +141,10 @@ class EnumField(CleanField[V], Generic[V]):
         return value if value is None else self._stored.get(value) or self.clean(value)
 
 
+#: How long a time with milliseconds is, as text.
+_LENGTH = len("2026-01-01 00:00:00.000")
+
+
 class UtcDateTimeField(CleanField[V], Generic[V]):
     """A moment: timezone-aware UTC with milliseconds in Python, `timestamp(3)` of naive UTC in the database."""
 
@@ -166,7 +170,8 @@ class UtcDateTimeField(CleanField[V], Generic[V]):
 
     def python_value(self, value: Any) -> Any:
         if isinstance(value, str):
-            value = datetime.fromisoformat(value)
+            # PostgreSQL leaves out the last zeros of a fraction, which Python 3.10 needs.
+            value = datetime.fromisoformat(value.ljust(_LENGTH, "0") if value[19:20] == "." else value)
         if value is not None and value.tzinfo is None:
             value = datetime.combine(value, value.time(), timezone.utc)  # five times as fast as replace()
         if value is None:
