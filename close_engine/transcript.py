@@ -113,7 +113,8 @@ class Transcript(list[Text]):
     ) -> list[dict[str, str]]:
         """Return what was really said as alternating turns for a language model, oldest first.
 
-        Neighbours of one role are one turn, a line each. What waits, was withdrawn or did not arrive is left out.
+        Neighbours of one role are one turn, a line each. What waits, was withdrawn or did not arrive is left out, and
+        so are the spaces around a text. The last turn is ours if the lead has not answered.
 
         Args:
             budget: int, the most characters of all turns together; None for no limit. The oldest texts are left out
@@ -132,16 +133,16 @@ class Transcript(list[Text]):
         turns: list[dict[str, str]] = []  # newest first
         left = budget
         for text in reversed(self):
-            if not text.is_said or not text.body.strip():
+            body = text.body.strip()  # models refuse what is blank, or a last turn of ours that ends with a space
+            if not text.is_said or not body:
                 continue
             role = "user" if text.direction is Direction.INBOUND else "assistant"
             joins = bool(turns) and turns[-1]["role"] == role
-            body = text.body
             if left is not None:
                 if len(body) + joins > left:
-                    if turns:
-                        break
-                    body = body[-left:]
+                    if not turns:
+                        turns.append({"role": role, "content": body[-left:].lstrip()})
+                    break
                 left -= len(body) + joins
             if joins:
                 turns[-1]["content"] = f"{body}\n{turns[-1]['content']}"

@@ -999,3 +999,10 @@ def test_its_repr_shows_the_stage(conversation: CloseEngineConversation) -> None
     only_its_id = CloseEngineConversation.select(CloseEngineConversation.id).get()
     assert repr(only_its_id) == f"<CloseEngineConversation {conversation.id}: None, of lead None>"
     assert triggers(conversation) == ["open", "start_qualifying"]
+def test_a_prompt_has_no_spaces_around_a_text() -> None:
+    talk = Transcript([text("in", " one\n"), text("out", "two"), text("in", "\n"), text("out", "three     x ")])
+
+    assert turns(talk) == [("user", "one"), ("assistant", "two\nthree     x")]
+    assert turns(talk, 4, opening=None) == [("assistant", "x")]
+
+
