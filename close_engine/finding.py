@@ -2,12 +2,13 @@
 
 for line in find_conversations(waiting_for="us", limit=20):
     print(line.conversation, line.phone, line.waiting_for)
+
 (conversation,) = conversations_of("+1 212 555 0100")         # or its id, or its lead's
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from close_engine.database.binding import current
 from close_engine.database.reading import Rows
 from close_engine.errors import InvalidValue
 from close_engine.models import Lead
-from close_engine.stages import Stage
+from close_engine.stages import ACTIVE_STAGES, Stage
 
 __all__ = ["FoundConversation", "WaitingFor", "conversations_of", "find_conversations"]
 
@@ -33,8 +34,11 @@ _WORDS: tuple[WaitingFor, ...] = ("us", "lead", "human")
 #: How many conversations are looked up in one statement.
 _PART = 500
 
-#: The deadline that a conversation has while somebody is waited for.
-_TURN: dict[str, WaitingFor] = {"answer": "us", "stall": "lead"}
+#: The deadline that a conversation has while somebody is waited for, and the stages in which that means something.
+_TURNS: dict[str, tuple[WaitingFor, Collection[Stage]]] = {
+    "answer": ("us", (*ACTIVE_STAGES, Stage.STALLED)),
+    "stall": ("lead", ACTIVE_STAGES),
+}
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,20 @@ def _waits(waiting_for: WaitingFor) -> Any:
     if waiting_for == "human":
         actions = pending_actions().order_by().select(PendingAction.conversation_id)
         return model.id.in_(actions) | model.id.in_(Takeover.lasting().select(Takeover.conversation_id))
-    (trigger,) = (name for name, word in _TURN.items() if word == waiting_for)
-    return model.id.in_(SQL(current().sql('(SELECT subject_id FROM {deadlines} WHERE "trigger" = %s)'), [trigger]))
+    ((trigger, stages),) = ((name, stages) for name, (word, stages) in _TURNS.items() if word == waiting_for)
+    ids = SQL(current().sql('(SELECT subject_id FROM {deadlines} WHERE "trigger" = %s)'), [trigger])
+    return model.id.in_(ids) & model.stage.in_(list(stages))
 
 
 def _lines(found: list[CloseEngineConversation]) -> list[FoundConversation]:
-    ids, waits = [each.id for each in found], {each.id: set[str]() for each in found}
+    stage_of, waits = {each.id: each.stage for each in found}, {each.id: set[str]() for each in found}
+    ids = list(stage_of)
     marks = ", ".join(["%s"] * len(ids))
     turns = "SELECT subject_id, \"trigger\" FROM {deadlines} WHERE \"trigger\" IN ('answer', 'stall') AND subject_id"
     for conversation_id, trigger in current().execute(f"{turns} IN ({marks})", ids).fetchall():
-        waits[conversation_id].add(_TURN[trigger])
+        word, stages = _TURNS[trigger]
+        if stage_of[conversation_id] in stages:
+            waits[conversation_id].add(word)
     actions = pending_actions().order_by().select(PendingAction.conversation_id)
     takeovers = Takeover.lasting().select(Takeover.conversation_id)
     humans: list[Any] = [

@@ -87,6 +87,24 @@ def test_who_is_waited_for(conversation_in: ConversationIn, close_engine_clock: 
     assert found(waiting_for="human") == []
 
 
+def test_nobody_is_waited_for_where_the_turn_was_taken_while_it_was_stalled(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    receive(conversation.lead_id, "SM1", "Hello?")
+    close_engine_clock.move(timedelta(minutes=1))
+    between = close_engine_clock.now
+    close_engine_clock.move(timedelta(minutes=1))
+    conversation.reload()
+    conversation.stall()
+    assert [line.waiting_for for line in find_conversations()] == [("us",)]
+
+    record_sent(conversation.lead_id, "SM2", "Hi!", at=between)
+
+    assert [line.waiting_for for line in find_conversations()] == [()]
+    assert found(waiting_for="lead") == found(waiting_for="us") == []
+
+
 def test_what_makes_no_sense_is_a_sentence(database: peewee.Database) -> None:
     wrong: list[dict[str, Any]] = [
         {"limit": 0},
