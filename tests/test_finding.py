@@ -199,7 +199,7 @@ def test_show_has_the_texts_and_takes_a_number(
     close_engine_clock.move(timedelta(seconds=1))
     receive(conversation.lead_id, "SM1", "Hello?\x1b[2J")
     close_engine_clock.move(timedelta(seconds=1))
-    record_sent(conversation.lead_id, "SM2", "Dana here.", author="dana")
+    record_sent(conversation.lead_id, "SM2", "Dana\nhere.", author="dana")
     close_engine_clock.move(timedelta(seconds=1))
     message = outbox.enqueue(conversation, ActionType.SEND_MESSAGE, "Hi!")
     message.withdraw("too late")

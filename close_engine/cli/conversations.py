@@ -112,7 +112,7 @@ def _print_texts(transcript: Transcript) -> None:
     for text in transcript:
         who = text.author if text.by is None else f"{text.author} ({text.by})"
         status = text.status if text.reason is None else f"{text.status}: {text.reason}"
-        texts.add_row(*map(cell, (text.at, who, text.kind, status, text.body)))
+        texts.add_row(*map(cell, (text.at, who, text.kind, status, " ".join(text.body.splitlines()))))
     if texts.row_count:
         console().print(texts, "")
     for row in transcript.unreadable:
