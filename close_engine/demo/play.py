@@ -211,9 +211,16 @@ class Demo:
         heapq.heappush(self._deliveries, sent.available_at)
         self._tally.corrected += message is not None
 
+    def correct(self, role: Role) -> None:
+        """Approve the waiting draft as a human, in other words."""
+        is_link = self._waiting_action(role).type is ActionType.SEND_PAYMENT_LINK
+        self.approve(role, "Shall we put it online?" if is_link else "Hello! What is your business?")
+
     def reject(self, role: Role) -> None:
         """Reject the waiting draft as a human."""
-        self._waiting_action(role).reject(by="dana", reason="too pushy")
+        action = self._waiting_action(role)
+        is_preview = action.type is ActionType.SEND_PREVIEW
+        action.reject(by="dana", reason="the logo is missing" if is_preview else "too pushy")
 
     def check_expired(self, role: Role) -> None:
         """Check that the waiting draft has expired because nobody decided in time."""
@@ -377,7 +384,9 @@ def _change(demo: Demo, role: Role) -> None:
 
 
 def _link(demo: Demo, role: Role) -> None:
-    demo.submit(role, ActionType.SEND_PAYMENT_LINK, "Shall we?", paymentUrl="https://pay.example.com/1")
+    demo.submit(
+        role, ActionType.SEND_PAYMENT_LINK, "Pay here to go live today!", paymentUrl="https://pay.example.com/1"
+    )
 
 
 def _remind(demo: Demo, role: Role) -> None:
@@ -403,7 +412,7 @@ VERBS = {
     "link": Verb((0.1, 6), _link),
     "remind": Verb((0.1, 0.2), _remind),
     "approve": Verb((0.2, 12), lambda demo, role: demo.approve(role)),
-    "correct": Verb((0.2, 12), lambda demo, role: demo.approve(role, "In better words.")),
+    "correct": Verb((0.2, 12), lambda demo, role: demo.correct(role)),
     "reject": Verb((0.2, 12), lambda demo, role: demo.reject(role)),
     "expire": Verb((31, 36), lambda demo, role: demo.check_expired(role)),
     "pay": Verb((0.2, 60), lambda demo, role: demo.pay(role)),

@@ -19,7 +19,7 @@ from typing import Any
 from close_engine.approvals import PendingAction
 from close_engine.conversations import CloseEngineConversation
 from close_engine.inbox import InboxEntry
-from close_engine.stages import ActionStatus, ActionType, Direction
+from close_engine.stages import ActionStatus, ActionType, Author, Direction
 from close_engine.transcript import Text
 
 __all__ = ["Line", "tell"]
@@ -94,9 +94,8 @@ def _texts(conversation: CloseEngineConversation) -> Iterator[Line]:
         if text.direction is Direction.INBOUND:
             yield Line(text.at, "lead", f"writes: {words}")
         elif text.is_said:
-            yield Line(
-                text.at, text.by if text.author.name == "HUMAN" and text.by else str(text.author), f"texts: {words}"
-            )
+            who = text.by if text.author is Author.HUMAN and text.by else str(text.author)
+            yield Line(text.at, who, f"texts: {words}")
         else:
             why = f", because {text.reason}" if text.reason else ""
             yield Line(text.at, str(text.author), f"would have texted: {words} ({text.status}{why})")
