@@ -9,6 +9,7 @@ the past: it changes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -39,6 +40,9 @@ from close_engine.outbox import OutboxMessage
 from close_engine.stages import ACTIVE_STAGES, Author, Direction, Stage
 
 __all__ = ["Imported", "PastText", "TextEntry", "import_texts", "record_sent"]
+
+#: A statement holds all values of a batch, and SQLite takes only so many.
+LARGEST_BATCH = 1000
 
 
 class TextEntry(BaseModel):
@@ -217,10 +221,10 @@ def import_texts(rows: Iterable[object], *, batch: int = 500) -> Imported:
         Imported: how many were added, and what was left out.
 
     Raises:
-        InvalidValue: the batch is less than 1.
+        InvalidValue: the batch is too small or too large.
     """
-    if batch < 1:
-        raise InvalidValue("batch", batch, "it must be at least 1")
+    if not 1 <= batch <= LARGEST_BATCH:
+        raise InvalidValue("batch", batch, f"it must be from 1 to {LARGEST_BATCH}")
     done, numbered = Imported(), enumerate(rows, 1)
     while part := list(islice(numbered, batch)):
         fresh: dict[int, dict[str, Any]] = {}
@@ -231,6 +235,7 @@ def import_texts(rows: Iterable[object], *, batch: int = 500) -> Imported:
                 done.refused[number] = str(error)
         with atomic():
             _import(fresh, done)
+    done.refused = dict(sorted(done.refused.items()))
     return done
 
 
@@ -337,7 +342,9 @@ def _values(text: PastText) -> dict[str, Any]:
     """
     lead_id = text.lead.id if isinstance(text.lead, Lead) else text.lead
     direction = _direction(text.direction)
-    clean_words("key", text.key, "give the provider's id of the text, or the id that your own table has")
+    # None is what a table has where there is no id.
+    key = "" if text.key is None else text.key
+    clean_words("key", key, "give the provider's id of the text, or the id that your own table has")
     return {
         "lead_id": clean_words("lead", lead_id, "it must be a lead or its id"),
         "key": Provenance(key=text.key).key,
@@ -369,8 +376,10 @@ def _author(direction: Direction, given: Any) -> str:
 
 def _moment(given: Any) -> datetime:
     if isinstance(given, str):
+        # Python 3.10 reads fractions of three or six digits, and PostgreSQL's JSON has as many as there are.
+        written = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1]:0<6.6}", given.strip().replace("Z", "+00:00"))
         with suppress(ValueError):
-            given = datetime.fromisoformat(given.strip().replace("Z", "+00:00"))
+            given = datetime.fromisoformat(written)
     if not isinstance(given, datetime) or given.utcoffset() is None:
         raise InvalidValue("at", given, "it must be a time with a timezone, such as 2026-01-31T08:00:00Z")
     at: datetime = TextEntry.at.clean(given)

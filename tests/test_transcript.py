@@ -569,7 +569,8 @@ def test_a_text_to_a_lead_whose_conversation_cannot_be_read_is_recorded(
     ("wrong", "sentence"),
     [
         ({"key": " "}, "key cannot be ' ': give the provider's id of the text"),
-        ({"key": None}, "key cannot be None: it must be text"),
+        ({"key": None}, "give the provider's id of the text, or the id that your own table has"),
+        ({"key": 7}, "key cannot be 7: it must be text"),
         ({"key": "close_engine:1"}, "are this library's own"),
         ({"text": "\x00"}, "PostgreSQL cannot hold a NUL character"),
         ({"text": None}, "text cannot be None: it must be text"),
@@ -780,8 +781,30 @@ def test_what_was_stored_before_the_source_failed_stays(conversation: CloseEngin
     with pytest.raises(OSError, match="the file ends here"):
         import_texts(rows(), batch=1)
     assert len(conversation.messages()) == 2
-    with pytest.raises(InvalidValue, match="it must be at least 1"):
-        import_texts([], batch=0)
+    for wrong in (0, 1001):
+        with pytest.raises(InvalidValue, match="it must be from 1 to 1000"):
+            import_texts([], batch=wrong)
+
+
+def test_the_largest_batch_can_be_stored(conversation: CloseEngineConversation) -> None:
+    rows = [past(conversation.lead_id, f"CRM{number}", author="lead", metadata={}) for number in range(1000)]
+
+    assert import_texts(rows, batch=1000) == Imported(added=1000)
+
+
+@pytest.mark.parametrize("fraction", ["", ".5", ".12", ".123", ".1234567"])
+def test_a_time_may_have_as_many_digits_as_there_are(conversation: CloseEngineConversation, fraction: str) -> None:
+    assert import_texts([past(conversation.lead_id, "CRM1", at=f"2025-01-01T09:00:00{fraction}Z")]) == Imported(added=1)
+
+    (text,) = conversation.messages()
+    assert text.at is not None
+    assert text.at.microsecond == int(f"{fraction[1:4]:0<3}") * 1000
+
+
+def test_what_is_refused_is_in_the_order_of_the_rows(conversation: CloseEngineConversation) -> None:
+    rows = [past("nobody", "CRM1"), past(conversation.lead_id, "CRM2", direction="up"), past("nobody", "CRM0")]
+
+    assert list(import_texts(rows).refused) == [1, 2, 3]
 
 
 # -- leads that are gone -------------------------------------------------------------------------------------------
@@ -959,6 +982,13 @@ def test_a_prompt_is_cut_from_the_front(budget: int, expected: list[tuple[str, s
     assert turns(TALK, budget) == expected
 
 
+def test_a_prompt_has_no_spaces_around_a_text() -> None:
+    talk = Transcript([text("in", " one\n"), text("out", "two"), text("in", "\n"), text("out", "three     x ")])
+
+    assert turns(talk) == [("user", "one"), ("assistant", "two\nthree     x")]
+    assert turns(talk, 4, opening=None) == [("assistant", "x")]
+
+
 def test_a_first_turn_of_ours_gets_one_of_the_users_before_it() -> None:
     first = Transcript([text("out", "hello"), text("in", "hi")])
 
@@ -999,10 +1029,3 @@ def test_its_repr_shows_the_stage(conversation: CloseEngineConversation) -> None
     only_its_id = CloseEngineConversation.select(CloseEngineConversation.id).get()
     assert repr(only_its_id) == f"<CloseEngineConversation {conversation.id}: None, of lead None>"
     assert triggers(conversation) == ["open", "start_qualifying"]
-def test_a_prompt_has_no_spaces_around_a_text() -> None:
-    talk = Transcript([text("in", " one\n"), text("out", "two"), text("in", "\n"), text("out", "three     x ")])
-
-    assert turns(talk) == [("user", "one"), ("assistant", "two\nthree     x")]
-    assert turns(talk, 4, opening=None) == [("assistant", "x")]
-
-

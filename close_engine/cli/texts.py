@@ -14,7 +14,7 @@ import typer
 
 from close_engine.cli.app import command, open_migrated
 from close_engine.cli.terminal import cell
-from close_engine.texts import import_texts
+from close_engine.texts import LARGEST_BATCH, import_texts
 
 
 @command("import-texts")
@@ -23,7 +23,9 @@ def import_texts_(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="A file with a JSON object a line, or - for standard input.")
     ],
-    batch: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="How many are stored at once.")] = 500,
+    batch: Annotated[
+        int, typer.Option(metavar="NUMBER", min=1, max=LARGEST_BATCH, help="How many are stored at once.")
+    ] = 500,
 ) -> None:
     """Take over texts of the past, so that the transcript has them.
 
