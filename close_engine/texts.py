@@ -240,7 +240,8 @@ def import_texts(rows: Iterable[object], *, batch: int = 500) -> Imported:
 
 
 def _import(fresh: dict[int, dict[str, Any]], done: Imported) -> None:
-    """Add the rows of a batch, by their numbers."""
+    """Add the rows of a batch, by their numbers. Of two imports, one waits: in another order, they would deadlock."""
+    current().dialect.hold(current().database, "close_engine.texts", "import")
     found: Any = Lead.select(Lead.id).where(Lead.id.in_(_each(fresh, "lead_id"))).tuples()
     leads = {lead_id for (lead_id,) in found}
     owners = _owners(_each(fresh, "key"))

@@ -50,6 +50,7 @@ from close_engine.database.binding import current, moment
 from close_engine.testing import MovableClock, new_lead
 from tests.foreign import ForeignWriter, spoil
 from tests.rows import copy_of, left_by_an_error, triggers
+from tests.waiting import Running, until_they_wait
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -805,6 +806,27 @@ def test_what_is_refused_is_in_the_order_of_the_rows(conversation: CloseEngineCo
     rows = [past("nobody", "CRM1"), past(conversation.lead_id, "CRM2", direction="up"), past("nobody", "CRM0")]
 
     assert list(import_texts(rows).refused) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+def test_two_imports_of_the_same_texts_in_another_order_wait_one_way(
+    conversation: CloseEngineConversation, foreign: ForeignWriter, kind: str
+) -> None:
+    lead = conversation.lead_id
+    foreign.run("BEGIN")
+    foreign.run(
+        "INSERT INTO close_engine.texts (lead_id, key, direction, author, body, at) "
+        "VALUES (%s, 'CRM0', 'inbound', 'lead', 'hi', localtimestamp)",
+        lead,
+    )
+    holder = foreign.connection.get_backend_pid()
+    first = Running(lambda: import_texts([past(lead, "CRM1"), past(lead, "CRM0"), past(lead, "CRM2")]))
+    until_they_wait([first], holder)
+    second = Running(lambda: import_texts([past(lead, "CRM2"), past(lead, "CRM1")]))
+    until_they_wait([first, second], holder)
+    foreign.run("COMMIT")
+
+    assert (first.result(), second.result()) == (Imported(added=2, known=1), Imported(known=2))
 
 
 # -- leads that are gone -------------------------------------------------------------------------------------------
