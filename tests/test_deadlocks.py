@@ -17,6 +17,7 @@ from close_engine import (
     CloseEngineConversation,
     CloseEngineError,
     EntryPoint,
+    PastText,
     PendingAction,
     outbox,
     pending_actions,
@@ -24,7 +25,7 @@ from close_engine import (
     record_payment,
     submit,
 )
-from close_engine.database.binding import utc_now
+from close_engine.database.binding import moment, utc_now
 from close_engine.testing import new_lead
 from tests.waiting import until
 from tests.workers import LINK, assert_consistent, messages, race, sql
@@ -97,6 +98,15 @@ class Worker:
     def receive(self) -> None:
         receive(self.conversation().lead_id, self.key(), "hello", open=self.random.choice([None, EntryPoint.SMS_REPLY]))
 
+    def tell_of_a_text(self) -> None:
+        ago = timedelta(milliseconds=self.random.randrange(200))
+        close_engine.record_sent(self.conversation().lead_id, self.key(), "hello", author=self.name, at=moment() - ago)
+
+    def take_over_the_past(self) -> None:
+        lead_id, at = self.conversation().lead_id, moment()
+        keys = self.random.sample([f"{lead_id} {number}" for number in range(20)], 8)
+        close_engine.import_texts([PastText(lead_id, "inbound", "hello", key, at) for key in keys], batch=4)
+
     def take_over(self) -> None:
         until = timedelta(milliseconds=self.random.randrange(100))
         self.conversation().take_over(by=self.name, until=until)
@@ -162,6 +172,8 @@ DEEDS = {
     Worker.send: 8,
     Worker.give_up_and_requeue: 2,
     Worker.receive: 8,
+    Worker.tell_of_a_text: 4,
+    Worker.take_over_the_past: 3,
     Worker.fire: 10,
     Worker.record: 8,
     Worker.open: 8,
