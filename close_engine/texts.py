@@ -327,7 +327,9 @@ def _as_past_text(row: Any) -> PastText:
     if is_dataclass(row) and not isinstance(row, type):
         row = {name: getattr(row, name) for name in _NAMES if hasattr(row, name)}
     if not isinstance(row, Mapping):
-        raise InvalidValue("row", row, f"it must be a PastText, or a mapping with {', '.join(_NAMES)}")
+        raise InvalidValue(
+            "row", row, f"it must be a PastText, or a mapping such as a JSON object, with {', '.join(_NAMES)}"
+        )
     if strange := [name for name in row if name not in _NAMES]:
         raise InvalidValue("row", strange[0], f"the names are {', '.join(_NAMES)}")
     if missing := [name for name in _NAMES[:5] if name not in row]:

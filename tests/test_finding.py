@@ -186,7 +186,8 @@ def test_list_has_a_line_for_each(conversation_in: ConversationIn, database_url:
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--stage", "WON"], ["--waiting-for", "godot"], ["--since", "lately"], ["--limit", "0"]]
+    "wrong",
+    [["--stage", "WON"], ["--waiting-for", "godot"], ["--since", "lately"], ["--limit", "0"], ["--limit", "9" * 19]],
 )
 def test_list_refuses_what_makes_no_sense(database_url: str, wrong: list[str]) -> None:
     assert run("list", *wrong, "--database", database_url).code == 2
@@ -282,7 +283,7 @@ def test_import_texts_reads_a_line_for_each(
     assert (result.code, result.out) == (1, "Texts added: 2, known before: 0, refused: 5.\n")
     assert [told.partition(":")[0] for told in result.err.splitlines()] == [f"Line {n}" for n in (2, 3, 4, 5, 7)]
     assert [each.body for each in conversation.messages()] == ["of 1", "of 4"]
-    file.write_text(line(lead, "1"))
+    file.write_text(line(lead, "1"), "utf-8-sig")  # as Windows writes it
     again = run("import-texts", str(file), *here)
     assert (again.code, again.out, again.err) == (0, "Texts added: 0, known before: 1, refused: 0.\n", "")
 

@@ -698,9 +698,9 @@ def test_one_bad_row_holds_up_nobody(conversation_in: ConversationIn, conversati
         7: "key cannot be '': give the provider's id of the text, or the id that your own table has.",
         8: done.refused[8],
         9: "row cannot be 'sid': the names are lead, direction, text, key, at, author, metadata.",
-        10: "row cannot be 'no row': it must be a PastText, or a mapping with "
+        10: "row cannot be 'no row': it must be a PastText, or a mapping such as a JSON object, with "
         "lead, direction, text, key, at, author, metadata.",
-        11: "row cannot be None: it must be a PastText, or a mapping with "
+        11: "row cannot be None: it must be a PastText, or a mapping such as a JSON object, with "
         "lead, direction, text, key, at, author, metadata.",
         14: str(TextOfAnotherLead("CRM1", other, lead)),
     }

@@ -48,7 +48,7 @@ def list_(
             help="Only those opened at this time or later: ISO 8601 with a timezone, or so long ago, such as 3d.",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="The most to list.")] = 50,
+    limit: Annotated[int, typer.Option(metavar="NUMBER", min=1, max=1_000_000, help="The most to list.")] = 50,
 ) -> None:
     """List conversations, the newest first."""
     after = None if since is None else time_or_ago(since)

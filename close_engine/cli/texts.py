@@ -47,7 +47,7 @@ def import_texts_(
 def _rows(file: str) -> Iterator[Any]:
     """Yield what each line holds; of a line that is no JSON, its text."""
     path = Path(file)
-    with nullcontext(sys.stdin) if file == "-" else path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with nullcontext(sys.stdin) if file == "-" else path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for line in lines:
             try:
                 yield json.loads(line)
