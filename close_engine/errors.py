@@ -60,6 +60,7 @@ from close_engine.stages import ActionStatus, MessageStatus, Stage
 __all__ = [
     "ActionDecided",
     "ActionNotFound",
+    "ActionSuperseded",
     "AfterCommitError",
     "CannotBeSent",
     "CloseEngineError",
@@ -68,6 +69,7 @@ __all__ = [
     "ConversationClosed",
     "ConversationCompleted",
     "ConversationNotFound",
+    "ConversationTakenOver",
     "GuardMissing",
     "InvalidValue",
     "KeyReused",
@@ -75,6 +77,7 @@ __all__ = [
     "LeadNotFound",
     "LeadOptedOut",
     "LeaseLost",
+    "MessageCleared",
     "MessageNotDead",
     "MessageNotFound",
     "NotFound",
@@ -86,6 +89,7 @@ __all__ = [
     "Snooze",
     "StageAssignmentRefused",
     "StageConflict",
+    "TextOfAnotherLead",
     "TransactionFailed",
     "TransactionOfAnotherTask",
     "TransitionNotAllowed",
@@ -605,7 +609,7 @@ class ProviderIdTaken(CloseEngineError):
 
 
 class TextOfAnotherLead(CloseEngineError):
-    """The key of an inbound text was used for a text of another lead; nothing is recorded.
+    """The key of a text was used for a text of another lead; nothing is recorded.
 
     Attributes:
         key: the key.

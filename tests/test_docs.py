@@ -122,6 +122,9 @@ def test_every_error_is_in_the_guide() -> None:
     guide = section(ROOT / "docs/guide.md", "Errors")
 
     assert [name for name in errors.__all__ if f"`{name}`" not in guide] == []
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    ours = {name for name, value in classes.items() if issubclass(value, close_engine.CloseEngineError)}
+    assert ours == set(errors.__all__)
 
 
 def test_imports_run_downward_as_the_design_lists_the_files() -> None:
