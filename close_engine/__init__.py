@@ -108,6 +108,7 @@ from close_engine.sweeps import (
     stall_silent,
     supersede_drafts,
     sweep,
+    withdraw_approvals,
 )
 from close_engine.texts import Imported, PastText, TextEntry, import_texts, record_sent
 from close_engine.transcript import Text, TextKind, TextStatus, Transcript
@@ -263,6 +264,7 @@ __all__ = [
     "verify",
     "waiting_for_us",
     "WaitingFor",
+    "withdraw_approvals",
     "Worker",
 ]
 

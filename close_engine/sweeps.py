@@ -48,6 +48,7 @@ __all__ = [
     "stall_silent",
     "supersede_drafts",
     "sweep",
+    "withdraw_approvals",
 ]
 
 #: How long a lead is silent before its conversation stalls, …
@@ -80,6 +81,8 @@ class Swept:
         expired: list of str, ids of the pending actions that expired.
         released: list of int, ids of the messages whose lease had run out.
         superseded: list of str, ids of the pending actions that the lead's words had superseded.
+        withdrawn: list of str, ids of the conversations that left PENDING_APPROVAL, because their payment link was
+            approved and then withdrawn.
         failed: dict, the id of each conversation, action or message that was passed over because it failed, for
             example because a hook raised, to a sentence that says why. The next sweep tries it again.
     """
@@ -89,6 +92,7 @@ class Swept:
     expired: list[str] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
+    withdrawn: list[str] = field(default_factory=list)
     failed: dict[Any, str] = field(default_factory=dict)
 
 
@@ -112,11 +116,14 @@ class _Due(NamedTuple):
         query: the ids of the rows that are due, oldest first. Its last value is the size of a batch; it ends in {lock}.
         values: the query's other values.
         lock: the aliases in the query whose rows to lock. The first is that of the ids.
+        asks_twice: whether to ask again once the rows are locked, because the query decides from rows that it does not
+            lock, and whoever writes those locks its rows first.
     """
 
     query: str
     values: tuple[str, ...]
     lock: tuple[str, ...]
+    asks_twice: bool = False
 
 
 #: Whether a human leads the conversation `c`: sweeps leave it alone.
@@ -167,6 +174,29 @@ _STALE = """
         WHERE i.kind = 'text' AND i.conversation_id = a.conversation_id AND i.id > d.after_text) {only}
     ORDER BY a.id LIMIT %s {lock}
 """
+# The history says since when the conversation waits; resuming is no new beginning. The conditions of the partial index
+# are here as they are there, or SQLite would not use it. Each subquery returns one value: PostgreSQL may turn EXISTS
+# into a hash of the whole table.
+_INDEXED = "'SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK'"
+_LINK_WITHDRAWN = f"""
+    SELECT c.id FROM close_engine_conversations c
+    WHERE c.stage = 'PENDING_APPROVAL' AND c.updated_at < %s
+        AND (SELECT o.id FROM {{outbox}} o
+            WHERE o.conversation_id = c.id AND o.status <> 'PENDING' AND o.topic IN ({_INDEXED})
+                AND o.status = 'WITHDRAWN' AND o.topic = 'SEND_PAYMENT_LINK' AND o.after_change >= (
+                    SELECT h.id FROM {{history}} h WHERE h.conversation_id = c.id AND h.dest = 'PENDING_APPROVAL'
+                        AND h."trigger" <> 'resume' ORDER BY h.id DESC LIMIT 1)
+            LIMIT 1) IS NOT NULL
+        AND (SELECT o.id FROM {{outbox}} o
+            WHERE o.conversation_id = c.id AND o.status <> 'PENDING' AND o.topic IN ({_INDEXED})
+                AND o.status = 'DEAD' AND o.topic = 'SEND_PAYMENT_LINK' LIMIT 1) IS NULL
+        AND (SELECT o.id FROM {{outbox}} o
+            WHERE o.conversation_id = c.id AND o.status = 'PENDING' AND o.topic = 'SEND_PAYMENT_LINK' LIMIT 1) IS NULL
+        AND (SELECT a.id FROM pending_actions a
+            WHERE a.conversation_id = c.id AND a.status = 'PENDING' AND a.type = 'SEND_PAYMENT_LINK' LIMIT 1) IS NULL
+        {{only}}
+    ORDER BY c.id LIMIT %s {{lock}}
+"""
 _RUN_OUT = """
     SELECT o.id FROM {outbox} o
     WHERE o.status = 'PENDING' AND o.leased_by IS NOT NULL AND o.available_at <= %s {only}
@@ -202,6 +232,7 @@ def sweep(
         ("expired", _announce_expiring),  # which expires nothing itself
         ("released", release_leases),
         ("superseded", supersede_drafts),
+        ("withdrawn", withdraw_approvals),
     ]
     if lose_unanswered_after is not None:
         steps.append(("lost", partial(lose_unanswered, lose_unanswered_after)))
@@ -363,6 +394,28 @@ def supersede_drafts(*, batch: int = 1000) -> Moved:
     return _in_batches(_Due(stale, (), lock=("a",)), batch, supersede)
 
 
+def withdraw_approvals(*, batch: int = 1000) -> Moved:
+    """Take conversations back from PENDING_APPROVAL to PREVIEW_SENT whose approved payment link was withdrawn.
+
+    A link may be withdrawn after it was approved: it could not leave in time, the lead has written since, a human has
+    taken over, or your code withdrew it. If another payment link waits to be approved or sent, or is DEAD, the
+    conversation stays.
+
+    Args:
+        batch: int, how many to change in one transaction.
+
+    Returns:
+        Moved, a list of the ids of the conversations.
+
+    Raises:
+        InvalidValue: the batch is less than 1.
+        GuardMissing: the database would not record the changes.
+    """
+    at = stored_time(moment())
+    due = _Due(_LINK_WITHDRAWN, (at,), lock=("c",), asks_twice=True)
+    return _move("withdraw_approval", at, due, batch, "its payment link was withdrawn")
+
+
 def release_leases(*, batch: int = 1000) -> Moved:
     """Reclaim messages whose lease has run out. After too many of them, or after `max_attempts`, a message is DEAD.
 
@@ -388,6 +441,10 @@ def release_leases(*, batch: int = 1000) -> Moved:
     return _in_batches(_Due(_RUN_OUT, (stored_time(moment()),), lock=("o",)), batch, release)
 
 
+#: The triggers that PostgreSQL's function fires on many conversations at once.
+_AT_ONCE = ("stall", "close_lost")
+
+
 def _move(trigger: str, at: str, due: _Due, batch: int, reason: str | None = None) -> Moved:
     """Fire a trigger on every conversation that is due: in one statement, or one by one if hooks must run."""
     transition, given = TRIGGERS[trigger], {"closed_lost_reason": reason}
@@ -396,7 +453,7 @@ def _move(trigger: str, at: str, due: _Due, batch: int, reason: str | None = Non
     columns = ", ".join(f'"{assignment.column}" = {assignment.sql}' for assignment in assignments)
     parameters = [parameter for assignment in assignments for parameter in assignment.parameters]
     is_hooked, binding = hooks.crosses_a_hook(transition), current()
-    is_at_once = not is_hooked and binding.dialect.sweeps_at_once(binding.database)
+    is_at_once = not is_hooked and trigger in _AT_ONCE and binding.dialect.sweeps_at_once(binding.database)
 
     def move(ids: list[str]) -> None:
         if is_hooked:
@@ -438,10 +495,16 @@ def _in_batches(
     binding, moved = current(), Moved()
     lock = binding.dialect.skip_locked(*due.lock)
 
+    def find(limit: int, lock: str, only: str = "", *values: Any) -> list[Any]:
+        query = due.query.replace("{only}", only).replace("{lock}", lock)
+        return [row[0] for row in binding.execute(query, (*due.values, *values, limit)).fetchall()]
+
     def locked_and_written(limit: int, only: str = "", *values: Any) -> list[Any]:
-        find = due.query.replace("{only}", only).replace("{lock}", lock)
         with atomic(), binding.attributed(*attributed_to) if attributed_to else nullcontext():
-            held = [row[0] for row in binding.execute(find, (*due.values, *values, limit)).fetchall()]
+            held = find(limit, lock, only, *values)
+            if held and due.asks_twice:
+                these = ", ".join(["%s"] * len(held))
+                held = find(limit, "", f"AND {due.lock[0]}.id IN ({these})", *held)
             if held:
                 write(held)
         return held
@@ -458,8 +521,7 @@ def _in_batches(
             if len(held) < batch:
                 return moved
 
-    every = due.query.replace("{only}", "").replace("{lock}", "")
-    for (row_id,) in binding.execute(every, (*due.values, _ALL)).fetchall():
+    for row_id in find(_ALL, ""):
         try:
             moved += locked_and_written(1, f"AND {due.lock[0]}.id = %s", row_id)
         except GuardMissing:

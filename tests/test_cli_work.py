@@ -218,7 +218,8 @@ def test_sweep_says_what_it_moved(action: PendingAction, conversation_in: Any, c
     swept, again = run("sweep"), run("sweep")
 
     assert swept.out == (
-        "Conversations stalled: 1, lost: 0. Actions expired: 1. Messages released from dead workers: 0.\n"
+        "Conversations stalled: 1, lost: 0. Actions expired: 1. Approvals withdrawn: 0. "
+        "Messages released from dead workers: 0.\n"
     )
     assert "stalled: 0, lost: 0. Actions expired: 0." in again.out
 

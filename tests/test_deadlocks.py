@@ -153,6 +153,7 @@ class Worker:
         close_engine.expire_actions(batch=2)
         close_engine.release_leases(batch=2)
         close_engine.supersede_drafts(batch=2)
+        close_engine.withdraw_approvals(batch=2)
 
     def work(self) -> None:
         for _ in range(DEEDS_EACH):

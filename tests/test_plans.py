@@ -228,6 +228,10 @@ RUNS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "stall_silent": (lambda: close_engine.stall_silent(batch=100), ["SELECT c.id FROM .*deadlines.*'stall'"]),
     "lose_stalled": (lambda: close_engine.lose_stalled(batch=100), ["SELECT c.id FROM .*deadlines.*'close_lost'"]),
     "expire_actions": (lambda: close_engine.expire_actions(batch=100), ["SELECT a.id FROM .*deadlines.*'expire'"]),
+    "withdraw_approvals": (
+        lambda: close_engine.withdraw_approvals(batch=100),
+        ["SELECT c.id FROM .*'PENDING_APPROVAL'.*'WITHDRAWN'"],
+    ),
     "record_delivery": (record_deliveries, ["INSERT INTO .*deliveries", "UPDATE .*deliveries"]),
     "release_leases": (
         lambda: close_engine.release_leases(batch=100),

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
+from operator import is_
 from typing import Any
 
 import peewee
@@ -111,6 +113,9 @@ class Side:
     texts: int = 0
     #: When each text left that no human has seen.
     unseen: list[datetime] = field(default_factory=list)
+    #: When it began to wait for an approval, in the order of the drafts, and whether a link was withdrawn since.
+    asked_at: int = 0
+    link_withdrawn: bool = False
     #: How often the cap was reached.
     capped: int = 0
     #: The furthest that the provider said of each text that was sent, by its words.
@@ -168,41 +173,42 @@ class Decisions(RuleBasedStateMachine):
     def enter(self, side: Side, stage: str) -> None:
         if stage == "STALLED":
             side.stalled_in = side.stage
+        if stage == "PENDING_APPROVAL" and side.stage != "STALLED":
+            side.asked_at, side.link_withdrawn = next(self.numbers), False
         side.stage = stage
         side.entered.append(stage)
         if stage in CLOSED:
             self.end(side, lambda draft: True)
 
     def end(self, side: Side, which: Callable[[Draft], bool]) -> None:
-        """End the drafts that have not left."""
+        """End the drafts that have not left. Once all payment links are decided against, nobody waits for one."""
+        was_asked = self.waits_for_approval(side)
         for draft in side.drafts.values():
             if draft.state != "ended" and which(draft):
+                if draft.state == "queued" and draft.type == "SEND_PAYMENT_LINK" and draft.place > side.asked_at:
+                    side.link_withdrawn = True
                 draft.state = "ended"
-        self.leave_pending_approval(side)
-
-    def leave_pending_approval(self, side: Side) -> None:
-        """A payment link that is decided against leaves nothing to wait for."""
-        if side.stage == "PENDING_APPROVAL" and not self.waits_for_approval(side):
-            if any(d.type == "SEND_PAYMENT_LINK" and d.state == "queued" for d in side.drafts.values()):
-                return
+        if side.stage == "PENDING_APPROVAL" and was_asked and not self.waits_for_approval(side):
             self.enter(side, "PREVIEW_SENT")
 
     def waits_for_approval(self, side: Side) -> bool:
-        return any(d.type == "SEND_PAYMENT_LINK" and d.state == "waits" for d in side.drafts.values())
+        return "waits" in self.links(side)
+
+    def links(self, side: Side) -> set[str]:
+        return {draft.state for draft in side.drafts.values() if draft.type == "SEND_PAYMENT_LINK"}
 
     def where_it_stands(self, side: Side) -> str:
         if side.stalled_in == "PENDING_APPROVAL":
-            links = (d for d in side.drafts.values() if d.type == "SEND_PAYMENT_LINK")
-            return "PENDING_APPROVAL" if any(d.state != "ended" for d in links) else "PREVIEW_SENT"
+            return "PENDING_APPROVAL" if self.links(side) - {"ended"} else "PREVIEW_SENT"
         return side.stalled_in
 
     def written(self, side: Side) -> None:
         side.texts += 1
         if side.stage in CLOSED:
             return
-        self.end(side, lambda draft: draft.rule == "withdraw")
         if side.stage == "STALLED":
             self.enter(side, self.where_it_stands(side))
+        self.end(side, lambda draft: draft.rule == "withdraw")
 
     def closed(self, side: Side) -> None:
         if side.stage not in CLOSED:
@@ -334,8 +340,7 @@ class Decisions(RuleBasedStateMachine):
             draft.state, draft.level, draft.approved_by = "queued", None, "crm" if as_the_crm else "dana"
             draft.place, draft.snoozed_until = next(self.numbers), None
         else:
-            draft.state = "ended"
-            self.leave_pending_approval(side)
+            self.end(side, partial(is_, draft))
 
     @rule(which=st.integers(0, 1), level=st.sampled_from(LEVELS))
     def the_owner_sets_the_level(self, which: int, level: str) -> None:
@@ -391,11 +396,16 @@ class Decisions(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
+        # The version of what was written several times at one moment is ahead of the clock.
+        self.now = self.clock.move(timedelta(seconds=1))
         close_engine.expire_actions(batch=1)
         close_engine.supersede_drafts()
         close_engine.release_leases()
+        close_engine.withdraw_approvals()
         for side in self.sides:
             self.expire(side)
+            if side.stage == "PENDING_APPROVAL" and side.link_withdrawn and not self.links(side) - {"ended"}:
+                self.enter(side, "PREVIEW_SENT")
 
     @rule(topics=st.sampled_from([[], [*BEHIND], ["SEND_MESSAGE"], ["SEND_PREVIEW"]]))
     def sending_is_paused(self, topics: list[str]) -> None:
@@ -458,7 +468,7 @@ class Decisions(RuleBasedStateMachine):
             if again is not None and again > self.now and not late:
                 return
             if late:
-                draft.state = "ended"
+                self.end(side, partial(is_, draft))
             elif draft.level is not None and stricter(side.level, draft.level) and asks(side.level, draft.type):
                 self.ask_human(draft)
             elif self.now.hour in QUIET:

@@ -20,6 +20,8 @@ from close_engine import (
     EntryPoint,
     InvalidValue,
     MessageStatus,
+    OutboxMessage,
+    PendingAction,
     Received,
     Stage,
     StageChange,
@@ -38,6 +40,7 @@ from close_engine import (
     submit,
     subscribe,
     sweep,
+    withdraw_approvals,
 )
 from close_engine.database.binding import current
 from close_engine.database.fields import milliseconds
@@ -226,7 +229,7 @@ def test_a_reason_or_a_batch_that_is_none_is_refused(database: peewee.Database, 
         lose_stalled(**given)
 
 
-@pytest.mark.parametrize("job", [stall_silent, lose_stalled, expire_actions, release_leases])
+@pytest.mark.parametrize("job", [stall_silent, lose_stalled, expire_actions, release_leases, withdraw_approvals])
 def test_nothing_to_do_is_nothing_moved_and_no_batch_is_refused(
     database: peewee.Database, job: Callable[..., list[Any]]
 ) -> None:
@@ -360,6 +363,110 @@ def test_a_lease_that_ran_out_is_released(conversation_in: ConversationIn, close
     assert claimed().body == "behind it"
 
 
+# -- payment links that were approved and then withdrawn ---------------------------------------------------------------
+
+
+def approved_link(conversation: CloseEngineConversation, **options: Any) -> OutboxMessage:
+    """A payment link that somebody has approved: its conversation is in PENDING_APPROVAL until it is sent."""
+    action = submit(conversation, ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK}, **options)
+    assert isinstance(action, PendingAction)
+    message = action.approve(by="dana")
+    assert copy_of(conversation).stage is Stage.PENDING_APPROVAL
+    return message
+
+
+@pytest.fixture
+def previewed(conversation_in: ConversationIn) -> CloseEngineConversation:
+    return conversation_in(Stage.PREVIEW_SENT, autonomy_level=AutonomyLevel.SEMI_AUTO)
+
+
+@pytest.mark.parametrize("why", ["too late", "by hand", "in flight", "taken over", "the lead wrote", "another writer"])
+def test_a_conversation_does_not_wait_for_an_approved_link_that_was_withdrawn(
+    previewed: CloseEngineConversation, close_engine_clock: MovableClock, why: str
+) -> None:
+    message = approved_link(previewed, if_lead_writes="withdraw", not_after=HOUR)
+    assert withdraw_approvals() == []
+    if why == "too late":
+        close_engine_clock.move(HOUR + MILLISECOND)
+        assert outbox.claim() == []
+    elif why == "by hand":
+        message.withdraw("the price has changed")
+    elif why == "in flight":
+        claimed().withdraw("the price has changed")
+    elif why == "taken over":
+        copy_of(previewed).take_over(by="owner")
+    elif why == "the lead wrote":
+        receive(previewed.lead_id, "SM1", "Too expensive.")
+    else:
+        sql("UPDATE {outbox} SET status = 'WITHDRAWN' WHERE id = %s", message.id)
+    assert copy_of(message).status is MessageStatus.WITHDRAWN
+    moment = milliseconds(close_engine_clock.move(SECOND))
+    assert sweep() == Swept(withdrawn=[previewed.id])
+    row = copy_of(previewed)
+    assert (row.stage, row.updated_at) == (Stage.PREVIEW_SENT, moment)
+    change = row.history()[-1]
+    assert (change.trigger, change.actor, change.reason, change.created_at) == (
+        "withdraw_approval",
+        "sweep",
+        "its payment link was withdrawn",
+        moment,
+    )
+    assert sweep() == Swept()
+    assert_consistent()
+
+
+def test_a_conversation_that_still_waits_for_a_link_stays(
+    previewed: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    """For one to be approved, to be sent, or to be put back."""
+    links = [approved_link(copy_of(previewed)) for _ in range(3)]
+    waits = submit(copy_of(previewed), ActionType.SEND_PAYMENT_LINK, "pay", metadata={"paymentUrl": LINK})
+    assert isinstance(waits, PendingAction)
+    links[0].withdraw("the price has changed")
+    claimed().give_up("the number is unknown")
+    close_engine_clock.move(SECOND)
+    assert withdraw_approvals() == []
+    sql("UPDATE pending_actions SET conversation_id = 'another' WHERE id = %s", waits.id)
+    assert withdraw_approvals() == []
+    links[2].withdraw("the price has changed")
+    assert withdraw_approvals() == []
+    outbox.requeue(links[1]).withdraw("the price has changed")
+    assert withdraw_approvals() == [previewed.id]
+
+
+def test_a_conversation_that_somebody_put_there_by_hand_stays(
+    previewed: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    """Whatever was withdrawn before."""
+    approved_link(previewed).withdraw("the price has changed")
+    close_engine_clock.move(SECOND)
+    assert withdraw_approvals() == [previewed.id]
+    copy_of(previewed).request_approval(actor="dana")
+    close_engine_clock.move(SECOND)
+    assert withdraw_approvals() == []
+    # Resuming is no new beginning: what waited before stalling still waits.
+    message = approved_link(copy_of(previewed))
+    copy_of(previewed).stall()
+    copy_of(previewed).resume()
+    message.withdraw("the price has changed")
+    close_engine_clock.move(SECOND)
+    assert withdraw_approvals() == [previewed.id]
+
+
+def test_a_hook_of_the_stage_runs_then_too(
+    previewed: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    approved_link(previewed).withdraw("the price has changed")
+    close_engine_clock.move(SECOND)
+    seen: list[str] = []
+    hook = on_enter(Stage.PREVIEW_SENT)(lambda conversation, change: seen.append(conversation.id))
+    try:
+        assert withdraw_approvals() == [previewed.id]
+    finally:
+        hook.remove()
+    assert seen == [previewed.id]
+
+
 def test_one_sweep_does_all_of_it(conversation_in: ConversationIn, close_engine_clock: MovableClock) -> None:
     stalled = conversation_in(Stage.STALLED)
     silent = conversation_in(Stage.BUILDING, autonomy_level=AutonomyLevel.MANUAL)
@@ -461,6 +568,49 @@ def test_many_workers_expire_and_release_everything_once(clock: MovableClock) ->
     for conversation in conversations:
         assert copy_of(conversation).stage is Stage.PREVIEW_SENT
         assert triggers(conversation).count("withdraw_approval") == 1
+    assert_consistent()
+
+
+def test_a_link_that_is_submitted_while_the_sweep_looks_keeps_its_conversation(
+    clock: MovableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not there yet when the sweep found the conversation, and is there once the sweep has its lock."""
+    (conversation,) = opened(1, Stage.PREVIEW_SENT)
+    CloseEngineConversation.update(autonomy_level=AutonomyLevel.SEMI_AUTO).execute()
+    approved_link(copy_of(conversation)).withdraw("the price has changed")
+    clock.move(SECOND)
+    binding, asked = type(current()), set[str]()
+    execute = binding.execute
+
+    def ask(self: Any, statement: str, parameters: Any = ()) -> Any:
+        found = execute(self, statement, parameters)
+        if "'WITHDRAWN'" in statement and not asked:
+            asked.add(statement)
+            # Whoever submits writes the conversation, and has committed that already. A foreign writer adds no more.
+            sql(
+                "INSERT INTO pending_actions (id, conversation_id, lead_id, type, draft_message) "
+                "VALUES ('a1', %s, 'lead', 'SEND_PAYMENT_LINK', 'pay')",
+                conversation.id,
+            )
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(binding, "execute", ask)
+        assert withdraw_approvals() == []
+    assert asked
+    assert copy_of(conversation).stage is Stage.PENDING_APPROVAL
+    assert sql("SELECT status FROM pending_actions WHERE id = 'a1'") == [("PENDING",)]
+
+
+def test_many_workers_take_each_conversation_back_once(clock: MovableClock) -> None:
+    conversations = opened(20, Stage.PREVIEW_SENT)
+    CloseEngineConversation.update(autonomy_level=AutonomyLevel.SEMI_AUTO).execute()
+    for conversation in conversations:
+        approved_link(copy_of(conversation)).withdraw("the price has changed")
+    clock.move(SECOND)
+    results = race([lambda: withdraw_approvals(batch=3)] * 8)
+    assert sorted(moved for result in results for moved in result) == sorted(ids(conversations))
+    assert all(triggers(conversation).count("withdraw_approval") == 1 for conversation in conversations)
     assert_consistent()
 
 

@@ -551,7 +551,9 @@ def test_it_sweeps_at_the_start_and_then_on_a_timer(
     conversation.reload()
     assert conversation.stage is Stage.STALLED
     assert swept_before == []
-    assert caplog.messages == ["swept worker=worker-7 stalled=1 lost=0 expired=0 released=0 superseded=0 failed=0"]
+    assert caplog.messages == [
+        "swept worker=worker-7 stalled=1 lost=0 expired=0 released=0 superseded=0 withdrawn=0 failed=0"
+    ]
 
 
 def test_it_sweeps_as_often_as_it_is_told(database: peewee.Database, close_engine_clock: MovableClock) -> None:
@@ -587,7 +589,7 @@ def test_what_a_sweep_passed_over_is_logged(
 
     assert caplog.messages == [
         "sweep passed over worker=worker-7 id=c2 error=KeyError: 'phone'",
-        "swept worker=worker-7 stalled=1 lost=0 expired=0 released=0 superseded=0 failed=1",
+        "swept worker=worker-7 stalled=1 lost=0 expired=0 released=0 superseded=0 withdrawn=0 failed=1",
     ]
 
 

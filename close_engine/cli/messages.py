@@ -142,7 +142,8 @@ def sweep(
     swept = sweeps.sweep(stall_after=stall_after, lose_after=lose_after, lose_unanswered_after=lose_unanswered_after)
     print(
         f"Conversations stalled: {len(swept.stalled)}, lost: {len(swept.lost)}. "
-        f"Actions expired: {len(swept.expired)}. Messages released from dead workers: {len(swept.released)}."
+        f"Actions expired: {len(swept.expired)}. Approvals withdrawn: {len(swept.withdrawn)}. "
+        f"Messages released from dead workers: {len(swept.released)}."
     )
     for row_id, sentence in swept.failed.items():
         print(cell(f"Passed over {row_id}: {sentence}"))
