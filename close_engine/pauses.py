@@ -28,6 +28,9 @@ from close_engine.models import BaseModel
 
 __all__ = ["Pause", "pause_sending", "paused", "resume_sending"]
 
+#: What the lock is about. Whoever pauses or resumes holds it, so that they write the pauses one after the other.
+LOCK = "close_engine.pauses"
+
 #: What stands for all topics: no topic can be empty.
 _ALL = ""
 
@@ -90,8 +93,10 @@ def pause_sending(reason: str, topics: Sequence[str] | None = None, by: str | No
     clean_words("reason", reason, "say why nothing is to be sent")
     if by is not None:
         clean_words("by", by, "leave it out, or say who pauses")
+    names = _topics(topics) or [_ALL]
     with atomic():
-        for topic in sorted(_topics(topics) or [_ALL]):
+        _hold()
+        for topic in names:
             current().execute(_PAUSE, (topic, reason, by))
     return paused()
 
@@ -121,6 +126,7 @@ def resume_sending(topics: Sequence[str] | None = None, by: str | None = None) -
     names = _topics(topics)
     these = _LASTS if names is None else _LASTS & Pause.topic.in_(names)
     with atomic():
+        _hold()
         present = peewee.SQL(current().dialect.moment)
         update = Pause.update(resumed_at=present, resumed_by=by).where(these)
         ended: list[Pause] = list(update.returning(Pause).execute())
@@ -141,6 +147,11 @@ def is_sent(topic: str, dialect: Dialect) -> str:
     lasting = dialect.in_subquery("SELECT p.topic FROM {pauses} p WHERE p.resumed_at IS NULL")
     # A CASE, because PostgreSQL would believe that hardly any topic is sent, and sort all that is due to find it.
     return f"NOT ('{_ALL}' {lasting})\n        AND CASE WHEN {topic} {lasting} THEN false ELSE true END"
+
+
+def _hold() -> None:
+    binding = current()
+    binding.dialect.hold(binding.database, LOCK, "")
 
 
 def _topics(topics: Sequence[str] | None) -> list[str] | None:

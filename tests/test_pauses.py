@@ -30,7 +30,7 @@ from close_engine.database.fields import milliseconds
 from close_engine.testing import FakeSender, MovableClock, new_lead
 from tests.command_line import run
 from tests.test_notices import waiting
-from tests.waiting import until
+from tests.waiting import Running, until, until_they_wait
 from tests.workers import claimed, race, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
@@ -163,6 +163,16 @@ def test_two_who_pause_at_once_make_one_pause(database: peewee.Database, kind: s
     outcomes = race([lambda: pause_sending("one"), lambda: pause_sending("two")])
     assert not [each for each in outcomes if isinstance(each, BaseException)]
     assert len(paused()) == 1
+
+
+@pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+def test_who_pauses_in_another_order_waits_and_is_no_deadlock(database: peewee.Database, kind: str) -> None:
+    with close_engine.atomic():
+        pause_sending("one", topics=["b"])
+        others = [Running(lambda: pause_sending("two", topics=["a", "b"])), Running(resume_sending)]
+        until_they_wait(others)
+        pause_sending("one", topics=["a"])
+    assert not [each for other in others if isinstance(each := other.result(), BaseException)]
 
 
 def test_it_is_shown_wherever_the_outbox_is(
