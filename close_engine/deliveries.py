@@ -157,12 +157,13 @@ def _record(provider_id: str | None, send_key: str | None, said: dict[str, Any])
         binding.dialect.hold(binding.database, LOCK, names["send_key"])
     same = [(Delivery.provider_id, names["provider_id"]), (Delivery.send_key, names["send_key"])]
     about = reduce(or_, [field == value for field, value in same if value is not None])
-    found = sorted(Delivery.select().where(about), key=lambda delivery: _place(delivery.status))
+    found = sorted(Delivery.select().where(about), key=_furthest_last)
     if not found:
         (made,) = Delivery.insert({**names, **said}).returning(Delivery).execute()
         first: Delivery = made
         return first
-    # If there are two, each was said by one id only. Now it is known that they are about the same.
+    # If there are two, each was said by one id only. Now it is known that they are about the same. Of two that are as
+    # far, keep the message's own: that it is undelivered was an event already.
     *others, kept = found
     Delivery.delete().where(Delivery.id.in_([other.id for other in others])).execute()
     known = {
@@ -191,6 +192,10 @@ def _message(provider_id: str | None, send_key: str | None) -> tuple[Any, ...] |
 
 def _place(status: DeliveryStatus) -> int:
     return list(DeliveryStatus).index(status)
+
+
+def _furthest_last(delivery: Delivery) -> tuple[int, bool]:
+    return _place(delivery.status), delivery.message_id is not None
 
 
 def of_sending(send_key: str, provider_id: str | None) -> Delivery | None:

@@ -172,6 +172,18 @@ def test_two_ids_that_turn_out_to_be_one_sending_are_joined(in_flight: OutboxMes
     assert stored() == [("SM1", in_flight.id, DELIVERED)]
 
 
+@pytest.mark.parametrize("first", ["send_key", "provider_id"])
+def test_two_that_turn_out_to_be_one_sending_are_one_event(in_flight: OutboxMessage, first: str) -> None:
+    subscribe("tell_owner", events=["message:undelivered"])
+    in_flight.sent()
+    ids: dict[str, Any] = {"send_key": in_flight.send_key, "provider_id": "SM1"}
+    for name in sorted(ids, key=lambda name: name != first):
+        record_delivery("undelivered", **{name: ids[name]})
+    record_delivery("undelivered", **ids)
+    assert stored() == [("SM1", in_flight.id, UNDELIVERED)]
+    assert len(told()) == 1
+
+
 def test_a_message_of_another_system_is_kept_and_nobodys(in_flight: OutboxMessage) -> None:
     subscribe("tell_owner", events=["message:undelivered"])
     assert record_delivery("undelivered", provider_id="theirs").message_id is None
