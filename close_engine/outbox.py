@@ -1019,11 +1019,15 @@ def _claim(limit: int, seconds: float, worker: str, topics: list[str] | None, su
     return rows
 
 
-def _next_urgency(below: int = 2**31 - 1) -> int | None:
-    """Return the highest priority above 0 that waits, and is below another one."""
-    waits = "SELECT u.priority FROM {outbox} u WHERE u.status = 'PENDING' AND u.priority > 0 AND u.priority < %s"
-    row = current().execute(f"{waits} ORDER BY u.priority DESC LIMIT 1", [below]).fetchone()
-    return None if row is None else int(row[0])
+def _next_urgency(*below: Any) -> Any:
+    """Return the highest priority above 0 that waits, and is below another one if that is given; None if there is none.
+
+    Another writer's may be any number, or no number at all.
+    """
+    waits = "SELECT u.priority FROM {outbox} u WHERE u.status = 'PENDING' AND u.priority > 0"
+    waits += " AND u.priority < %s" * len(below)
+    row = current().execute(f"{waits} ORDER BY u.priority DESC LIMIT 1", below).fetchone()
+    return None if row is None else row[0]
 
 
 def _claimed(statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
@@ -1081,6 +1085,7 @@ def _loaded(row: tuple[Any, ...], worker: str, held_until: float) -> OutboxMessa
 def _read_columns(cells: Sequence[Any]) -> dict[str, Any]:
     values = dict(zip([field.name for field in _READ], cells, strict=True))
     values["payload"] = values["payload"] and json.loads(values["payload"])
+    values["priority"] = int(values["priority"])  # on SQLite it may be any word, and what is claimed is sorted by it
     return {name: value if name == "payload" else _FIELDS[name].python_value(value) for name, value in values.items()}
 
 

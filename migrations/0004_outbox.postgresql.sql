@@ -153,7 +153,7 @@ DECLARE
     at timestamp without time zone := close_engine.moment();
     until timestamp without time zone :=
         pg_catalog.date_trunc('milliseconds', at + pg_catalog.make_interval(secs => seconds));
-    urgency integer := 2147483647;
+    urgency bigint := 2147483648;  -- above any integer
     is_urgent boolean := false;
     claimed integer;
 BEGIN

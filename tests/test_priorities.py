@@ -128,6 +128,20 @@ def test_what_may_not_leave_is_withdrawn_and_the_rest_goes_on(conversation_in: C
     assert OutboxMessage.get_by_id(over.id).last_error == "it could not leave in time"
 
 
+def test_a_priority_of_another_writer_stops_nobody(conversation_in: ConversationIn, database: peewee.Database) -> None:
+    """Whatever it is: the highest number of the column, and on SQLite no number at all."""
+    for n in range(4):
+        put(conversation_in(Stage.QUALIFYING), f"text {n}", priority=n)
+    sql("UPDATE {outbox} SET priority = 2147483647 WHERE body = 'text 0'")
+    if isinstance(database, peewee.SqliteDatabase):
+        sql("UPDATE {outbox} SET priority = 'high' WHERE body = 'text 1'")
+        assert order() == ["text 0", "text 3", "text 2"]
+        assert "cannot be read" in sql("SELECT last_error FROM {outbox} WHERE body = 'text 1'")[0][0]
+    else:
+        sql("UPDATE {outbox} SET priority = -2147483648 WHERE body = 'text 1'")
+        assert order() == ["text 0", "text 3", "text 2", "text 1"]
+
+
 def test_a_snoozed_or_requeued_message_keeps_it(conversation_in: ConversationIn) -> None:
     put(conversation_in(Stage.QUALIFYING), "urgent", priority=9)
     claimed().snooze(timedelta(0))
