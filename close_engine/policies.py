@@ -60,12 +60,14 @@ class LocalPolicy:
     def __init__(self, timezone: str | LeadTimezone | None, default: str | tzinfo) -> None:
         self.column = clean_words("timezone", timezone, "it must be a column") if isinstance(timezone, str) else None
         if self.column is not None and set("{}%") & set(self.column):
-            raise InvalidValue("timezone", timezone, "such a name of a column would be no part of a statement")
+            raise InvalidValue(
+                "timezone", timezone, "a column with {, } or % in its name cannot be used: give a function"
+            )
         self.function = timezone if callable(timezone) else None
         if timezone is not None and self.column is None and self.function is None:
             raise InvalidValue("timezone", timezone, "it must be a column of the leads, or a function of a lead's id")
         if inspect.iscoroutinefunction(timezone):
-            raise InvalidValue("timezone", timezone, "it must be a function, and a coroutine function is awaited")
+            raise InvalidValue("timezone", timezone, "it must be a plain function: a worker awaits nothing")
         self.default = _required_zone("default", default)
 
     def governs(self, message: OutboxMessage) -> bool:
@@ -197,7 +199,7 @@ class DailyCap(LocalPolicy):
 
     def __init__(self, most: int, *, timezone: str | LeadTimezone | None = None, default: str | tzinfo) -> None:
         super().__init__(timezone, default)
-        if not isinstance(most, int) or not 1 <= most <= MOST_A_DAY:
+        if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MOST_A_DAY:
             raise InvalidValue("most", most, f"it must be a whole number from 1 to {MOST_A_DAY}")
         self.most = most
 

@@ -283,7 +283,7 @@ def _policies(
     if (start is None) is not (end is None):
         raise typer.BadParameter("Give both --quiet-from and --quiet-until, or neither.")
     if (start is None and most is None) is not (timezone is None and column is None):
-        raise typer.BadParameter("Give --timezone with --quiet-from and --daily-cap, and only with one of them.")
+        raise typer.BadParameter("--quiet-from and --daily-cap need --timezone, and --timezone needs one of them.")
     if column is not None and timezone is None:
         raise typer.BadParameter("Say with --timezone where leads are whose timezone nobody knows.")
     zones: dict[str, Any] = {"timezone": column, "default": timezone}
