@@ -698,8 +698,14 @@ class _Shift:
         """Return what becomes of a message that is not sent now: a policy forbids it, or its lease is over."""
         held = None
         if self.worker.policies:
-            _connect()
-            held = policies.held_back(message, self.worker.policies)
+            try:
+                _connect()
+                held = policies.held_back(message, self.worker.policies)
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                self._wait_for_database(error)
+                held = ("snoozed", partial(message.snooze, self.worker.idle))  # sending never began: no attempt counts
         return held if message.is_leased else ("dropped", message.drop)
 
     def _record(self, message: OutboxMessage, provider_id: str | None) -> None:

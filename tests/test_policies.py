@@ -23,6 +23,7 @@ from close_engine import (
     CloseEngineConversation,
     ConfigurationError,
     DailyCap,
+    EntryPoint,
     InvalidValue,
     LeaseLost,
     MessageStatus,
@@ -36,11 +37,11 @@ from close_engine import (
     submit,
 )
 from close_engine.policies import zone_named
-from close_engine.testing import FakeSender, MovableClock
+from close_engine.testing import FakeSender, MovableClock, new_lead
 from tests.command_line import as_user, postgres_role, run
 from tests.servers import execute
 from tests.test_roles import WORKER, granted
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, until
 from tests.workers import messages, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
@@ -313,6 +314,29 @@ def test_an_error_of_the_function_is_that_messages_own_trouble(
         "InvalidValue: timezone cannot be 5: it must be a name such as America/New_York, a tzinfo, or None."
     )
     assert third.status is MessageStatus.SENT
+
+
+def test_a_connection_that_breaks_before_the_policy_is_asked_costs_no_attempt(
+    postgres: peewee.Database, postgres_url: str
+) -> None:
+    message = outbox.enqueue(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), "SEND_MESSAGE", "Hello!")
+    outbox.claim()[0].release()
+    sent: list[Any] = []
+
+    class Finding:
+        def find(self, message: OutboxMessage) -> None:
+            (pid,) = postgres.execute_sql("SELECT pg_backend_pid()").fetchone()
+            if not sent:
+                execute(postgres_url, f"SELECT pg_terminate_backend({pid}, 60000)")
+            sent.append(None)
+
+        def send(self, message: OutboxMessage) -> None:
+            sent.append(message.attempts)
+
+    worker = worker_with(Finding(), daily_cap=DailyCap(5, default="UTC"))
+    until(lambda: worker.run_until_empty() and reloaded(message).sent_at, "the text was sent")
+    assert sent == [None, None, 1]
+    assert reloaded(message).last_error is None
 
 
 def test_what_took_so_long_to_find_out_that_the_lease_is_over_is_not_sent(
