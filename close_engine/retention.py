@@ -205,7 +205,7 @@ def forget(lead: Lead | str, *, by: str = "owner") -> Forgotten:
         _of([], ids, _DELIVERIES)
         _of([], ids, _COLLECTED)
         current().execute(_COPY, (lead_id,))
-        number = current().execute(_NUMBER, (lead_id,)).fetchall()
+        number = _of([], leads, _NUMBER)
         if not ids and not number and not current().execute(_ANYTHING, [lead_id] * 4).fetchall():
             raise LeadNotFound(lead_id)
     return forgotten
@@ -250,7 +250,7 @@ _CHANGES = """UPDATE {history} SET reason = NULL, metadata = NULL
 _COLLECTED = """UPDATE close_engine_conversations SET questions_asked = NULL, collected_data = NULL,
         closed_lost_reason = NULL, payment_link_url = NULL WHERE id IN {ids}"""
 _COPY = "UPDATE {leads} SET qualification_data = NULL WHERE id = %s AND qualification_data IS NOT NULL"
-_NUMBER = "DELETE FROM {numbers} WHERE lead_id = %s RETURNING lead_id"
+_NUMBER = "DELETE FROM {numbers} WHERE lead_id IN {ids} RETURNING lead_id"
 _ANYTHING = """SELECT lead_id FROM {inbox} WHERE lead_id = %s UNION ALL SELECT lead_id FROM {optouts} WHERE lead_id = %s
     UNION ALL SELECT lead_id FROM {texts} WHERE lead_id = %s
     UNION ALL SELECT id FROM {leads} WHERE id = %s"""

@@ -410,6 +410,7 @@ def test_after_a_merge_the_conversation_is_that_of_the_lead_who_was_kept(
         foreign.run("DELETE FROM leads WHERE id = %s", was)
         assert forget(new).recorded == 1
         assert "rather" not in words()
+        assert "0199" not in words(), "nor is the number of the lead that is gone"
         return
     forget(was)
     assert {message.body for message in messages() if message.topic == "SEND_MESSAGE"} >= {TOLD}
