@@ -1,6 +1,7 @@
 """Which workers run: each says so every 15 seconds, in a row of its own, and takes the row away when it stops.
 
-Nothing depends on these rows. They are for people: the board shows them.
+Nothing depends on these rows. They are for people: the board shows them. The row of a worker that was lost is shown for
+a week, and taken away by the next worker that starts after that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from close_engine.database.binding import current
 from close_engine.database.fields import JsonField, TextField, UtcDateTimeField, dump_json
 from close_engine.models import BaseModel
 
-__all__ = ["EVERY", "LOST_AFTER", "Heartbeat", "beat", "end", "lasting"]
+__all__ = ["EVERY", "LOST_AFTER", "Heartbeat", "beat", "clear", "end", "lasting"]
 
 #: How often a worker says that it runs.
 EVERY = timedelta(seconds=15)
@@ -65,9 +66,8 @@ _BEAT = """
         sending = EXCLUDED.sending
 """
 
-_END = """
-    DELETE FROM {workers} WHERE name = %s AND host = %s AND pid = %s OR seen_at < {later}
-"""
+_END = "DELETE FROM {workers} WHERE name = %s AND host = %s AND pid = %s"
+_CLEAR = "DELETE FROM {workers} WHERE seen_at < {later}"
 
 
 def beat(name: str, concurrency: int, topics: Sequence[str] | None, sending: int, runs: timedelta) -> None:
@@ -84,8 +84,13 @@ def beat(name: str, concurrency: int, topics: Sequence[str] | None, sending: int
 
 
 def end(name: str) -> None:
-    """Say that a worker of this process has stopped, and forget those that were lost long ago."""
-    current().execute(_END, [name, socket.gethostname(), os.getpid(), -FORGOTTEN_AFTER.total_seconds()])
+    """Say that a worker of this process has stopped."""
+    current().execute(_END, [name, socket.gethostname(), os.getpid()])
+
+
+def clear() -> None:
+    """Take away the rows of workers that were lost long ago. Every worker does that when it starts."""
+    current().execute(_CLEAR, [-FORGOTTEN_AFTER.total_seconds()])
 
 
 def lasting() -> list[Heartbeat]:

@@ -443,6 +443,8 @@ class _Shift:
         worker = self.worker
         try:
             self._require_migrated()
+            if self._is_said is None:
+                heartbeats.clear()
             runs = timedelta(seconds=time.monotonic() - self._began)
             heartbeats.beat(worker.name, worker.concurrency, worker.topics, len(self._in_flight), runs)
         except Exception as error:

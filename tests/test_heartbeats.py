@@ -85,7 +85,7 @@ def test_it_says_so_again_by_the_databases_clock_with_what_it_is_sending(
 
 
 @in_other_processes
-def test_a_worker_that_stops_takes_only_its_own_row_and_those_nobody_remembers(
+def test_a_worker_takes_its_own_row_when_it_stops_and_those_nobody_remembers_when_it_starts(
     database: peewee.Database, close_engine_clock: MovableClock
 ) -> None:
     beat("long lost", 1, None, 0, timedelta(0))
@@ -94,6 +94,7 @@ def test_a_worker_that_stops_takes_only_its_own_row_and_those_nobody_remembers(
     sql("UPDATE {workers} SET pid = pid + 1, name = 'of another process' WHERE name = 'lost'")
     with running():
         until(lambda: len(worker_lines()) == 2, "both are seen")
+        assert "long lost" not in {row.id for row in Heartbeat.select()}, "many that are killed leave few rows"
 
     assert [row.id for row in Heartbeat.select()] == ["of another process"]
 
