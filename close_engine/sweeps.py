@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -161,12 +161,15 @@ _EXPIRED = """
 """
 # Those who subscribed want to know it in good time, and once.
 _EXPIRING = """
-    SELECT a.id, a.conversation_id, a.type, CAST(a.draft_message AS TEXT), {submitted_by}, CAST(d.at AS TEXT), d.at
-    FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id
+    SELECT a.id, CAST(d.at AS TEXT), d.at FROM {deadlines} d JOIN pending_actions a ON a.id = d.subject_id
     WHERE d."trigger" = 'expire' AND d.at > {moment} AND d.at <= {later} AND a.status = 'PENDING'
         AND NOT EXISTS (SELECT 1 FROM {told} t WHERE t.conversation_id = a.conversation_id
             AND t.key = CAST(%s AS TEXT) || a.id || ':' || CAST(d.at AS TEXT))
     ORDER BY d.at
+"""
+_DRAFT = """
+    SELECT a.conversation_id, a.type, {submitted_by}, CAST(a.draft_message AS TEXT)
+    FROM pending_actions a WHERE a.id = %s
 """
 _STALE = """
     SELECT a.id FROM {drafts} d JOIN pending_actions a ON a.id = d.action_id
@@ -349,23 +352,38 @@ def expire_actions(*, batch: int = 1000) -> Moved:
 
 def _announce_expiring() -> Moved:
     """Say of the pending actions that expire soon that they do, once of each time, to whoever subscribed to that."""
-    event, binding, said = Event.ACTION_EXPIRING, current(), set()
-    submitted_by = binding.dialect.json_text("a.metadata", "submittedBy")
+    event, binding, said, moved = Event.ACTION_EXPIRING, current(), set(), Moved()
     subscribed = "SELECT topic, debounce, before FROM {subscriptions} WHERE event = %s"
     for topic, debounce, before in binding.execute(subscribed, (event.value,)).fetchall():
-        told = "{carried}" if debounce else "{outbox}"
-        query = _EXPIRING.replace("{told}", told).replace("{submitted_by}", submitted_by)
+        query = _EXPIRING.replace("{told}", "{carried}" if debounce else "{outbox}")
         seconds = WARN_BEFORE.total_seconds() if before is None else before / 1000
         soon = binding.execute(query, (seconds, own_key("effect", topic, event, "")))
-        for action_id, conversation_id, type, draft, by, fact, at in soon.fetchall():
+        for action_id, fact, at in soon.fetchall():
             if action_id in said:
                 continue  # it was said to all whose time has come
             said.add(action_id)
-            facts = {"action_id": action_id, "type": type, "submitted_by": by, "draft": draft}
-            expires_at = OutboxMessage.available_at.python_value(at).isoformat(timespec="milliseconds")
-            facts["expires_at"] = expires_at.replace("+00:00", "Z")
+            try:
+                _announce(event, action_id, fact, OutboxMessage.available_at.python_value(at))
+            except Exception as error:
+                _pass_over(moved, action_id, error)
+    return moved
+
+
+def _announce(event: Event, action_id: str, fact: str, expires_at: datetime) -> None:
+    submitted_by = current().dialect.json_text("a.metadata", "submittedBy")
+    with atomic():
+        found = current().execute(_DRAFT.replace("{submitted_by}", submitted_by), (action_id,)).fetchall()
+        for conversation_id, type, by, draft in found:
+            until = expires_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            facts = {"action_id": action_id, "type": type, "submitted_by": by, "draft": draft, "expires_at": until}
             publish(event, conversation_id, f"{action_id}:{fact}", facts)
-    return Moved()
+
+
+def _pass_over(moved: Moved, row_id: Any, error: Exception) -> None:
+    """Name a row that failed, so that the others go on; raise if the database itself is away."""
+    moment()
+    logger.warning("the sweep passed over %s: %s", row_id, _sentence(error))
+    moved.failed[row_id] = _sentence(error)
 
 
 def supersede_drafts(*, batch: int = 1000) -> Moved:
@@ -527,9 +545,7 @@ def _in_batches(
         except GuardMissing:
             raise
         except Exception as error:
-            moment()  # if the database itself is away, nothing goes on
-            logger.warning("the sweep passed over %s: %s", row_id, _sentence(error))
-            moved.failed[row_id] = _sentence(error)
+            _pass_over(moved, row_id, error)
             if isinstance(error, AfterCommitError):
                 moved.append(row_id)
     return moved

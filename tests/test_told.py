@@ -113,6 +113,23 @@ def test_a_subscription_that_was_written_by_hand_is_told_an_hour_before(
     assert len(told("remind")) == 1
 
 
+def test_one_of_which_nobody_can_be_told_hinders_no_other(
+    conversation_in: ConversationIn, foreign: ForeignWriter
+) -> None:
+    subscribe("remind", events=["action:expiring"])
+    bad, good = (waiting(conversation_in(Stage.QUALIFYING), expires_after=HOUR / 2) for _ in range(2))
+    if foreign.is_postgres:  # somebody else's trigger
+        foreign.run("""CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE 'not this one'; END $$""")
+        foreign.run(f"""CREATE TRIGGER refuse BEFORE INSERT ON close_engine.outbox FOR EACH ROW
+            WHEN (NEW.conversation_id = '{bad.conversation_id}') EXECUTE FUNCTION refuse()""")
+    else:
+        foreign.run("UPDATE pending_actions SET draft_message = CAST(X'ff' AS TEXT) WHERE id = %s", bad.id)
+    swept = close_engine.sweep()
+    assert [each["action_id"] for each in told("remind")] == [good.id]
+    assert ("not this one" if foreign.is_postgres else "UTF-8") in swept.failed[bad.id]
+
+
 @pytest.mark.parametrize("kind", ["sqlite-file"], indirect=True)
 def test_metadata_that_is_no_json_hinders_no_event(
     kind: str, database: peewee.Database, conversation_in: ConversationIn
