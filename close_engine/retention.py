@@ -57,7 +57,7 @@ class _Words(NamedTuple):
 
     Attributes:
         table: the table.
-        over: which of its rows `o` are over, and since when, which is to be before the last value.
+        over: the condition on a row `o`: it was over before the moment that is the last value.
         emptied: what is assigned.
         full: whether there is anything to empty.
     """
@@ -92,12 +92,21 @@ _PRUNED = {
     ),
 }
 
+# What serves nobody any more when it is old: which events the effects of bursts have carried, except that each sweep
+# tells again of a draft that is about to expire; and what a provider said of messages that are not ours.
+_DELETED = (
+    "DELETE FROM {carried} WHERE at < %s "
+    "AND conversation_id NOT IN (SELECT conversation_id FROM pending_actions WHERE status = 'PENDING')",
+    "DELETE FROM {deliveries} WHERE at < %s AND message_id IS NULL",
+)
+
 
 def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
     """Empty what is over and older than this: what was sent, withdrawn, received, recorded and decided.
 
     What waits stays as it is, and so do DEAD messages, the history, opt-outs and takeovers. Of what is emptied, the row
-    stays, with its keys, ids and times. So nothing that is repeated is sent again.
+    stays, with its keys, ids and times. So nothing that is repeated is sent again. What serves nobody any more is
+    deleted: which events the messages of bursts have carried, and what a provider said of messages that are not ours.
 
     Args:
         older_than: how long ago it was sent, received or approved; or put in, if it was not sent or approved since.
@@ -114,7 +123,11 @@ def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
     if not 1 <= batch <= LARGEST_BATCH:
         raise InvalidValue("batch", batch, f"it must be from 1 to {LARGEST_BATCH}")
     before = stored_time(moment() - older_than)
-    return Pruned(**{kind: _emptied(words, before, batch) for kind, words in _PRUNED.items()})
+    pruned = Pruned(**{kind: _emptied(words, before, batch) for kind, words in _PRUNED.items()})
+    for delete in _DELETED:
+        with atomic():
+            current().execute(delete, (before,))
+    return pruned
 
 
 def _emptied(words: _Words, before: str, batch: int) -> int:

@@ -128,7 +128,8 @@ BEGIN
     WHERE NOT EXISTS (SELECT 1 FROM close_engine_outbox WHERE conversation_id = NEW.conversation_id AND status = 'PENDING'
             AND topic = NEW.topic AND claims = 0 AND debounced_until IS NOT NULL
             AND CASE WHEN json_valid(payload) THEN json_type(payload, '$.events') = 'array' END);
-    INSERT INTO close_engine_carried (conversation_id, "key") VALUES (NEW.conversation_id, NEW."key");
+    INSERT INTO close_engine_carried (conversation_id, "key", at) VALUES (NEW.conversation_id, NEW."key",
+        coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')));
 END;
 
 INSERT INTO close_engine_transitions (machine, "trigger", source, dest) VALUES

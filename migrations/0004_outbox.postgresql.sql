@@ -107,10 +107,12 @@ CREATE TABLE IF NOT EXISTS close_engine.pauses (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS pauses_topic_key ON close_engine.pauses (topic) WHERE resumed_at IS NULL;
 
--- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone.
+-- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone, and since
+-- when: `prune` deletes what is old.
 CREATE TABLE IF NOT EXISTS close_engine.carried (
     conversation_id text NOT NULL,
     key text NOT NULL,
+    at timestamp(3) without time zone NOT NULL,
     PRIMARY KEY (conversation_id, key)
 );
 
@@ -579,7 +581,8 @@ BEGIN
             ON CONFLICT (conversation_id, key) WHERE key IS NOT NULL DO NOTHING;
             CONTINUE;
         END IF;
-        INSERT INTO close_engine.carried (conversation_id, key) VALUES (publish.conversation_id, subscribed.key)
+        INSERT INTO close_engine.carried (conversation_id, key, at)
+        VALUES (publish.conversation_id, subscribed.key, moment)
         ON CONFLICT (conversation_id, key) DO NOTHING;
         CONTINUE WHEN NOT FOUND;
         said := pg_catalog.jsonb_build_object('event', publish.event) || pg_catalog.jsonb_strip_nulls(publish.facts);

@@ -107,10 +107,12 @@ CREATE TABLE IF NOT EXISTS close_engine_pauses (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_pauses_topic_key ON close_engine_pauses (topic) WHERE resumed_at IS NULL;
 
--- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone.
+-- Which events an effect of a debounced subscription carries, by the key that each would have if it came alone, and since
+-- when: `prune` deletes what is old.
 CREATE TABLE IF NOT EXISTS close_engine_carried (
     conversation_id TEXT NOT NULL,
     "key" TEXT NOT NULL,
+    at TEXT NOT NULL,
     PRIMARY KEY (conversation_id, "key")
 );
 

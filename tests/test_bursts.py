@@ -12,7 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import close_engine
-from close_engine import CloseEngineConversation, EntryPoint, OutboxMessage, Stage, outbox, receive, subscribe
+from close_engine import (
+    ActionType,
+    CloseEngineConversation,
+    EntryPoint,
+    OutboxMessage,
+    Stage,
+    outbox,
+    receive,
+    submit,
+    subscribe,
+)
 from close_engine.subscriptions import publish, subscriptions
 from close_engine.testing import MovableClock, new_lead
 from tests.command_line import run
@@ -225,6 +235,36 @@ def test_whatever_happens_when(
     if carried and not told[-1][1]:
         assert carried[-1].available_at - close_engine_clock.now == due - now
         carried[-1].withdraw("the next example must not send it")
+
+
+def test_what_an_effect_has_carried_is_pruned_and_a_draft_that_waits_is_not_told_of_again(
+    draft: str, conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    close_engine_clock.rule()
+    year = timedelta(days=365)
+    subscribe("remind", events=["action:expiring"], before=9 * year, debounce=SECOND)
+    over, waits = conversation_in(Stage.QUALIFYING), conversation_in(Stage.QUALIFYING)
+    for n, conversation in enumerate((over, waits)):
+        receive(conversation.lead_id, f"SM{n}", "Hi")
+    waits.reload()
+    submit(waits, ActionType.SEND_MESSAGE, "Hello", policy=lambda level, type: True, expires_after=5 * year)
+    close_engine.sweep()
+
+    def carried() -> set[str]:
+        return {row[0] for row in sql("SELECT conversation_id FROM {carried}")}
+
+    def reminders() -> int:
+        return len([message for message in messages() if message.topic == "remind"])
+
+    for message in outbox.claim(9):
+        message.sent()
+    close_engine_clock.move(year)
+    close_engine.prune(year)
+    assert (carried(), reminders()) == ({over.id, waits.id}, 1)
+    close_engine_clock.move(SECOND)
+    close_engine.prune(year)
+    close_engine.sweep()
+    assert (carried(), reminders()) == ({waits.id}, 1)
 
 
 # -- at once -----------------------------------------------------------------------------------------------------------

@@ -292,6 +292,19 @@ def test_what_somebody_holds_is_left_for_the_next_run(postgres: peewee.Database)
     assert prune(DAY) == Pruned(1, 0, 0, 0, 0)
 
 
+def test_what_a_provider_said_of_messages_of_others_is_deleted(
+    told: CloseEngineConversation, close_engine_clock: MovableClock
+) -> None:
+    record_delivery("delivered", provider_id="of another system")
+    ours = {row.id for row in Delivery.select().where(Delivery.message_id.is_null(False))}
+    close_engine_clock.move(YEAR)
+    prune(YEAR)
+    assert Delivery.select().count() == len(ours) + 1
+    close_engine_clock.move(DAY)
+    prune(YEAR)
+    assert {row.id for row in Delivery.select()} == ours
+
+
 # -- forget ------------------------------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ class Helper:
 
 #: The library's tables that have no model, by name.
 _HELPERS = {
-    "carried": Helper(("conversation_id", "key")),
+    "carried": Helper(("conversation_id", "key", "at")),
     "created": Helper(("table_name", "column_name", "identity")),
     "deadlines": Helper(("trigger", "subject_id", "at"), ("trigger", "at")),
     "drafts": Helper(("action_id", "after_text")),
