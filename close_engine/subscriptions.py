@@ -187,8 +187,8 @@ def unsubscribe(topic: str) -> int:
 def subscriptions() -> list[Subscription]:
     """List what is subscribed to, by topic."""
     rows = current().execute(
-        "SELECT topic, event, stage, CAST(payload AS TEXT), send_after, debounce, at_most, before FROM {subscriptions} "
-        "ORDER BY topic, event, stage"
+        "SELECT topic, event, stage, CAST(payload AS TEXT), send_after, debounce, "
+        "COALESCE(NULLIF(at_most, 0), 10 * debounce), before FROM {subscriptions} ORDER BY topic, event, stage"
     )
     return [
         Subscription(

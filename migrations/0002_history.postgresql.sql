@@ -47,7 +47,7 @@ CREATE INDEX IF NOT EXISTS deadlines_at_idx ON close_engine.deadlines (trigger, 
 
 -- What is to be put into the outbox when something happens. The stage is '' for events that have none. The times are in
 -- milliseconds: an effect waits for send_after; or, where debounce is not 0, until nothing more has happened for so long,
--- but at_most so long since the first event. Of an action that expires, it is said so long before.
+-- but at_most so long since the first event (0: ten times as long). Of an action that expires, it is said so long before.
 CREATE TABLE IF NOT EXISTS close_engine.subscriptions (
     topic text NOT NULL,
     event text NOT NULL,

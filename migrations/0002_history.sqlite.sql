@@ -54,7 +54,7 @@ CREATE INDEX IF NOT EXISTS close_engine_deadlines_at_idx ON close_engine_deadlin
 
 -- What is to be put into the outbox when something happens. The stage is '' for events that have none. The times are in
 -- milliseconds: an effect waits for send_after; or, where debounce is not 0, until nothing more has happened for so long,
--- but at_most so long since the first event. Of an action that expires, it is said so long before.
+-- but at_most so long since the first event (0: ten times as long). Of an action that expires, it is said so long before.
 CREATE TABLE IF NOT EXISTS close_engine_subscriptions (
     topic TEXT NOT NULL,
     event TEXT NOT NULL,
@@ -96,7 +96,7 @@ BEGIN
         strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
             printf('%+.3f seconds', s.debounce / 1000.0)),
         strftime('%Y-%m-%d %H:%M:%f', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),
-            printf('%+.3f seconds', s.at_most / 1000.0))
+            printf('%+.3f seconds', coalesce(nullif(s.at_most, 0), 10 * s.debounce) / 1000.0))
     FROM close_engine_subscriptions s WHERE s.event = NEW.event AND s.stage = NEW.stage AND s.debounce > 0
         AND (s.before IS NULL OR json_extract(NEW.facts, '$.expires_at') IS NULL OR json_extract(NEW.facts, '$.expires_at')
             <= strftime('%Y-%m-%dT%H:%M:%fZ', coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now')),

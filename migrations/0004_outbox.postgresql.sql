@@ -566,7 +566,7 @@ DECLARE
     said jsonb;
     waiting bigint;
 BEGIN
-    FOR subscribed IN SELECT s.topic, s.debounce, s.at_most,
+    FOR subscribed IN SELECT s.topic, s.debounce, coalesce(nullif(s.at_most, 0), 10 * s.debounce) AS at_most,
             moment + s.send_after * interval '1 millisecond' AS at,
             'close_engine:effect:' || s.topic || ':' || publish.event || ':' || publish.fact AS key,
             coalesce(s.payload, '{}') || pg_catalog.jsonb_build_object('event', publish.event)

@@ -267,6 +267,23 @@ def test_what_an_effect_has_carried_is_pruned_and_a_draft_that_waits_is_not_told
     assert (carried(), reminders()) == ({waits.id}, 1)
 
 
+def test_a_subscription_that_was_written_by_hand_waits_up_to_ten_times_as_long(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    close_engine_clock.rule()
+    sql("INSERT INTO {subscriptions} (topic, event, debounce) VALUES ('draft', 'lead:wrote', 8000)")
+    conversation = conversation_in(Stage.QUALIFYING)
+    for n in range(2):
+        receive(conversation.lead_id, f"SM{n}", str(n))
+        close_engine_clock.move(5 * SECOND)
+    assert outbox.claim(topics=["draft"]) == []
+    (waiting,) = drafts()
+    assert said(waiting) == ["0", "1"]
+    assert waiting.debounced_until is not None
+    assert waiting.debounced_until - waiting.created_at == 80 * SECOND
+    assert {(each.debounce, each.at_most) for each in subscriptions()} == {(8 * SECOND, 80 * SECOND)}
+
+
 # -- at once -----------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +368,8 @@ def test_the_command_says_it(
     monkeypatch.setenv("COLUMNS", "200")
     options: list[Any] = ["--event", "lead:wrote", "--debounce", "8", "--at-most", "60"]
     assert run("subscriptions", "add", "draft", *options).code == 0
-    assert run("subscriptions", "add", "remind", "--event", "action:expiring", "--before", "7200").code == 0
+    reminder: list[Any] = ["--event", "action:expiring", "--before", "7200"]
+    assert run("subscriptions", "add", "remind", *reminder, "--debounce", "5").code == 0
     out = run("subscriptions").out
     assert "after 8 s of quiet, at most 1 min" in out
-    assert "2.0 h before" in out
+    assert "2.0 h before, after 5 s of quiet, at most 50 s" in out

@@ -37,10 +37,12 @@ def subscriptions(context: typer.Context) -> None:
 
 
 def _when(each: declared.Subscription) -> str | None:
-    if each.debounce is not None:
-        return f"after {cell(each.debounce)} of quiet, at most {cell(each.at_most)}"
     times = [f"{cell(each.before)} before"] if each.before else []
-    return ", ".join(times + ([f"after {cell(each.send_after)}"] if each.send_after else [])) or None
+    if each.debounce is not None:
+        times.append(f"after {cell(each.debounce)} of quiet, at most {cell(each.at_most)}")
+    elif each.send_after:
+        times.append(f"after {cell(each.send_after)}")
+    return ", ".join(times) or None
 
 
 @commands.command(cls=Command)
