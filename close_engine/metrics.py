@@ -54,10 +54,14 @@ logger = logging.getLogger(__name__)
 #: What each metric says, and its labels.
 _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "conversations": ("Conversations, by stage.", ("stage",)),
-    "time_in_stage_seconds": (
-        "How long conversations have been in their stage: the median (0.5) and the longest (1). Of a stage with more "
-        "than a thousand, both come from a sample.",
-        ("stage", "quantile"),
+    "median_time_in_stage_seconds": (
+        "How long conversations have been in their stage: the median. Of a stage with more than a thousand, it comes "
+        "from a sample.",
+        ("stage",),
+    ),
+    "longest_time_in_stage_seconds": (
+        "How long one of them has been in its stage. Of a stage with more than a thousand, it comes from a sample.",
+        ("stage",),
     ),
     "conversations_waiting": (
         "Conversations that wait: for us (the lead wrote last), for the lead, for a human (a draft waits for approval, "
@@ -85,7 +89,10 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...], tally.Counts]] = {
     "conflicts": ("Writes of this process that found the conversation changed.", ("operation",), tally.CONFLICTS),
 }
 _HISTOGRAMS: dict[str, tuple[str, tally.Histogram]] = {
-    "send_seconds": ("How long the sender took, in this process, whether it failed or not.", tally.SEND_SECONDS),
+    "send_duration_seconds": (
+        "How long the sender took, in this process, whether it failed or not.",
+        tally.SEND_SECONDS,
+    ),
     "send_attempts": ("Attempts until a message was sent, in this process.", tally.ATTEMPTS),
 }
 
@@ -215,12 +222,17 @@ def _read() -> dict[str, Values]:
 def _stages() -> dict[str, Values]:
     # What the board shows, at its cost: counted by an index, and a limited number of conversations looked up.
     lines, _ = stage_lines(moment())
-    times: Values = {}
+    medians: Values = {}
+    longest: Values = {}
     for line in lines:
-        for quantile, time in {"0.5": line.median, "1": line.longest}.items():
-            if time is not None:
-                times[(line.stage.value, quantile)] = time.total_seconds()
-    return {"conversations": {(line.stage.value,): line.count for line in lines}, "time_in_stage_seconds": times}
+        if line.median is not None and line.longest is not None:
+            medians[(line.stage.value,)] = _seconds(line.median)
+            longest[(line.stage.value,)] = _seconds(line.longest)
+    return {
+        "conversations": {(line.stage.value,): line.count for line in lines},
+        "median_time_in_stage_seconds": medians,
+        "longest_time_in_stage_seconds": longest,
+    }
 
 
 def _waiting() -> dict[str, Values]:

@@ -123,8 +123,8 @@ def test_prometheus_reads_over_http_what_is_in_the_database(
     assert first("database_up") == 1
     assert first("conversations", stage="BUILDING") == 3
     assert first("conversations", stage="STALLED") == 0
-    assert round(first("time_in_stage_seconds", stage="BUILDING", quantile="0.5")) == 120
-    assert round(first("time_in_stage_seconds", stage="BUILDING", quantile="1")) == 180
+    assert round(first("median_time_in_stage_seconds", stage="BUILDING")) == 120
+    assert round(first("longest_time_in_stage_seconds", stage="BUILDING")) == 180
     assert first("messages", topic="build_site", status="PENDING") == 1
 
     conversation_in(Stage.BUILDING)
@@ -145,9 +145,14 @@ def test_the_names_are_as_prometheus_wants_them(conversation_in: ConversationIn,
         assert re.fullmatch("close_engine_[a-z_]+", name)
         assert family.documentation.endswith(".")
         assert family.type in ("gauge", "counter", "histogram")
+        labels = {label for sample in family.samples for label in sample.labels}
+        assert "quantile" not in labels, "it is a summary's"
+        assert ("le" in labels) is (family.type == "histogram")
         if family.type == "counter":
             assert {sample.name for sample in family.samples} <= {f"{name}_total"}
-    buckets = [one for one in found["close_engine_send_seconds"].samples if one.labels.get("topic") == "build_site"]
+    buckets = [
+        one for one in found["close_engine_send_duration_seconds"].samples if one.labels.get("topic") == "build_site"
+    ]
     within = [one.value for one in buckets if one.name.endswith("_bucket")]
     (count,) = (one.value for one in buckets if one.name.endswith("_count"))
     assert within == sorted(within)
@@ -293,7 +298,7 @@ def test_a_worker_counts_what_became_of_its_messages(
 
     events = {event: more("message_reports_total", event=event) for event in ("sent", "dead", "snoozed", "failed")}
     assert events == {"sent": 3, "dead": 1, "snoozed": 1, "failed": 1}
-    assert more("send_seconds_count") == 6
+    assert more("send_duration_seconds_count") == 6
     assert more("send_attempts_count") == 3
     assert more("send_attempts_sum") == 4, "a snooze is no attempt"
     assert more("send_attempts_bucket", le="1.0") == 2
@@ -429,7 +434,7 @@ def test_a_worker_of_the_command_line_serves_them(conversation_in: ConversationI
         _, rest = working.communicate()
 
     assert found("message_reports_total", topic="SEND_MESSAGE", event="sent") == 1
-    assert found("send_seconds_count", topic="SEND_MESSAGE") == 1
+    assert found("send_duration_seconds_count", topic="SEND_MESSAGE") == 1
     assert "process_cpu_seconds_total" in text, "with what the process says of itself"
     assert working.returncode == 0, rest
 
