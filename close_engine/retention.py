@@ -4,7 +4,7 @@
     forget(lead)                                        # what this lead and we said to each other
 
 Nothing that comes again is taken for new afterwards: keys, providers' ids and the order of the rows stay. Neither can
-be taken back.
+be undone.
 """
 
 from __future__ import annotations

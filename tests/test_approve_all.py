@@ -137,7 +137,7 @@ def test_the_commands_ask_first_and_say_a_line_each(
     for answer in ("", "no\n"):
         asked = run(*arguments, input=answer)
         assert (asked.code, asked.out) == (1, "")
-        assert "This is to approve 3 drafts: SEND_PREVIEW (3). Continue? [y/N]" in asked.err
+        assert "This is to approve these drafts: SEND_PREVIEW (3). Continue? [y/N]" in asked.err
         assert "Nothing was approved. To approve all without being asked, use --yes." in asked.err
     assert set(statuses(*drafts)) == {"PENDING"}
 

@@ -111,7 +111,7 @@ def _decide_all(
         print("Nothing is waiting for approval.")
         return
     those = ", ".join(f"{kind} ({count})" for kind, count in counts.items())
-    if counts and not yes and not is_confirmed(f"This is to {verb} {counts.total()} drafts: {those}"):
+    if counts and not yes and not is_confirmed(f"This is to {verb} these drafts: {those}"):
         raise CloseEngineError(f"Nothing was {outcome}. To {verb} all without being asked, use --yes.")
     decided = decide(waiting)
     for action_id in decided.done:

@@ -36,7 +36,7 @@ def prune(
         int, typer.Option(metavar="N", min=1, max=retention.LARGEST_BATCH, help="How many rows at a time.")
     ] = 1000,
 ) -> None:
-    """Empty what was sent, withdrawn, received, recorded and decided, and is older. This cannot be taken back."""
+    """Empty what was sent, withdrawn, received, recorded and decided, and is older. This cannot be undone."""
     open_migrated(context)
     pruned = retention.prune(older_than, batch=batch)
     print(f"Emptied: {_counts(pruned)}.")
@@ -49,7 +49,7 @@ def forget(
     by: Annotated[str, typer.Option(metavar="WHO", help="Who forgets it, for the history.")] = "owner",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Empty what a lead and we said to each other, and withdraw what waits. Asks first: it cannot be taken back."""
+    """Empty what a lead and we said to each other, and withdraw what waits. Asks first: it cannot be undone."""
     open_migrated(context)
     if not yes and not is_confirmed(f"This empties for ever what lead {lead!r} and you said to each other"):
         raise CloseEngineError("Nothing was forgotten. To forget without being asked, use --yes.")
