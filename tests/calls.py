@@ -11,7 +11,7 @@ SYNTAX = {
     *("EXISTS", "FILTER", "FROM", "GREATEST", "HAVING", "IF", "IN", "IS"),
     *("JOIN", "KEY", "LATERAL", "LEAST", "LIMIT", "LOCALTIMESTAMP", "NOT", "NULLIF", "OF"),
     *("ON", "OR", "OVER", "REPEATABLE", "RETURN", "RETURNING", "SELECT", "SET"),
-    *("THEN", "TIMESTAMP", "UNION", "UNIQUE", "USING", "VALUES", "WHEN", "WHERE"),
+    *("TABLE", "THEN", "TIMESTAMP", "UNION", "UNIQUE", "USING", "VALUES", "WHEN", "WHERE"),
     *("WITH", "VARCHAR"),
 }
 
