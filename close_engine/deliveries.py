@@ -25,7 +25,7 @@ from typing import Any
 import peewee
 
 from close_engine.database.binding import current
-from close_engine.database.fields import EnumField, TextField, UtcDateTimeField, clean_words
+from close_engine.database.fields import EnumField, TextField, UtcDateTimeField, clean_words, storable_text
 from close_engine.database.reading import Rows
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue
@@ -121,7 +121,7 @@ def record_delivery(
     for label, given in (("provider_id", provider_id), ("send_key", send_key)):
         if given is not None:
             clean_words(label, given, "leave it out if it is not known")
-    said: dict[str, Any] = {"status": word, "error": None if error is None else _storable(error)}
+    said: dict[str, Any] = {"status": word, "error": None if error is None else storable_text(str(error))}
     said["at"] = peewee.SQL(current().dialect.moment) if at is None else Delivery.at.clean(at)
     with atomic():
         return _record(provider_id, send_key, said)
@@ -132,10 +132,6 @@ def _word(status: DeliveryStatus | str) -> DeliveryStatus:
     if found is None:
         raise InvalidValue("status", status, f"it must be one of {', '.join(DELIVERY_WORDS)}")
     return found
-
-
-def _storable(error: object) -> str:
-    return str(error).replace("\x00", "").encode(errors="replace").decode()
 
 
 def _record(provider_id: str | None, send_key: str | None, said: dict[str, Any]) -> Delivery:

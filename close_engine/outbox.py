@@ -32,7 +32,15 @@ from close_engine import deliveries, numbers, pauses
 from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.dialect import Dialect
-from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_text, clean_words
+from close_engine.database.fields import (
+    EnumField,
+    JsonField,
+    TextField,
+    UtcDateTimeField,
+    clean_text,
+    clean_words,
+    storable_text,
+)
 from close_engine.database.provenance import Provenance
 from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
@@ -1328,4 +1336,4 @@ def _backoff(attempts: int) -> timedelta:
 
 def _error_text(error: object) -> str:
     text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
-    return text.replace("\x00", "").encode(errors="replace").decode()
+    return storable_text(text)

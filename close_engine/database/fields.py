@@ -36,6 +36,7 @@ __all__ = [
     "clean_words",
     "create_id",
     "milliseconds",
+    "storable_text",
     "stored_time",
     "why_unreadable",
 ]
@@ -274,6 +275,11 @@ def clean_text(label: str, value: Any) -> str:
         except UnicodeEncodeError:
             raise InvalidValue(label, value, "it contains half of a surrogate pair, which is not a character") from None
     return value.value if isinstance(value, Enum) else value
+
+
+def storable_text(text: str) -> str:
+    """Return a text of somebody else's, such as an error, without what `clean_text` refuses."""
+    return text.replace("\x00", "").encode(errors="replace").decode()
 
 
 def clean_words(label: str, value: Any, why: str) -> str:
