@@ -30,7 +30,7 @@ from close_engine.database.fields import UtcDateTimeField, clean_words
 from close_engine.database.transaction import atomic
 from close_engine.errors import ConfigurationError, InvalidValue
 from close_engine.outbox import TEXTS, OutboxMessage
-from close_engine.stages import Event
+from close_engine.stages import INDEXED_TEXTS, Event
 from close_engine.subscriptions import publish
 
 __all__ = ["DailyCap", "LeadTimezone", "LocalPolicy", "QuietHours", "held_back", "require_column"]
@@ -237,10 +237,10 @@ MOST_A_DAY = 1000
 _TWO_DAYS = timedelta(days=2)
 
 #: When a text of the AI was sent, counted back from the last. SQLite takes the index because its condition stands here.
-_SO_MANY_BACK = """(SELECT o.sent_at FROM {outbox} o
+_SO_MANY_BACK = f"""(SELECT o.sent_at FROM {{outbox}} o
     WHERE o.conversation_id = %s AND o.status = 'SENT' AND o.status <> 'PENDING'
-        AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')
-        AND o.action_id IS NULL AND o.sent_at > {later} AND o.sent_at <= {moment}
+        AND o.topic IN ({INDEXED_TEXTS})
+        AND o.action_id IS NULL AND o.sent_at > {{later}} AND o.sent_at <= {{moment}}
     ORDER BY o.sent_at DESC LIMIT 1 OFFSET %s)"""
 
 

@@ -15,6 +15,7 @@ from enum import Enum
 __all__ = [
     "ACTIVE_STAGES",
     "CLOSED_STAGES",
+    "INDEXED_TEXTS",
     "ActionStatus",
     "ActionType",
     "Author",
@@ -90,6 +91,11 @@ class ActionType(Word):
     SEND_PAYMENT_LINK = "SEND_PAYMENT_LINK"
     SEND_MESSAGE = "SEND_MESSAGE"
     SEND_PREVIEW = "SEND_PREVIEW"
+
+
+#: The values of ActionType in SQL, to stand in IN (…), as the index of the texts that do not wait has them: in another
+#: order, SQLite would not use it.
+INDEXED_TEXTS = "'SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK'"
 
 
 class IfLeadWrites(Word):

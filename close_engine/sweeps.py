@@ -34,7 +34,7 @@ from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.outbox import MAX_UNREPORTED, OutboxMessage
-from close_engine.stages import ACTIVE_STAGES, Event
+from close_engine.stages import ACTIVE_STAGES, INDEXED_TEXTS, Event
 from close_engine.subscriptions import WARN_BEFORE, publish
 
 __all__ = [
@@ -180,18 +180,17 @@ _STALE = """
 # The history says since when the conversation waits; resuming is no new beginning. The conditions of the partial index
 # are here as they are there, or SQLite would not use it. Each subquery returns one value: PostgreSQL may turn EXISTS
 # into a hash of the whole table.
-_INDEXED = "'SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK'"
 _LINK_WITHDRAWN = f"""
     SELECT c.id FROM close_engine_conversations c
     WHERE c.stage = 'PENDING_APPROVAL' AND c.updated_at < %s
         AND (SELECT o.id FROM {{outbox}} o
-            WHERE o.conversation_id = c.id AND o.status <> 'PENDING' AND o.topic IN ({_INDEXED})
+            WHERE o.conversation_id = c.id AND o.status <> 'PENDING' AND o.topic IN ({INDEXED_TEXTS})
                 AND o.status = 'WITHDRAWN' AND o.topic = 'SEND_PAYMENT_LINK' AND o.after_change >= (
                     SELECT h.id FROM {{history}} h WHERE h.conversation_id = c.id AND h.dest = 'PENDING_APPROVAL'
                         AND h."trigger" <> 'resume' ORDER BY h.id DESC LIMIT 1)
             LIMIT 1) IS NOT NULL
         AND (SELECT o.id FROM {{outbox}} o
-            WHERE o.conversation_id = c.id AND o.status <> 'PENDING' AND o.topic IN ({_INDEXED})
+            WHERE o.conversation_id = c.id AND o.status <> 'PENDING' AND o.topic IN ({INDEXED_TEXTS})
                 AND o.status = 'DEAD' AND o.topic = 'SEND_PAYMENT_LINK' LIMIT 1) IS NULL
         AND (SELECT o.id FROM {{outbox}} o
             WHERE o.conversation_id = c.id AND o.status = 'PENDING' AND o.topic = 'SEND_PAYMENT_LINK' LIMIT 1) IS NULL

@@ -26,7 +26,7 @@ from close_engine.database.dialect import Dialect
 from close_engine.database.fields import UtcDateTimeField
 from close_engine.database.reading import is_unreadable
 from close_engine.errors import InvalidValue, UnreadableRow, one_line
-from close_engine.stages import ActionType, Author, DeliveryStatus, Direction, MessageStatus, Word
+from close_engine.stages import INDEXED_TEXTS, ActionType, Author, DeliveryStatus, Direction, MessageStatus, Word
 
 __all__ = ["Text", "TextKind", "TextStatus", "Transcript", "transcript_of"]
 
@@ -335,7 +335,7 @@ _OF_OUTBOX = f"""SELECT {_OUTBOX} AS source, o.id, {_readable("o.sent_at", "o.cr
         CAST(o.payload AS TEXT), o.status, o.topic, o.submitted_by, o.approved_by,
         CASE WHEN o.status <> 'SENT' THEN o.last_error END, CASE o.status WHEN 'SENT' THEN {_DELIVERY_OF_MESSAGE} END
     FROM {{outbox}} o WHERE o.conversation_id = %s
-        AND o.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')"""
+        AND o.topic IN ({INDEXED_TEXTS})"""
 _OF_INBOX = f"""SELECT {_INBOX}, i.id, {_readable("i.received_at")}, i.key, i.body, CAST(i.metadata AS TEXT),
         NULL, NULL, NULL, NULL, NULL, NULL
     FROM {{inbox}} i WHERE i.kind = 'text'"""
