@@ -35,7 +35,6 @@ __all__ = [
     "allowed_triggers",
     "decide",
     "decide_action",
-    "mermaid",
     "pairs",
     "trigger_between",
 ]
@@ -294,25 +293,3 @@ def pairs() -> Iterator[tuple[str, Stage, Stage]]:
 def trigger_between(source: Stage, dest: Stage) -> str | None:
     """Return the trigger that leads from one stage to another, or None; there is at most one."""
     return next((trigger for trigger, *ends in pairs() if ends == [source, dest]), None)
-
-
-def mermaid() -> str:
-    """Draw the state diagram in Mermaid's syntax. A trigger of every active stage is one arrow, from their group."""
-    inside: list[str] = []
-    outside: list[str] = []
-    for transition in TRANSITIONS:
-        sources: tuple[str, ...] = transition.sources
-        if set(ACTIVE_STAGES) <= set(sources):
-            sources = ("ACTIVE", *(stage for stage in sources if stage not in ACTIVE_STAGES))
-        for source in sources:
-            within = source in ACTIVE_STAGES and transition.dest in ACTIVE_STAGES
-            arrow = f"{source} --> {transition.dest or 'WHERE_THINGS_STAND'}: {transition.trigger}"
-            (inside if within else outside).append(arrow)
-    group = [
-        'state "any active stage" as ACTIVE {',
-        '    state "where things stand" as WHERE_THINGS_STAND',
-        *(f"    {arrow}" for arrow in inside),
-        "}",
-    ]
-    lines = [f"[*] --> {S.INITIATED}", *group, *outside, f"{S.COMPLETED} --> [*]"]
-    return "\n".join(["stateDiagram-v2", *(f"    {line}" for line in lines)])

@@ -18,7 +18,8 @@ import pytest
 import close_engine
 from close_engine import CloseEngineConversation, EntryPoint, Lead, Stage, StageChange
 from close_engine.database.url import without_password
-from close_engine.machine import TRIGGERS, mermaid
+from close_engine.diagram import mermaid, svg
+from close_engine.machine import TRIGGERS
 from close_engine.schema import directory
 from close_engine.testing import MovableClock
 from tests.command_line import Result, as_user, postgres_role, process, refused, run
@@ -203,6 +204,7 @@ def test_migrate_sql_all_prints_every_migration(database: Any, database_url: str
 
 def test_graph_prints_the_state_diagram_and_needs_no_database() -> None:
     assert run("graph") == Result(0, mermaid() + "\n", "")
+    assert run("graph", "--svg") == Result(0, svg() + "\n", "")
 
 
 def test_show_prints_the_row_and_the_timeline(conversation_in: Any, database_url: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 import typer
 
 import close_engine
-from close_engine import errors, machine
+from close_engine import diagram, errors, machine
 from close_engine.cli import main
 from close_engine.cli.app import app
 from close_engine.database.binding import current
@@ -86,7 +86,7 @@ def test_the_readme_has_an_example_of_twenty_lines() -> None:
 def test_the_diagram_is_the_machines() -> None:
     shown = block(README, "mermaid")
 
-    assert shown == machine.mermaid() + "\n", "put what `close-engine graph` prints into README.md"
+    assert shown == diagram.mermaid() + "\n", "put what `close-engine graph` prints into README.md"
 
 
 def test_the_guides_table_is_the_machines() -> None:

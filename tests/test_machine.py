@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import re
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from transitions import Machine
 
 import close_engine
 from close_engine import CloseEngineConversation, ConditionNotMet, Stage, TransitionNotAllowed, UnknownTrigger
-from close_engine.machine import TRANSITIONS, TRIGGERS, Facts, _machine, decide, mermaid, pairs, trigger_between
+from close_engine.diagram import BOX, LINE, PLACES, ROUTES, Arrow, arrows, mermaid, svg
+from close_engine.machine import TRANSITIONS, TRIGGERS, Facts, _machine, decide, pairs, trigger_between
 from close_engine.stages import AutonomyLevel
 from tests.design import ACTIVE, GIVEN, REASON, STAGES, TABLE, TRIGGER_BETWEEN, URL, triggers_from
 
@@ -133,14 +135,13 @@ def test_the_machine_is_built_once_and_never_for_a_row() -> None:
     assert {name for conversation in conversations for name in vars(conversation)} <= plain
 
 
-def read_off(diagram: str) -> set[tuple[str, str, str]]:
-    """Return every (trigger, from, to) in the diagram. An arrow from or to a group counts for each of its stages."""
-    meant = {"ACTIVE": ACTIVE, "WHERE_THINGS_STAND": ACTIVE}
-    arrows = re.findall(r"^ *(\w+) --> (\w+): (\w+)$", diagram, re.MULTILINE)
-    assert len(set(arrows)) == len(arrows)
+def read_off(drawn: list[tuple[str, str, str]]) -> set[tuple[str, str, str]]:
+    """Return every (trigger, from, to) of these arrows. One from or to a group counts for each of its stages."""
+    meant = {"ACTIVE": ACTIVE, "any active stage": ACTIVE, "WHERE_THINGS_STAND": ACTIVE, "where things stand": ACTIVE}
+    assert len(set(drawn)) == len(drawn)
     return {
         (trigger, source, dest)
-        for start, end, trigger in arrows
+        for trigger, start, end in drawn
         for source in meant.get(start, [start])
         for dest in meant.get(end, [end])
     }
@@ -148,9 +149,54 @@ def read_off(diagram: str) -> set[tuple[str, str, str]]:
 
 def test_the_diagram_shows_every_transition_and_no_other() -> None:
     diagram = mermaid()
-    assert read_off(diagram) == {(trigger, *ends) for ends, trigger in TRIGGER_BETWEEN.items()}
+    drawn = re.findall(r"^ *(\w+) --> (\w+): (\w+)$", diagram, re.MULTILINE)
+    assert read_off([(trigger, *ends) for *ends, trigger in drawn]) == {
+        (trigger, *ends) for ends, trigger in TRIGGER_BETWEEN.items()
+    }
     assert diagram.splitlines()[:2] == ["stateDiagram-v2", "    [*] --> INITIATED"]
     assert diagram.splitlines()[-1] == "    COMPLETED --> [*]"
+
+
+def test_the_picture_shows_every_transition_and_no_other() -> None:
+    picture = ElementTree.fromstring(svg())
+    names = {"": "http://www.w3.org/2000/svg"}
+    groups = picture.findall("g", names)
+    drawn = [(group.findtext("title", "", names), group.findtext("text", "", names)) for group in groups]
+    said = picture.findtext("desc", "", names)
+
+    expected = {(trigger, *ends) for ends, trigger in TRIGGER_BETWEEN.items()}
+    for text in ("; ".join(title for title, _ in drawn) + ".", said):
+        assert read_off(re.findall(r"(\w+): from ([\w ]+) to ([\w ]+?)(?:; |\.$)", text)) == expected
+    assert all(title.startswith(f"{name}: ") for title, name in drawn)
+    boxes = [str(text.text) for text in picture.iterfind("text", names) if text.get("class") == "name"]
+    assert sorted(boxes) == sorted(Stage)
+
+
+def test_every_arrow_has_one_place_in_the_picture() -> None:
+    assert sorted(ROUTES) == sorted(arrows())
+    ends = {(route.path, route.label) for route in ROUTES.values()}
+    assert len(ends) == len(ROUTES)
+
+
+@pytest.mark.parametrize("arrow", sorted(ROUTES), ids="-".join)
+def test_an_arrow_of_the_picture_runs_from_the_box_it_leaves_to_the_box_it_enters(arrow: Arrow) -> None:
+    steps = re.findall(r"([MHV])(\d+)(?: (\d+))?", ROUTES[arrow].path)
+    at = [(int(steps[0][1]), int(steps[0][2]))]
+    for way, value, _ in steps[1:]:
+        at.append((int(value), at[-1][1]) if way == "H" else (at[-1][0], int(value)))
+
+    assert touches(arrow.source, at[0])
+    assert touches(arrow.dest, at[-1])
+
+
+def touches(name: str, point: tuple[int, int]) -> bool:
+    """Return whether a point is at the edge of a stage's box, or of the group's; a tip keeps a little away."""
+    x, y = point
+    if name not in Stage.__members__:
+        return abs(y - 590) <= 2 and 12 <= x <= 420
+    middle_x, middle_y = PLACES[Stage[name]]
+    across, along = abs(x - middle_x), abs(y - middle_y)
+    return across <= BOX / 2 + 2 and along <= LINE / 2 + 2 and (across >= BOX / 2 or along >= LINE / 2)
 
 
 def test_the_diagram_groups_the_active_stages_and_no_other() -> None:

@@ -13,9 +13,10 @@ from close_engine.cli.app import PlainCommand, app, command, open_migrated, time
 from close_engine.cli.terminal import cell, console, table
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import moment
+from close_engine.diagram import mermaid, svg
 from close_engine.errors import ConversationNotFound, InvalidValue, LeadNotFound
 from close_engine.finding import WaitingFor, conversations_of, find_conversations
-from close_engine.machine import TRIGGERS, mermaid
+from close_engine.machine import TRIGGERS
 from close_engine.models import StageChange
 from close_engine.numbers import OptOut
 from close_engine.stages import Stage
@@ -23,9 +24,11 @@ from close_engine.transcript import Transcript, transcript_of
 
 
 @app.command(cls=PlainCommand)
-def graph() -> None:
-    """Print the state diagram in Mermaid syntax."""
-    print(mermaid())
+def graph(
+    as_svg: Annotated[bool, typer.Option("--svg", help="Print a picture instead, which a browser shows.")] = False,
+) -> None:
+    """Print the state diagram in Mermaid syntax, or as a picture."""
+    print(svg() if as_svg else mermaid())
 
 
 @command("list")
