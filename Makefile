@@ -46,7 +46,7 @@ matrix: judge
 	$(BIN)/pytest -q --prisma --write-matrix tests/test_judge.py
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The wheel as a stranger gets it: a fresh environment, outside the checkout.
 wheel: $(INSTALLED)
