@@ -82,5 +82,12 @@ def test_code_is_highlighted_and_the_diagram_stands_in_the_guide(site: Path) -> 
     assert svg() in guide
 
 
+def test_each_cell_of_a_table_knows_its_columns_name_for_a_phone(site: Path) -> None:
+    guide = (site / "guide/index.html").read_text()
+
+    assert '<td data-column="What to do">decide again</td>' in guide
+    assert re.findall(r"<td(?! data-column)", guide) == []
+
+
 def test_the_picture_in_the_docs_is_the_machines() -> None:
     assert (ROOT / "docs/stages.svg").read_text() == svg() + "\n", "run close-engine graph --svg > docs/stages.svg"
