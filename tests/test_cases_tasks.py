@@ -721,9 +721,9 @@ def served(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", url)
     names: dict[str, Any] = {"__name__": "api"}
-    for example in blocks(ROOT / "docs/workers.md"):
+    for example in blocks(ROOT / "docs/fastapi.md"):
         if example.language == "python" and "FastAPI" not in names:
-            exec(compile(example.text, "docs/workers.md", "exec"), names)
+            exec(compile(example.text, "docs/fastapi.md", "exec"), names)
     current().database.close()
 
     server = uvicorn.Server(uvicorn.Config(names["app"], port=0, log_config=None))
