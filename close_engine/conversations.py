@@ -347,16 +347,19 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
     # -- who leads it --------------------------------------------------------------------------------------------
 
-    def take_over(self, by: str = "owner", *, until: timedelta | datetime | None = None) -> Takeover:
+    def take_over(
+        self, by: str = "owner", *, until: timedelta | datetime | None = None, reason: str | None = None
+    ) -> Takeover:
         """Have a human lead the conversation: nobody else's drafts are let in, and what waits of theirs is withdrawn.
 
         What the human submits, with `actor` as named here, leaves without further approval. Sweeps leave the
-        conversation alone. If the same human has it already, only `until` is changed.
+        conversation alone. If the same human has it already, only `until` and the reason, if one is given, are changed.
 
         Args:
             by: who takes it over.
             until: timedelta or datetime with a timezone, when the AI leads again by itself; None: when it is handed
                 back.
+            reason: why, for the human and for whoever subscribed to `conversation:taken_over`.
 
         Returns:
             the Takeover.
@@ -365,9 +368,10 @@ class CloseEngineConversation(WithoutStage, BaseModel):
             ConversationTakenOver: another human has it.
             ConversationClosed: it is COMPLETED or CLOSED_LOST.
             ConversationNotFound: it was deleted.
-            InvalidValue: `by` is empty, or `until` has no timezone.
+            InvalidValue: `by` is empty, `until` has no timezone, or the reason cannot be stored.
         """
         clean_words("by", by, "it must say who takes the conversation over")
+        why = {} if reason is None else {"reason": clean_text("reason", reason)}
         dialect = current().dialect
         ends: Any = None if until is None or isinstance(until, timedelta) else Takeover.until.clean(until)
         if isinstance(until, timedelta):
@@ -380,11 +384,12 @@ class CloseEngineConversation(WithoutStage, BaseModel):
                 raise ConversationTakenOver(self.id, before.taken_by)
             mine = (Takeover.conversation_id == self.id) & Takeover.handed_back_at.is_null()
             if before is not None:
-                Takeover.update(until=ends).where(mine).execute()
+                Takeover.update({"until": ends, **why}).where(mine).execute()
             else:
                 moment = SQL(dialect.sql("{moment}"))
                 Takeover.update(handed_back_at=moment).where(mine).execute()  # its time was up
-                Takeover.insert(conversation_id=self.id, taken_by=by, taken_at=moment, until=ends).execute()
+                taking = {"conversation_id": self.id, "taken_by": by, "taken_at": moment, "until": ends, **why}
+                Takeover.insert(taking).execute()
                 conversation.reload()  # a payment link that waited may have been withdrawn
                 write_fields(conversation, {}, "take_over()")
             accept_row(self, conversation)
@@ -557,6 +562,7 @@ class Takeover(BaseModel):
 
     Attributes:
         taken_by: who.
+        reason: why; None if nobody said so.
         taken_at: datetime, since when.
         until: datetime, when it ends by itself; None if it does not.
         handed_back_by: who handed it back; None if its time was up.
@@ -566,6 +572,7 @@ class Takeover(BaseModel):
     id: Any = peewee.BigAutoField()
     conversation_id = TextField[str]()
     taken_by = TextField[str]()
+    reason = TextField["str | None"](null=True)
     taken_at = UtcDateTimeField[datetime]()
     until = UtcDateTimeField["datetime | None"](null=True)
     handed_back_by = TextField["str | None"](null=True)

@@ -178,10 +178,10 @@ def forget(lead: Lead | str, *, by: str = "owner") -> Forgotten:
     """Empty what a lead and we said to each other, and withdraw what waits. The rows stay, so every count does.
 
     Emptied are the texts, payloads and errors of messages; the texts and metadata of what came in, or was recorded;
-    drafts and their metadata; reasons and metadata in the history; and what the conversation has collected, with the
-    lead's copy of it and its payment link. The number that was read from the CRM's is deleted. Stages, keys, ids,
-    times, amounts and the names of your own people stay. So do opt-outs: they say that somebody must be left alone.
-    The CRM's own columns are up to the CRM.
+    drafts and their metadata; reasons of takeovers; reasons and metadata in the history; and what the conversation has
+    collected, with the lead's copy of it and its payment link. The number that was read from the CRM's is deleted.
+    Stages, keys, ids, times, amounts and the names of your own people stay. So do opt-outs: they say that somebody must
+    be left alone. The CRM's own columns are up to the CRM.
 
     Forgetting a lead again changes nothing. It may be deleted already, or have no conversation.
 
@@ -216,6 +216,7 @@ def forget(lead: Lead | str, *, by: str = "owner") -> Forgotten:
             in_flight=sorted(row[0] for row in _of([], ids, _IN_FLIGHT)),
         )
         _of([], ids, _DELIVERIES)
+        _of([], ids, _TAKEOVERS)
         _of([], ids, _COLLECTED)
         current().execute(_COPY, (lead_id,))
         number = _of([], leads, _NUMBER)
@@ -257,6 +258,7 @@ _RECORDED = """UPDATE {texts} SET body = '', metadata = NULL
     WHERE lead_id IN {ids} AND (body <> '' OR metadata IS NOT NULL) RETURNING id"""
 _DELIVERIES = """UPDATE {deliveries} SET error = NULL WHERE error IS NOT NULL
     AND message_id IN (SELECT o.id FROM {outbox} o WHERE o.conversation_id IN {ids})"""
+_TAKEOVERS = "UPDATE {takeovers} SET reason = NULL WHERE conversation_id IN {ids} AND reason IS NOT NULL"
 _CHANGES = """UPDATE {history} SET reason = NULL, metadata = NULL
     WHERE conversation_id IN {ids} AND (reason IS NOT NULL OR metadata IS NOT NULL) RETURNING id"""
 # It is written even if it is empty: a draft that is being written at this moment is a conflict.

@@ -84,9 +84,9 @@ def subscribe(
     `trigger`; for an action the `action_id`, its `type`, `by` whom, and what it was `submitted_by`, the `draft`,
     when it `expires_at`, and the `reason` of a rejection; for a dead message the `message_id`, its `topic`
     and `error`; for a text of the lead the `text_id`, its `key` and the `text`; for a payment the `payment_id`, its
-    `key`, `amount` and `currency`; for an opt-out the `lead_id` and the `source`; for a takeover `by` whom and `until`
-    when; for a cap the `message_id`, the `action_id`, its `type` and the `cap`; and always the `event`. Subscribing
-    again replaces payload and times.
+    `key`, `amount` and `currency`; for an opt-out the `lead_id` and the `source`; for a takeover `by` whom, its
+    `reason` and `until` when; for a cap the `message_id`, the `action_id`, its `type` and the `cap`; and always the
+    `event`. Subscribing again replaces payload and times.
 
     With `debounce`, the events of a burst make one message for each conversation. Each further event moves it on, until
     a worker claims it or the time of `at_most` has come. It carries all of them: its payload has the facts of the first

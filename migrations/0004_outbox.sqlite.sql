@@ -235,6 +235,7 @@ CREATE TABLE IF NOT EXISTS close_engine_takeovers (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     conversation_id TEXT NOT NULL,
     taken_by TEXT NOT NULL,
+    reason TEXT,
     taken_at TEXT NOT NULL,
     until TEXT,
     handed_back_by TEXT,

@@ -383,7 +383,7 @@ BEGIN
         RETURN NULL;
     END IF;
     PERFORM close_engine.publish('conversation:taken_over', '', NEW.conversation_id, NEW.id::text,
-        pg_catalog.jsonb_build_object('by', NEW.taken_by, 'until', NEW.until));
+        pg_catalog.jsonb_build_object('by', NEW.taken_by, 'reason', NEW.reason, 'until', NEW.until));
     UPDATE close_engine.outbox SET status = 'WITHDRAWN', last_error = 'a human has taken over'
     WHERE conversation_id = NEW.conversation_id AND status = 'PENDING' AND leased_by IS NULL
         AND topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK')

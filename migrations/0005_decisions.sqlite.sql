@@ -532,7 +532,7 @@ BEGIN
         AND coalesce(CASE WHEN json_valid(metadata) THEN json_extract(metadata, '$.submittedBy') END, '') <> NEW.taken_by;
     INSERT INTO close_engine_events (event, stage, conversation_id, fact, facts)
     VALUES ('conversation:taken_over', '', NEW.conversation_id, NEW.id,
-        json_object('by', NEW.taken_by, 'until', NEW.until));
+        json_object('by', NEW.taken_by, 'reason', NEW.reason, 'until', NEW.until));
 END;
 
 DROP TRIGGER IF EXISTS close_engine_handed_back;

@@ -30,6 +30,7 @@ from close_engine import (
     Pruned,
     Stage,
     StageChange,
+    Takeover,
     forget,
     open_conversation,
     outbox,
@@ -67,7 +68,7 @@ def ask(level: AutonomyLevel, type: ActionType) -> bool:
 def words() -> str:
     """All that any table of ours has, as one text."""
     tables: list[Any] = [OutboxMessage, InboxEntry, PendingAction, StageChange, CloseEngineConversation, LeadNumber]
-    tables += [TextEntry, Delivery]
+    tables += [TextEntry, Delivery, Takeover]
     rows = [row for model in tables for row in model.select().order_by(model.id)]
     return "\n".join(str(values(row)) for row in rows) + str([lead.qualification_data for lead in Lead.select()])
 
@@ -102,6 +103,8 @@ def told(database: peewee.Database, close_engine_clock: MovableClock) -> CloseEn
     conversation.reload()
     outbox.enqueue(conversation, "SEND_MESSAGE", TOLD, key="withdrawn").withdraw(TOLD)
     conversation.start_building()
+    conversation.take_over(by="dana", reason=TOLD)
+    conversation.hand_back(by="dana")
     conversation.send_preview()
     conversation.send_payment_link(f"{LINK}?{TOLD}", approved_by="dana", metadata={"said": TOLD})
     record_payment(lead, "pi_1", amount=4900, currency="USD", metadata={"said": TOLD})

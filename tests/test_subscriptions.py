@@ -451,7 +451,7 @@ def test_what_comes_in_and_who_leads_are_events(conversation_in: ConversationIn)
     waits = submit(conversation, ActionType.SEND_MESSAGE, "Hello", policy=lambda level, type: True)
     close_engine.receive(conversation.lead_id, "SM1", "Paid!")
     close_engine.receive(conversation.lead_id, "SM1", "Paid!")
-    conversation.take_over(by="dana")
+    conversation.take_over(by="dana", reason="they ask for a human")
     conversation.take_over(by="dana", until=MINUTE)
     conversation.hand_back(by="lee")
     conversation.hand_back(by="lee")
@@ -469,6 +469,6 @@ def test_what_comes_in_and_who_leads_are_events(conversation_in: ConversationIn)
         {"event": "payment:surplus", "payment_id": second, "key": "pi_2"},
     ]
     assert effects("lead") == [
-        {"event": "conversation:taken_over", "by": "dana"},
+        {"event": "conversation:taken_over", "by": "dana", "reason": "they ask for a human"},
         {"event": "conversation:handed_back", "by": "lee"},
     ]
