@@ -23,6 +23,7 @@ from close_engine.models import BaseModel, Lead
 __all__ = [
     "LeadNumber",
     "OptOut",
+    "anybody_with",
     "find",
     "has_opted_out",
     "is_like_a_number",
@@ -165,6 +166,9 @@ def is_like_a_number(text: str) -> bool:
     return digits > 4 and not any(character.isalpha() for character in text.lower().removeprefix("tel:"))
 
 
+#: So many of the last digits are the subscriber's own nearly everywhere: they are in any way to write a number.
+_LAST_DIGITS = 7
+
 #: Leads with a conversation whose number in the CRM is not the one that was read.
 _UNREAD = """SELECT l.id, CAST(l.phone AS TEXT) FROM close_engine_conversations c JOIN {leads} l ON l.id = c.lead_id
     LEFT JOIN {numbers} n ON n.lead_id = l.id
@@ -187,6 +191,21 @@ def leads_with(phone: str) -> list[str]:
         unread = current().execute(_UNREAD).fetchall()
         found = {lead_id for lead_id, text in unread if _ends_alike(text, number) and number_of(text) == number}
     return sorted(found)
+
+
+def anybody_with(phone: str) -> list[str]:
+    """Return the ids of the leads that have a phone number in the CRM, however it is written, by reading all leads.
+
+    It is for a number that `leads_with` does not know, for example because its lead has no conversation yet.
+    """
+    number = number_of(phone)
+    if number is None:
+        return []
+    # The last digits in their order, whatever stands between them; the rest is compared here.
+    alike = f"%{'%'.join(number[-_LAST_DIGITS:].removeprefix('+'))}%"
+    query = "SELECT l.id, CAST(l.phone AS TEXT) FROM {leads} l WHERE CAST(l.phone AS TEXT) LIKE %s"
+    found = current().execute(query, (alike,)).fetchall()
+    return sorted(lead_id for lead_id, text in found if number_of(text) == number)
 
 
 def _ends_alike(phone: str, number: str) -> bool:
