@@ -314,12 +314,12 @@ def _spelling(text: Any) -> str:
 
 
 def _recorded(sids: list[str], message: OutboxMessage) -> set[str]:
-    """Return which of Twilio's texts are recorded as something else than this message, as it is sent now."""
+    """Return which of Twilio's texts are recorded as undelivered, or as something else than this message is now."""
     others = OutboxMessage.provider_id.in_(sids) & (OutboxMessage.id != message.id)
-    earlier = Delivery.provider_id.in_(sids) & (Delivery.send_key != message.send_key)
+    is_another = (Delivery.send_key != message.send_key) | (Delivery.status == DeliveryStatus.UNDELIVERED)
     queries: list[Any] = [
         OutboxMessage.select(OutboxMessage.provider_id).where(others).tuples(),
-        Delivery.select(Delivery.provider_id).where(earlier).tuples(),
+        Delivery.select(Delivery.provider_id).where(Delivery.provider_id.in_(sids) & is_another).tuples(),
         TextEntry.select(TextEntry.key).where(TextEntry.key.in_(sids)).tuples(),
     ]
     return {sid for query in queries for (sid,) in query} if sids else set()
