@@ -54,6 +54,7 @@ from close_engine.errors import (
     MessageNotFound,
     NotFound,
     PartlyLoaded,
+    PaymentNotFound,
     PaymentUnmatched,
     ProviderIdTaken,
     RecipientOptedOut,
@@ -72,13 +73,22 @@ from close_engine.errors import (
 )
 from close_engine.finding import FoundConversation, WaitingFor, conversations_of, find_conversations
 from close_engine.hooks import Hook, after_commit, on_enter, on_exit
-from close_engine.inbox import InboxEntry, Payment, Received, receive, record_payment, surplus_payments
+from close_engine.inbox import InboxEntry, Received, receive
 from close_engine.machine import ACTION_TRANSITIONS, TRANSITIONS, Condition, Facts, Stamp, Transition
 from close_engine.models import Client, Lead, StageChange, User
 from close_engine.numbers import LeadNumber, OptOut
 from close_engine.optouts import opt_in, opt_out, opted_out
 from close_engine.outbox import OutboxMessage
 from close_engine.pauses import Pause, pause_sending, paused, resume_sending
+from close_engine.payments import (
+    Money,
+    Payment,
+    note_payment,
+    payment_issues,
+    record_payment,
+    record_refund,
+    resolve_payment,
+)
 from close_engine.policies import DailyCap, LeadTimezone, QuietHours
 from close_engine.retention import Forgotten, Pruned, forget, prune
 from close_engine.schema import migrate, verify
@@ -95,6 +105,7 @@ from close_engine.stages import (
     Event,
     IfLeadWrites,
     MessageStatus,
+    PaymentIssue,
     Stage,
 )
 from close_engine.subscriptions import Subscription, subscribe, unsubscribe
@@ -187,6 +198,7 @@ __all__ = [
     "MessageNotDead",
     "MessageNotFound",
     "MessageStatus",
+    "Money",
     "migrate",
     "Moved",
     "needs_approval",
@@ -206,6 +218,8 @@ __all__ = [
     "pause_sending",
     "paused",
     "Payment",
+    "PaymentIssue",
+    "PaymentNotFound",
     "PaymentUnmatched",
     "pending_actions",
     "PendingAction",
@@ -220,6 +234,10 @@ __all__ = [
     "RecipientOptedOut",
     "record_delivery",
     "record_payment",
+    "record_refund",
+    "resolve_payment",
+    "payment_issues",
+    "note_payment",
     "record_sent",
     "reject_all",
     "release_leases",
@@ -239,7 +257,6 @@ __all__ = [
     "Subscription",
     "subscriptions",
     "supersede_drafts",
-    "surplus_payments",
     "sweep",
     "Swept",
     "Tables",

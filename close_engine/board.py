@@ -30,10 +30,10 @@ from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
 from close_engine.deliveries import undelivered
 from close_engine.heartbeats import LOST_AFTER, lasting
-from close_engine.inbox import surplus_payments
 from close_engine.models import StageChange
 from close_engine.outbox import OutboxMessage, claimable_now
 from close_engine.pauses import Pause, paused
+from close_engine.payments import payment_issues
 from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
 __all__ = [
@@ -172,7 +172,7 @@ class Pipeline:
         unreadable: int, number of conversations and drafts that are left out, because Python does not know their stage
             or type, or cannot read their times; `close_engine.verify` lists them.
         taken_over: int, number of conversations that a human has taken over.
-        surplus: int, number of payments of conversations that had been paid for already: `surplus_payments` lists them.
+        payment_issues: int, number of payments that somebody should look at: `close_engine.payment_issues` lists them.
         workers: list of WorkerLine, the one that was seen last first. What was lost a week ago is left out.
     """
 
@@ -183,7 +183,7 @@ class Pipeline:
     waiting_for_us: WaitingLine
     unreadable: int
     taken_over: int
-    surplus: int
+    payment_issues: int
     workers: list[WorkerLine]
 
 
@@ -199,7 +199,7 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
     at = moment()
     stages, strange = stage_lines(at)
     approvals, unreadable = _approval_lines(at)
-    taken_over, surplus = current().count(Takeover.lasting()), current().count(surplus_payments().order_by())
+    taken_over, issues = current().count(Takeover.lasting()), current().count(payment_issues().order_by())
     return Pipeline(
         at,
         stages,
@@ -208,7 +208,7 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
         _waiting_line(at),
         strange + unreadable,
         taken_over,
-        surplus,
+        issues,
         worker_lines(),
     )
 

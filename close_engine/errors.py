@@ -21,6 +21,7 @@
             ActionNotFound
             MessageNotFound
             MessageCleared
+            PaymentNotFound
         LeadHasNoPhone
         LeadOptedOut
         ConversationCompleted
@@ -82,6 +83,7 @@ __all__ = [
     "MessageNotFound",
     "NotFound",
     "PartlyLoaded",
+    "PaymentNotFound",
     "PaymentUnmatched",
     "ProviderIdTaken",
     "RecipientOptedOut",
@@ -417,6 +419,18 @@ class MessageCleared(NotFound):
         )
 
 
+class PaymentNotFound(NotFound):
+    """No payment that somebody should look at has this id.
+
+    Attributes:
+        entry_id: the id that was looked for.
+    """
+
+    def __init__(self, entry_id: int) -> None:
+        self.entry_id = entry_id
+        super().__init__(f"There is no payment {entry_id} to look at: close-engine payments lists them.")
+
+
 class LeadHasNoPhone(CloseEngineError):
     """The lead has no phone number, so nobody can text it.
 
@@ -628,7 +642,7 @@ class TextOfAnotherLead(CloseEngineError):
 
 
 class PaymentUnmatched(CloseEngineError):
-    """A payment belongs to no open conversation, so nothing was recorded: look at it, and record or refund it by hand.
+    """A payment belongs to no open conversation, so nothing was recorded: keep it with `note_payment()`.
 
     Attributes:
         lead_id: the lead that paid.

@@ -1,13 +1,11 @@
-"""Inbound texts and payments, each processed once, no matter how often its webhook is retried.
+"""The inbox: what came in, each once, no matter how often its webhook is retried. This file is about texts.
 
     received = receive(lead, key="SM123", text="Yes, let's go!", open=EntryPoint.SMS_REPLY)
     if received.answer:
         draft_a_reply(received.conversation)
 
-    record_payment(lead, key="pi_1", amount=90000, currency="USD")      # completes the conversation, once
-
-Both lock the conversation's row, so neither fails with a conflict. A text supersedes the replies that were drafted
-before it and still wait. Both write the row, so a reply that is being drafted is a conflict when it is submitted.
+It locks the conversation's row, so it never fails with a conflict. A text supersedes the replies that were drafted
+before it and still wait. It writes the row, so a reply that is being drafted is a conflict when it is submitted.
 """
 
 from __future__ import annotations
@@ -24,31 +22,33 @@ from close_engine.approvals import PendingAction, supersede
 from close_engine.carriers import Keyword
 from close_engine.conversations import CloseEngineConversation, open_under
 from close_engine.database.binding import current, now
-from close_engine.database.fields import JsonField, TextField, UtcDateTimeField, clean_json, clean_text
+from close_engine.database.fields import EnumField, JsonField, TextField, UtcDateTimeField, clean_json, clean_text
 from close_engine.database.provenance import Provenance
-from close_engine.database.reading import Rows
 from close_engine.database.transaction import atomic
-from close_engine.errors import InvalidValue, LeadNotFound, PaymentUnmatched, TextOfAnotherLead, UnreadableRow
+from close_engine.errors import LeadNotFound, TextOfAnotherLead, UnreadableRow
 from close_engine.firing import change_stage, write_fields
 from close_engine.models import BaseModel, Lead, StageChange
 from close_engine.outbox import OutboxMessage
-from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, ActionType, EntryPoint, Event, Stage
+from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, ActionType, EntryPoint, Event, PaymentIssue, Stage
 from close_engine.subscriptions import publish
 
-__all__ = ["InboxEntry", "Payment", "Received", "receive", "record_payment", "surplus_payments"]
+__all__ = ["Entry", "InboxEntry", "Received", "lock_conversation", "receive"]
 
 
 class InboxEntry(BaseModel):
-    """A text or payment that was processed: a row of the inbox.
+    """What came in: a row of the inbox.
 
     Attributes:
-        kind: `text` or `payment`; keys are unique within a kind.
-        key: the provider's id of the text or payment.
+        kind: `text`, `payment` or `refund`; keys are unique within a kind.
+        key: the provider's id of the text or payment; of a refund, the payment's.
+        lead_id: the lead; None only of a payment that matches no lead.
         conversation_id: the lead's conversation; None if there was none.
         body: the text; None for a payment.
-        amount: int, what was paid, in the smallest unit of the currency; None if it was not said.
+        amount: int, what was paid or paid back, in the smallest unit of the currency; None if it was not said.
         currency: str, the currency's code of three letters.
-        is_surplus: whether the conversation had been paid for already.
+        issue: PaymentIssue, why somebody should look at the payment; None if nobody need.
+        sentence: str, the same in a sentence.
+        resolved_by, resolved_at, resolution: who has looked at it, when, and what came of it; None if nobody has.
         metadata: what else was given with it.
         result: what `receive()` did: the ids of what it wrote.
         no_reply_reason, no_reply_by: why a text needed no reply, and who said so; None if nobody did.
@@ -57,12 +57,16 @@ class InboxEntry(BaseModel):
     id: Any = peewee.BigAutoField()
     kind = TextField[str]()
     key = TextField[str]()
-    lead_id = TextField[str]()
+    lead_id = TextField["str | None"](null=True)
     conversation_id = TextField["str | None"](null=True)
     body = TextField["str | None"](null=True)
     amount: Any = peewee.BigIntegerField(null=True)
     currency = TextField["str | None"](null=True)
-    is_surplus: Any = peewee.BooleanField(default=False, constraints=[peewee.SQL("DEFAULT false")])
+    issue = EnumField["PaymentIssue | None"](PaymentIssue, null=True)
+    sentence = TextField["str | None"](null=True)
+    resolved_by = TextField["str | None"](null=True)
+    resolved_at = UtcDateTimeField["datetime | None"](null=True)
+    resolution = TextField["str | None"](null=True)
     metadata = JsonField(null=True)
     result = JsonField(null=True)
     no_reply_reason = TextField["str | None"](null=True)
@@ -82,9 +86,10 @@ InboxEntry.add_index(
     where=(InboxEntry.kind == "text") & InboxEntry.conversation_id.is_null(),
 )
 InboxEntry.add_index(
-    InboxEntry.conversation_id, unique=True, where=(InboxEntry.kind == "payment") & ~InboxEntry.is_surplus
+    InboxEntry.conversation_id, unique=True, where=(InboxEntry.kind == "payment") & InboxEntry.issue.is_null()
 )
-InboxEntry.add_index(InboxEntry.id, where=InboxEntry.is_surplus)
+InboxEntry.add_index(InboxEntry.conversation_id, where=InboxEntry.kind != "text")
+InboxEntry.add_index(InboxEntry.id, where=InboxEntry.issue.is_null(False) & InboxEntry.resolved_at.is_null())
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def receive(
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor or f"lead:{lead_id}", "the lead wrote", key=key)
     details = None if metadata is None else clean_json("metadata", dict(metadata))
-    entry = _Entry("text", key, lead_id, clean_text("text", text), metadata=details)
+    entry = Entry("text", key, lead_id, clean_text("text", text), metadata=details)
     try:
         with atomic():
             return _receive(entry, open, provenance)
@@ -173,7 +178,7 @@ def receive(
         raise
 
 
-def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> Received:
+def _receive(entry: Entry, open: EntryPoint | None, provenance: Provenance) -> Received:
     if optouts.word(entry.body or "") is Keyword.OPT_OUT:
         optouts.hold(entry.lead_id)
     conversation = lock_conversation(entry.lead_id)
@@ -214,7 +219,7 @@ def _receive(entry: _Entry, open: EntryPoint | None, provenance: Provenance) -> 
     return _result(conversation, change, superseded)
 
 
-def _heard(entry: _Entry, entry_id: int, provenance: Provenance) -> Keyword | None:
+def _heard(entry: Entry, entry_id: int, provenance: Provenance) -> Keyword | None:
     """Do what a keyword asks for, and return it; None if the text is none.
 
     It is no word in the conversation: it supersedes no draft, and nobody is to answer it.
@@ -256,13 +261,13 @@ def _ids(change: StageChange | None, superseded: tuple[OutboxMessage | PendingAc
     return done
 
 
-def _repeated(entry: _Entry, conversation: CloseEngineConversation | None) -> Received:
+def _repeated(entry: Entry, conversation: CloseEngineConversation | None) -> Received:
     """Return what the first processing of a text returned."""
     first = entry.first()
     is_of_this_lead = first.lead_id == entry.lead_id
     # After a merge, the texts of the lead that is gone belong to the one that was kept.
     if not is_of_this_lead and (conversation is None or first.conversation_id != conversation.id):
-        raise TextOfAnotherLead(entry.key, entry.lead_id, first.lead_id)
+        raise TextOfAnotherLead(entry.key, entry.lead_id, str(first.lead_id))
     done = first.result or {}
     if conversation is None or "keyword" in done:
         return Received(conversation, duplicate=True, keyword=Keyword(done["keyword"]) if "keyword" in done else None)
@@ -301,101 +306,6 @@ def _superseded(message_ids: list[int], action_ids: list[str]) -> tuple[OutboxMe
     return (*messages, *actions)
 
 
-@dataclass(frozen=True)
-class Payment:
-    """The result of `record_payment()`. The same payment again has the same result.
-
-    Attributes:
-        conversation: CloseEngineConversation, as it is now: COMPLETED.
-        completed: the StageChange that completed it, whether this payment did or something before it.
-        surplus: whether it had been paid for already: somebody should look at this payment.
-        duplicate: whether this key was processed before, so that nothing was changed.
-    """
-
-    conversation: CloseEngineConversation
-    completed: StageChange
-    surplus: bool = False
-    duplicate: bool = False
-
-
-def record_payment(
-    lead: Lead | str,
-    key: str,
-    *,
-    amount: int | None = None,
-    currency: str | None = None,
-    actor: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> Payment:
-    """Complete the lead's conversation, from any stage, because the lead paid.
-
-    Money is never refused: a further payment is recorded as surplus, and shown on the board.
-
-    Args:
-        lead: the lead who paid, or its id.
-        key: what the provider calls the payment, and not one of its events: with Stripe, the payment intent. The same
-            key again returns the first result and changes nothing.
-        amount: int, what was paid, in the smallest unit of the currency.
-        currency: str, the currency's code of three letters.
-        actor, metadata: for the history.
-
-    Returns:
-        the Payment.
-
-    Raises:
-        PaymentUnmatched: the lead does not exist, has no conversation, or was never sent a payment link; or the key was
-            used for another lead's payment. Nothing is recorded: look at the payment, then try again or refund it.
-        UnreadableRow: Python cannot read the lead's conversation. Nothing is recorded: correct the row, then try again.
-        InvalidValue: an argument makes no sense or cannot be stored.
-    """
-    lead_id = lead.id if isinstance(lead, Lead) else lead
-    provenance = Provenance(actor, None, metadata, key)
-    amount, currency = _money(amount, currency)
-    entry = _Entry("payment", key, lead_id, amount=amount, currency=currency, metadata=provenance.metadata)
-    with atomic():
-        conversation = lock_conversation(lead_id)
-        if conversation is None:
-            raise PaymentUnmatched(lead_id, key, "the lead has no close conversation")
-        is_completed = conversation.stage is Stage.COMPLETED
-        is_surplus = is_completed and _has_payment(conversation)
-        entry_id = entry.add(conversation.id, is_surplus)
-        if entry_id is None:
-            first = entry.first()
-            if first.conversation_id != conversation.id:
-                raise PaymentUnmatched(
-                    lead_id, key, "this key was already used for the payment of another conversation"
-                )
-            return Payment(conversation, _completion(conversation), bool(first.is_surplus), duplicate=True)
-        paid = {"payment_id": entry_id, "key": key, "amount": amount, "currency": currency}
-        event = Event.PAYMENT_SURPLUS if is_surplus else Event.PAYMENT_RECORDED
-        publish(event, conversation.id, str(entry_id), paid)
-        if is_completed:
-            return Payment(conversation, _completion(conversation), is_surplus)
-        if conversation.payment_link_sent_at is None:
-            raise PaymentUnmatched(lead_id, key, "no payment link was sent to the lead")
-        return Payment(conversation, change_stage(conversation, "complete", {}, provenance.under("payment")))
-
-
-def surplus_payments() -> Rows[InboxEntry]:
-    """Return a `readable()` query for the payments of conversations that had been paid for already, oldest first."""
-    return InboxEntry.select().readable().where(InboxEntry.is_surplus).order_by(InboxEntry.id)
-
-
-def _money(amount: int | None, currency: str | None) -> tuple[int | None, str | None]:
-    """Check what was paid.
-
-    Raises:
-        InvalidValue: it is no amount of money.
-    """
-    if amount is None and currency is None:
-        return None, None
-    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount < 2**63:
-        raise InvalidValue("amount", amount, "it must be a whole number of the currency's smallest unit, such as cents")
-    if not (isinstance(currency, str) and len(currency) == 3 and currency.isascii() and currency.isalpha()):
-        raise InvalidValue("currency", currency, "it must be a code of three letters, such as USD")
-    return amount, currency.upper()
-
-
 def lock_conversation(lead_id: str) -> CloseEngineConversation | None:
     """Load the lead's conversation, and lock it against every other writer."""
     query = CloseEngineConversation.select().where(CloseEngineConversation.lead == lead_id)
@@ -404,23 +314,25 @@ def lock_conversation(lead_id: str) -> CloseEngineConversation | None:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """What came in, before it is stored."""
 
     kind: str
     key: str
-    lead_id: str
+    #: A str; None only of a payment.
+    lead_id: Any
     body: str | None = None
     amount: int | None = None
     currency: str | None = None
+    issue: PaymentIssue | None = None
+    sentence: str | None = None
     metadata: Mapping[str, Any] | None = None
 
-    def add(self, conversation_id: str | None, is_surplus: bool = False) -> int | None:
+    def add(self, conversation_id: str | None) -> int | None:
         """Store it, and return the id of its entry; None if its key is already there."""
         values = {
             **vars(self),
             "conversation_id": conversation_id,
-            "is_surplus": is_surplus,
             "received_at": peewee.SQL(current().dialect.sql("{moment}")),
         }
         insert = InboxEntry.insert(values)
@@ -432,17 +344,3 @@ class _Entry:
         """Return the entry that has its key."""
         found: InboxEntry = InboxEntry.get((InboxEntry.kind == self.kind) & (InboxEntry.key == self.key))
         return found
-
-
-def _has_payment(conversation: CloseEngineConversation) -> bool:
-    paid = (InboxEntry.kind == "payment") & (InboxEntry.conversation_id == conversation.id) & ~InboxEntry.is_surplus
-    return InboxEntry.select().where(paid).exists()
-
-
-def _completion(conversation: CloseEngineConversation) -> StageChange:
-    change: StageChange = (
-        StageChange.select()
-        .where((StageChange.conversation_id == conversation.id) & (StageChange.dest == Stage.COMPLETED))
-        .get()
-    )
-    return change

@@ -37,6 +37,7 @@ from close_engine.conversations import Takeover
 from close_engine.database.binding import current, moment
 from close_engine.errors import CloseEngineError, ConfigurationError, first_line
 from close_engine.models import StageChange
+from close_engine.stages import PaymentIssue
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
@@ -77,6 +78,10 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "messages_hanging": ("Messages that have been in flight for five minutes: their sender may never return.", ()),
     "outbox_lag_seconds": ("How long the oldest message that can be sent now has been due; 0 if there is none.", ()),
     "actions": ("Pending actions, by type and stored status.", ("type", "status")),
+    "payments_to_look_at": (
+        "Payments that somebody should look at: surplus, partial, refunded, unmatched or test.",
+        ("issue",),
+    ),
     "workers": ("Workers that run, or are lost: not seen for a minute.", ("state",)),
 }
 _UP = ("database_up", "Whether the database could be read: 1 or 0.")
@@ -214,7 +219,7 @@ def serving(port: int, host: str = "127.0.0.1", registry: CollectorRegistry = RE
 
 def _read() -> dict[str, Values]:
     found: dict[str, Values] = {}
-    for read in (_stages, _waiting, _messages, _actions, _workers):
+    for read in (_stages, _waiting, _messages, _actions, _payments, _workers):
         found |= read()
     return found
 
@@ -279,6 +284,16 @@ def _actions() -> dict[str, Values]:
     count = f"{current().dialect.builtin}count(*)"
     rows = current().execute(f"SELECT type, status, {count} FROM pending_actions GROUP BY type, status")
     return {"actions": {(kind, status): found for kind, status, found in rows.fetchall()}}
+
+
+def _payments() -> dict[str, Values]:
+    # By the partial index of what nobody has resolved. A zero lets an alarm see that there was nothing before.
+    count = f"{current().dialect.builtin}count(*)"
+    rows = current().execute(
+        f"SELECT issue, {count} FROM {{inbox}} WHERE issue IS NOT NULL AND resolved_at IS NULL GROUP BY issue"
+    )
+    none: Values = {(issue.value,): 0 for issue in PaymentIssue}
+    return {"payments_to_look_at": none | {(issue,): found for issue, found in rows.fetchall()}}
 
 
 def _workers() -> dict[str, Values]:

@@ -79,8 +79,8 @@ _PRUNED = {
     "received": _Words(
         "{inbox}",
         "o.received_at < %s",
-        "body = NULL, metadata = NULL, no_reply_reason = NULL",
-        "o.body IS NOT NULL OR o.metadata IS NOT NULL OR o.no_reply_reason IS NOT NULL",
+        "body = NULL, metadata = NULL, no_reply_reason = NULL, resolution = NULL",
+        "o.body IS NOT NULL OR o.metadata IS NOT NULL OR o.no_reply_reason IS NOT NULL OR o.resolution IS NOT NULL",
     ),
     "recorded": _Words("{texts}", "o.at < %s", "body = '', metadata = NULL", "o.body <> '' OR o.metadata IS NOT NULL"),
     "deliveries": _Words("{deliveries}", "o.at < %s", "error = NULL", "o.error IS NOT NULL"),
@@ -252,8 +252,9 @@ _MESSAGES = f"""UPDATE {{outbox}} SET body = NULL, payload = NULL, refusal = NUL
     WHERE conversation_id IN {{ids}} AND status IN ('SENT', 'WITHDRAWN') AND (body IS NOT NULL OR payload IS NOT NULL
         OR refusal IS NOT NULL OR COALESCE(last_error, '{_FORGOTTEN}') <> '{_FORGOTTEN}') RETURNING id"""
 _IN_FLIGHT = "SELECT id FROM {outbox} WHERE conversation_id IN {ids} AND status = 'PENDING'"
-_RECEIVED = """UPDATE {inbox} SET body = NULL, metadata = NULL, no_reply_reason = NULL
-    WHERE {these} AND (body IS NOT NULL OR metadata IS NOT NULL OR no_reply_reason IS NOT NULL) RETURNING id"""
+_RECEIVED = """UPDATE {inbox} SET body = NULL, metadata = NULL, no_reply_reason = NULL, resolution = NULL
+    WHERE {these} AND (body IS NOT NULL OR metadata IS NOT NULL OR no_reply_reason IS NOT NULL
+        OR resolution IS NOT NULL) RETURNING id"""
 _RECORDED = """UPDATE {texts} SET body = '', metadata = NULL
     WHERE lead_id IN {ids} AND (body <> '' OR metadata IS NOT NULL) RETURNING id"""
 _DELIVERIES = """UPDATE {deliveries} SET error = NULL WHERE error IS NOT NULL

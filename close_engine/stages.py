@@ -26,6 +26,7 @@ __all__ = [
     "Event",
     "IfLeadWrites",
     "MessageStatus",
+    "PaymentIssue",
     "Stage",
 ]
 
@@ -148,6 +149,20 @@ class DeliveryStatus(Word):
     READ = "read"
 
 
+class PaymentIssue(Word):
+    """Why somebody should look at a payment.
+
+    It was paid for already, it is less than the price, it was paid back, it belongs to no conversation that a payment
+    link was sent in, or it was made in the provider's test mode while real money is expected, or the other way round.
+    """
+
+    SURPLUS = "surplus"
+    PARTIAL = "partial"
+    REFUNDED = "refunded"
+    UNMATCHED = "unmatched"
+    TEST = "test"
+
+
 class Event(Word):
     """What can be subscribed to besides entering a stage, which is `stage:entered`.
 
@@ -169,6 +184,8 @@ class Event(Word):
     LEAD_OPTED_IN = "lead:opted_in"
     PAYMENT_RECORDED = "payment:recorded"
     PAYMENT_SURPLUS = "payment:surplus"
+    PAYMENT_PARTIAL = "payment:partial"
+    PAYMENT_REFUNDED = "payment:refunded"
     CONVERSATION_TAKEN_OVER = "conversation:taken_over"
     CONVERSATION_HANDED_BACK = "conversation:handed_back"
     CAP_REACHED = "cap:reached"

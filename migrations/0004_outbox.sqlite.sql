@@ -202,14 +202,18 @@ CREATE TABLE IF NOT EXISTS close_engine_inbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     kind TEXT NOT NULL,
     "key" TEXT NOT NULL,
-    lead_id TEXT NOT NULL,
+    lead_id TEXT,
     conversation_id TEXT,
     body TEXT,
     no_reply_reason TEXT,
     no_reply_by TEXT,
     amount INTEGER,
     currency TEXT,
-    is_surplus INTEGER NOT NULL DEFAULT 0,
+    issue TEXT,
+    sentence TEXT,
+    resolved_by TEXT,
+    resolved_at TEXT,
+    resolution TEXT,
     metadata TEXT,
     result TEXT,
     received_at TEXT NOT NULL
@@ -220,10 +224,11 @@ CREATE INDEX IF NOT EXISTS close_engine_inbox_text_idx ON close_engine_inbox (co
 -- What a lead wrote before it had a conversation, and its keywords.
 CREATE INDEX IF NOT EXISTS close_engine_inbox_lead_id_idx ON close_engine_inbox (lead_id, id)
     WHERE kind = 'text' AND conversation_id IS NULL;
--- A conversation has at most one payment that completes it.
+-- A conversation has at most one payment that nobody need look at: the one that completes it.
 CREATE UNIQUE INDEX IF NOT EXISTS close_engine_inbox_payment_key
-    ON close_engine_inbox (conversation_id) WHERE kind = 'payment' AND NOT is_surplus;
-CREATE INDEX IF NOT EXISTS close_engine_inbox_surplus_idx ON close_engine_inbox (id) WHERE is_surplus;
+    ON close_engine_inbox (conversation_id) WHERE kind = 'payment' AND issue IS NULL;
+CREATE INDEX IF NOT EXISTS close_engine_inbox_conversation_id_idx ON close_engine_inbox (conversation_id) WHERE kind <> 'text';
+CREATE INDEX IF NOT EXISTS close_engine_inbox_issue_idx ON close_engine_inbox (id) WHERE issue IS NOT NULL AND resolved_at IS NULL;
 
 -- The last text of the lead when an action was put in, as long as the action waits.
 CREATE TABLE IF NOT EXISTS close_engine_drafts (

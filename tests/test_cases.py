@@ -100,6 +100,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.UserNotFound("user_1"),
     errors.ActionNotFound("a1"),
     errors.MessageNotFound(7),
+    errors.PaymentNotFound(7),
     errors.LeadHasNoPhone("lead_1"),
     errors.ConversationCompleted("c1", "lead_1"),
     errors.ConversationClosed("c1", Stage.CLOSED_LOST),

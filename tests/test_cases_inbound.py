@@ -286,11 +286,11 @@ def test_c5_a_further_payment_is_recorded_as_surplus_and_shown(conversation_in: 
     for duplicate in (False, True):
         second = record_payment(conversation.lead_id, "pi_2", amount=40000, currency="usd")
         assert (second.surplus, second.duplicate, second.completed.id) == (True, duplicate, first.completed.id)
-    (entry,) = close_engine.surplus_payments()
-    assert (entry.key, entry.amount, entry.currency) == ("pi_2", 40000, "USD")
+    (entry,) = close_engine.payment_issues()
+    assert (entry.key, entry.amount, entry.currency, entry.issue) == ("pi_2", 40000, "USD", "surplus")
     assert entry.conversation_id == conversation.id
     assert not record_payment(conversation.lead_id, "pi_1").surplus
-    assert pipeline().surplus == 1
+    assert pipeline().payment_issues == 1
 
 
 # -- C6: approving again after the retention ---------------------------------------------------------------------------

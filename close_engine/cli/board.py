@@ -46,8 +46,8 @@ def render(board: Pipeline) -> RenderableType:
         parts += ["", f"Left out, because they cannot be read: {board.unreadable:,}. close-engine verify lists them."]
     if board.taken_over:
         parts += ["", f"Taken over by humans: {board.taken_over:,}."]
-    if board.surplus:
-        parts += ["", f"Payments of what was paid for already: {board.surplus:,}. Look at them: surplus_payments()."]
+    if board.payment_issues:
+        parts += ["", f"Payments to look at: {board.payment_issues:,}. close-engine payments lists them."]
     return Group(*parts)
 
 

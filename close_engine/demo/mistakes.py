@@ -26,9 +26,9 @@ from close_engine.errors import (
     StageConflict,
     TransitionNotAllowed,
 )
-from close_engine.inbox import record_payment
 from close_engine.machine import TRIGGERS, trigger_between, triggers_from
 from close_engine.models import Lead
+from close_engine.payments import record_payment
 from close_engine.stages import ACTIVE_STAGES, CLOSED_STAGES, ActionStatus, ActionType, EntryPoint, Stage
 
 __all__ = ["MISTAKES", "Mistake", "Turn"]

@@ -50,9 +50,10 @@ from close_engine.demo.provider import Provider
 from close_engine.demo.report import Report
 from close_engine.demo.stories import CAST, HERO, STILL_ACTIVE, STORIES, Role
 from close_engine.errors import CannotBeSent, ConfigurationError
-from close_engine.inbox import receive, record_payment
+from close_engine.inbox import receive
 from close_engine.models import Lead, User
 from close_engine.outbox import OutboxMessage
+from close_engine.payments import record_payment
 from close_engine.schema.migrations import migrate
 from close_engine.stages import ActionStatus, ActionType, AutonomyLevel, EntryPoint, MessageStatus, Stage
 from close_engine.sweeps import sweep
