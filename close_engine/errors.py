@@ -29,6 +29,7 @@
         ConversationTakenOver
         ActionSuperseded
         ActionDecided
+        DraftFailed
         CannotBeSent
         RecipientOptedOut
         Snooze
@@ -71,6 +72,7 @@ __all__ = [
     "ConversationCompleted",
     "ConversationNotFound",
     "ConversationTakenOver",
+    "DraftFailed",
     "GuardMissing",
     "InvalidValue",
     "KeyReused",
@@ -540,6 +542,20 @@ class ActionDecided(CloseEngineError):
         self.status = status
         again = "submit a new draft" if status is ActionStatus.EXPIRED else "that decision stands"
         super().__init__(f"Action {action_id!r} is {status}, so it is too late to {trigger} it: {again}.")
+
+
+class DraftFailed(CloseEngineError):
+    """A language model was asked what to do in a conversation, and came to no end. Nothing was written.
+
+    Attributes:
+        conversation_id: the conversation.
+        why: what went wrong.
+    """
+
+    def __init__(self, conversation_id: str, why: str) -> None:
+        self.conversation_id = conversation_id
+        self.why = why
+        super().__init__(f"Nothing was drafted for conversation {conversation_id!r}: {why}.")
 
 
 class CannotBeSent(CloseEngineError):
