@@ -58,7 +58,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site: Path) -> None:
     pages = {path: Page(path.read_text()) for path in site.rglob("*.html")}
 
-    assert {path.parent.name for path in pages} >= {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert {path.stem for path in pages} == {path.stem for path in (ROOT / "docs").glob("*.md")} | {"404"}
     loads = [(path.name, address) for path, page in pages.items() for address in page.loads]
     assert any(address.endswith(".js") for _, address in loads)
     assert [load for load in loads if re.match(r"(https?:)?//", load[1])] == []
@@ -74,7 +74,7 @@ def imported(style: str) -> list[str]:
 
 
 def test_code_is_highlighted_and_the_diagram_stands_in_the_guide(site: Path) -> None:
-    guide = (site / "guide/index.html").read_text()
+    guide = (site / "guide.html").read_text()
 
     python = [block for block in blocks(ROOT / "docs/guide.md") if block.language == "python"]
     assert guide.count('<div class="language-python highlight">') == len(python)
@@ -83,7 +83,7 @@ def test_code_is_highlighted_and_the_diagram_stands_in_the_guide(site: Path) -> 
 
 
 def test_each_cell_of_a_table_knows_its_columns_name_for_a_phone(site: Path) -> None:
-    guide = (site / "guide/index.html").read_text()
+    guide = (site / "guide.html").read_text()
 
     assert '<td data-column="What to do">decide again</td>' in guide
     assert re.findall(r"<td(?! data-column)", guide) == []
