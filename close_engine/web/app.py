@@ -17,13 +17,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
 import anyio.to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 #: The most bytes of a request's body. What the providers send is far smaller.
 MOST_BYTES = 1024 * 1024
+
+#: How many requests are processed at once.
+CONCURRENCY = 10
 
 #: Seconds for the body of a request to come.
 BODY_TIMEOUT = 20
@@ -63,12 +66,16 @@ PaymentWebhook = Callable[[bytes, "str | None"], WebhookResponse]
 
 
 def create_app(
-    *, texts: TextWebhooks | None = None, payments: PaymentWebhook | None = None, metrics: bool = True
+    *,
+    texts: TextWebhooks | None = None,
+    payments: PaymentWebhook | None = None,
+    metrics: bool = True,
+    concurrency: int = CONCURRENCY,
 ) -> Starlette:
     """Make an ASGI application: to serve with uvicorn, or to mount in your own.
 
     Args:
-        texts, payments, metrics: as for `routes`.
+        texts, payments, metrics, concurrency: as for `routes`.
 
     Returns:
         starlette.applications.Starlette.
@@ -76,11 +83,15 @@ def create_app(
     Raises:
         ConfigurationError: `metrics` needs a package that is missing.
     """
-    return Starlette(routes=routes(texts=texts, payments=payments, metrics=metrics))
+    return Starlette(routes=routes(texts=texts, payments=payments, metrics=metrics, concurrency=concurrency))
 
 
 def routes(
-    *, texts: TextWebhooks | None = None, payments: PaymentWebhook | None = None, metrics: bool = True
+    *,
+    texts: TextWebhooks | None = None,
+    payments: PaymentWebhook | None = None,
+    metrics: bool = True,
+    concurrency: int = CONCURRENCY,
 ) -> list[BaseRoute]:
     """Make the routes of the webhooks, `/healthz` and `/metrics`, to put among your own.
 
@@ -88,6 +99,7 @@ def routes(
         texts: what answers the webhooks of texts; without it, there are none.
         payments: what answers the webhook of payments; without it, there is none.
         metrics: bool, whether to serve `/metrics`. It needs the extra `close-engine[metrics]`.
+        concurrency: int, how many requests are processed at once: each needs a connection. The others wait.
 
     Returns:
         list of Starlette's routes.
@@ -96,16 +108,33 @@ def routes(
         ConfigurationError: `metrics` needs a package that is missing.
     """
     made: list[BaseRoute] = [Route("/healthz", _Health().answer)]
+    threads = _Threads(concurrency)
     if texts is not None:
         made += [
-            _webhook("/webhooks/twilio/texts", _of_a_form(texts.text)),
-            _webhook("/webhooks/twilio/status", _of_a_form(texts.status)),
+            _webhook("/webhooks/twilio/texts", threads, _of_a_form(texts.text)),
+            _webhook("/webhooks/twilio/status", threads, _of_a_form(texts.status)),
         ]
     if payments is not None:
-        made.append(_webhook("/webhooks/stripe", _of_bytes(payments)))
+        made.append(_webhook("/webhooks/stripe", threads, _of_bytes(payments)))
     if metrics:
         made.append(Route("/metrics", _metrics()))
     return made
+
+
+_Result = TypeVar("_Result")
+
+
+class _Threads:
+    """Runs functions in threads, only so many at once."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def run(self, function: Callable[[], _Result], *, abandon: bool = False) -> _Result:
+        # Made here, because it needs a running event loop.
+        self._limiter = self._limiter or anyio.CapacityLimiter(self._most)
+        return await anyio.to_thread.run_sync(function, limiter=self._limiter, abandon_on_cancel=abandon)
 
 
 _Answering = Callable[[Request, bytes], WebhookResponse]
@@ -127,7 +156,7 @@ def _of_bytes(answer: PaymentWebhook) -> _Answering:
     return lambda request, body: answer(body, request.headers.get("Stripe-Signature"))
 
 
-def _webhook(path: str, answering: _Answering) -> Route:
+def _webhook(path: str, threads: _Threads, answering: _Answering) -> Route:
     async def endpoint(request: Request) -> Response:
         try:
             with anyio.fail_after(BODY_TIMEOUT):
@@ -138,7 +167,7 @@ def _webhook(path: str, answering: _Answering) -> Route:
             return Response(status_code=400)  # nobody reads it
         if body is None:
             return Response(f"The request has more than {MOST_BYTES} bytes.", 413)
-        answered = await run_in_threadpool(_answered, answering, request, body)
+        answered = await threads.run(partial(_answered, answering, request, body))
         return Response(answered.text, answered.status, media_type=answered.media_type)
 
     return Route(path, endpoint, methods=["POST"])
@@ -173,14 +202,12 @@ class _Health:
 
     def __init__(self) -> None:
         self._checking = threading.Lock()
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._threads = _Threads(4)  # of its own: it answers even if the webhooks use all of theirs
 
     async def answer(self, request: Request) -> Response:
-        # Threads of its own: it answers also when webhooks use all of the pool.
-        self._limiter = self._limiter or anyio.CapacityLimiter(4)
         why: str | None = "the database does not answer"
         with anyio.move_on_after(HEALTH_TIMEOUT):
-            why = await anyio.to_thread.run_sync(self._problem, limiter=self._limiter, abandon_on_cancel=True)
+            why = await self._threads.run(self._problem, abandon=True)
         if why is None:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unavailable", "why": why}, 503)
