@@ -58,7 +58,7 @@ __all__ = ["TwilioHttp", "TwilioSender", "TwilioWebhooks", "UnknownSender", "cre
 
 logger = logging.getLogger(__name__)
 
-API = "https://api.twilio.com"
+_API = "https://api.twilio.com"
 
 #: A number that can be called from anywhere: a plus sign, the country's code, and 15 digits at most.
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}")
@@ -160,7 +160,7 @@ class TwilioSender:
         self._client = client
         self._from = {"From": from_} if from_ else {"MessagingServiceSid": messaging_service_sid or ""}
         self._status_callback = status_callback
-        self._messages = f"{API}/2010-04-01/Accounts/{client.account_sid}/Messages.json"
+        self._messages = f"{_API}/2010-04-01/Accounts/{client.account_sid}/Messages.json"
 
     def send(self, message: OutboxMessage) -> str:
         """Send a text.
@@ -243,7 +243,7 @@ class TwilioSender:
             following = page.get("next_page_uri")
             if not (left and following and recent):
                 return
-            page = self._call("GET", API + following)
+            page = self._call("GET", _API + following)
 
     def _call(self, method: str, uri: str, **options: Any) -> dict[str, Any]:
         """Ask Twilio, and return what it answers. Raises what `send` raises."""
