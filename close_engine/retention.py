@@ -68,7 +68,8 @@ class _Words(NamedTuple):
     full: str
 
 
-# A payment keeps its amount and currency.
+# A payment keeps its amount and currency. One that somebody has yet to look at waits: whose it is may stand in its
+# metadata only.
 _PRUNED = {
     "messages": _Words(
         "{outbox}",
@@ -78,7 +79,7 @@ _PRUNED = {
     ),
     "received": _Words(
         "{inbox}",
-        "o.received_at < %s",
+        "o.received_at < %s AND (o.issue IS NULL OR o.resolved_at IS NOT NULL)",
         "body = NULL, metadata = NULL, no_reply_reason = NULL, resolution = NULL",
         "o.body IS NOT NULL OR o.metadata IS NOT NULL OR o.no_reply_reason IS NOT NULL OR o.resolution IS NOT NULL",
     ),
@@ -104,9 +105,10 @@ _DELETED = (
 def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
     """Empty what is over and older than this: what was sent, withdrawn, received, recorded and decided.
 
-    What waits stays as it is, and so do DEAD messages, the history, opt-outs and takeovers. Of what is emptied, the row
-    stays, with its keys, ids and times. So nothing that is repeated is sent again. What serves nobody any more is
-    deleted: which events the messages of bursts have carried, and what a provider said of messages that are not ours.
+    What waits stays as it is, also a payment to look at, and so do DEAD messages, the history, opt-outs and takeovers.
+    Of what is emptied, the row stays, with its keys, ids and times. So nothing that is repeated is sent again. What
+    serves nobody any more is deleted: which events the messages of bursts have carried, and what a provider said of
+    messages that are not ours.
 
     Args:
         older_than: how long ago it was sent, received or approved; or put in, if it was not sent or approved since.

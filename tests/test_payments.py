@@ -280,11 +280,12 @@ def test_what_a_human_wrote_about_a_payment_is_forgotten_with_the_lead(conversat
 def test_what_a_human_wrote_about_an_old_payment_is_pruned(
     conversation_in: ConversationIn, close_engine_clock: Any
 ) -> None:
-    entry = note_payment("unmatched", "pi_1", "Whose?")
+    entry, waits = (note_payment("unmatched", key, "Whose?", metadata={"name": "Jo"}) for key in ("pi_1", "pi_2"))
     resolve_payment(entry, by="dana", resolution="Jo called")
     close_engine_clock.move(timedelta(days=2))
     assert close_engine.prune(timedelta(days=1)).received == 1
-    assert InboxEntry.get().resolution is None
+    rows = [InboxEntry.get_by_id(each.id) for each in (entry, waits)]
+    assert [(row.metadata, row.resolution) for row in rows] == [(None, None), ({"name": "Jo"}, None)]
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -311,6 +312,20 @@ def test_the_command_line_lists_and_resolves(
     assert done.out.splitlines() == ["Payment pi_2 was looked at by dana.", "Payment pi_3 was looked at by dana."]
     assert run("payments").out == "There is no payment to look at.\n"
     assert "no payment 99 to look at" in refused("payments", "resolve", "99")
+
+
+@pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"])
+def test_the_command_line_says_whose_a_payment_is(
+    conversation_in: ConversationIn, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
+    unsent, sent = conversation_in(Stage.QUALIFYING), conversation_in(Stage.PAYMENT_SENT)
+    kept = note_payment("unmatched", "pi_1", "Whose?", amount=90000, currency="USD")
+    assert "no payment link was sent" in refused("payments", "record", str(kept.id), unsent.lead_id)
+    done = run("payments", "record", str(kept.id), sent.lead_id, "--by", "dana")
+    assert done.out == f"Payment pi_1 is recorded. Conversation {sent.id} is COMPLETED.\n"
+    assert copy_of(sent).history()[-1].actor == "dana"
+    assert f"no payment {kept.id} to look at" in refused("payments", "record", str(kept.id), sent.lead_id)
 
 
 # -- at once -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Payments that somebody should look at: list them, and say that somebody has."""
+"""Payments that somebody should look at: list them, say that somebody has, or whose one is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import typer
 from close_engine import payments as inbound
 from close_engine.cli.app import Command, Group, app, open_migrated
 from close_engine.cli.terminal import cell, console, table
+from close_engine.errors import PaymentNotFound
+from close_engine.inbox import InboxEntry
+from close_engine.stages import PaymentIssue
 
 payment_commands = typer.Typer(invoke_without_command=True)
 
@@ -46,3 +49,19 @@ def resolve(
     for entry in entries:
         done = inbound.resolve_payment(entry, by=by, resolution=resolution)
         print(cell(f"Payment {done.key} was looked at by {done.resolved_by}."))
+
+
+@payment_commands.command(cls=Command)
+def record(
+    context: typer.Context,
+    entry: Annotated[int, typer.Argument(metavar="ID", help="The id of an unmatched payment.", max=2**63 - 1)],
+    lead: Annotated[str, typer.Argument(metavar="LEAD", help="The id of the lead who paid.")],
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who says so, for the history.")] = "owner",
+) -> None:
+    """Say whose an unmatched payment is: it is recorded, and completes the lead's conversation."""
+    open_migrated(context)
+    kept = inbound.payment_issues().where(InboxEntry.id == entry, InboxEntry.issue == PaymentIssue.UNMATCHED).first()
+    if kept is None:
+        raise PaymentNotFound(entry)
+    paid = inbound.record_payment(lead, kept.key, actor=by)
+    print(cell(f"Payment {kept.key} is recorded. Conversation {paid.conversation.id} is {paid.conversation.stage}."))
