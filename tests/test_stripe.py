@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import peewee
@@ -36,7 +37,7 @@ from close_engine.testing import bring_to, new_lead
 from close_engine.testing.stand_ins import Call, Reply, StandIn
 from close_engine.testing.stripe import PAID, StripeStandIn
 from tests.rows import copy_of, triggers
-from tests.workers import assert_consistent, race, sql
+from tests.workers import assert_consistent, held, race, sql
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -293,6 +294,55 @@ def test_a_part_completes_if_the_webhook_is_told_so(
     webhook = StripeWebhook(stand_in.secret, live=False, partial_completes=True)
     assert stand_in.pay(offered(payments, conversation), webhook, amount=1)[0].text == "partial"
     assert copy_of(conversation).stage is Stage.COMPLETED
+
+
+@pytest.mark.parametrize("kind", ["sqlite-memory"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.lists(st.sampled_from(["intent", "session", "refund", "more"]), max_size=8))
+def test_in_whatever_order_and_how_often_events_come_they_end_alike(
+    order: list[str], conversation_in: ConversationIn, stand_in: StripeStandIn, payments: StripePayments
+) -> None:
+    conversation = conversation_in(Stage.PREVIEW_SENT)
+    link, webhook = offered(payments, conversation), StripeWebhook(stand_in.secret, live=False)
+    stand_in.pay(link, heard := Ear())
+    (intent,) = stand_in.paid_with(link)
+    for amount in (100, 300):
+        stand_in.refund(intent, heard, amount=amount)
+    requests_of = dict(zip(("intent", "session", "refund", "more"), heard.requests, strict=True))
+    for name in [*order, *requests_of]:
+        assert webhook(*requests_of[name]).status == 200
+    kept = [(each.kind, each.amount, each.issue) for each in InboxEntry.select().where(InboxEntry.key == intent)]
+    assert sorted(kept) == [("payment", 90000, None), ("refund", 300, "refunded")]
+    assert triggers(conversation)[-2:] == ["send_payment_link", "complete"]
+
+
+class Ear:
+    """A webhook that only remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[bytes, str | None]] = []
+
+    def __call__(self, body: bytes, signature: str | None) -> WebhookResponse:
+        self.requests.append((body, signature))
+        return WebhookResponse(200)
+
+
+@pytest.mark.parametrize("is_matched", [True, False])
+def test_two_servers_that_are_told_at_once_keep_one_payment(
+    postgres: peewee.Database,
+    stand_in: StripeStandIn,
+    payments: StripePayments,
+    webhook: StripeWebhook,
+    is_matched: bool,
+) -> None:
+    conversation = bring_to(open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.PREVIEW_SENT)
+    heard = Ear()
+    stand_in.pay(offered(payments, conversation) if is_matched else another_link(stand_in), heard)
+    told = [partial(webhook, *request) for request in heard.requests * 2]
+    answers = race(told, behind=held(conversation) if is_matched else None)
+    words = ["duplicate"] * 3 + ["recorded"] if is_matched else ["kept"] * 4
+    assert sorted(said(answers)) == [(200, word) for word in words]
+    assert InboxEntry.select().count() == 1
 
 
 # -- what matches nothing ----------------------------------------------------------------------------------------------
