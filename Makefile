@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format lint types coverage storm judge matrix docs wheel bench clean
+.PHONY: demo test check format lint types coverage storm dialogues judge matrix docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -34,6 +34,10 @@ coverage: judge
 # The chaos test at its full size: the check runs it with a tenth. It prints what happened.
 storm: $(INSTALLED)
 	$(BIN)/pytest -q -rP --storm tests/test_chaos.py
+
+# The dialogues of tests/dialogues with Claude itself, which ANTHROPIC_API_KEY pays for.
+dialogues: $(INSTALLED)
+	@$(BIN)/python -m tests.dialogue
 
 # Prisma's engines, for the machine's Node or else for the one from PyPI.
 judge: $(INSTALLED)
