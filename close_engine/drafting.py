@@ -518,7 +518,7 @@ def _rejected(conversation: CloseEngineConversation, names: set[Any]) -> str | N
         & (OutboxMessage.topic.in_(["SEND_MESSAGE", "SEND_PREVIEW", "SEND_PAYMENT_LINK"]))
         & (OutboxMessage.created_at > newest.created_at)
     )
-    if Event.ACTION_REJECTED not in names and (since.exists() or not _is_our_turn(conversation)):
+    if since.exists() or not (Event.ACTION_REJECTED in names or _is_our_turn(conversation)):
         return None
     metadata = newest.metadata if isinstance(newest.metadata, dict) else {}
     why = metadata.get("rejectionReason")

@@ -408,12 +408,17 @@ def test_a_worker_killed_after_the_commit_repeats_nothing(
 ) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation)
-    drafter = Scripted([reply("Hello")])
-    for message in outbox.claim(limit=9, topics=[DRAFT]):
-        drafter(message)  # and nobody reports it
+    drafter = Scripted([call("record_answers", answers={"pages": "one"}), reply("Hello")])
+
+    def draft_and_die(message: OutboxMessage) -> None:
+        drafter(message)
+        raise Killed
+
+    with pytest.raises(Killed):
+        Worker(draft_and_die, topics=[DRAFT], concurrency=1, sweep=None).run_until_empty()
     close_engine_clock.move(timedelta(hours=1))
     assert work(Scripted()).texts == ["Hello"]
-    assert {message.status for message in drafts()} == {MessageStatus.SENT}
+    assert [(message.status, message.claims) for message in drafts()] == [(MessageStatus.SENT, 1)]
 
 
 def test_a_worker_killed_while_the_model_thinks_begins_again(
@@ -452,6 +457,25 @@ def test_a_worker_that_lost_its_lease_writes_nothing(
     Scripted([reply("From the other")])(again[0])
     assert work(Scripted()).texts == ["From the other"]
     assert conversation.collected_data is None
+
+
+def test_the_worker_itself_reports_nothing_of_a_lease_that_it_lost(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation)
+    again: list[OutboxMessage] = []
+
+    def the_lease_ends() -> list[ToolCall]:
+        close_engine_clock.move(timedelta(hours=1))
+        again.extend(outbox.claim(topics=[DRAFT], worker="another"))
+        return [reply("From the first")]
+
+    assert work(Scripted(the_lease_ends)).texts == []
+    assert "lost worker=w" in caplog.text
+    assert drafts()[0].leased_by == "another"
+    Scripted([reply("From the other")])(again[0])
+    assert work(Scripted()).texts == ["From the other"]
 
 
 def test_a_hook_that_fails_undoes_all_of_it_and_one_after_the_commit_nothing(conversation_in: ConversationIn) -> None:

@@ -28,6 +28,7 @@ from close_engine import (
 )
 from close_engine.board import pipeline
 from close_engine.testing import MovableClock
+from tests.command_line import run
 from tests.foreign import ForeignWriter
 from tests.rows import copy_of
 from tests.workers import LINK, messages, race
@@ -190,3 +191,20 @@ def test_sweeps_leave_it_alone(conversation_in: ConversationIn, close_engine_clo
     close_engine_clock.move(2 * 24 * HOUR)
     swept = close_engine.sweep(lose_unanswered_after=HOUR)
     assert (swept.stalled, sorted(swept.lost)) == ([silent.id], sorted([stalled.id, unanswered.id]))
+
+
+@pytest.mark.parametrize("kind", ["sqlite-file"], indirect=True)
+def test_who_shows_it_sees_why(
+    kind: str, conversation_in: ConversationIn, database_url: str, close_engine_clock: MovableClock
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    conversation.take_over(by="dana", reason="they ask\nfor a human")
+    taken = conversation.take_over(by="dana", until=HOUR)  # the reason stays
+    assert taken.reason == "they ask\nfor a human"
+    assert conversation.take_over(by="dana", reason="they are angry").reason == "they are angry"
+    with pytest.raises(InvalidValue):
+        conversation.take_over(by="dana", reason="\0")
+    close_engine_clock.let_go()
+    shown = run("--database", database_url, "show", conversation.id).out
+    assert "taken_over" in shown
+    assert "they are angry" in shown

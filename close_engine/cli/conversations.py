@@ -99,6 +99,9 @@ def show(
             row.add_row(field.column_name, cell(found.__data__[field.name]))
         if lead_opted_out := _opted_out(found.lead_id):
             row.add_row("opted_out", f"{cell(lead_opted_out.created_at)}, {cell(lead_opted_out.source)}")
+        if taken := found.takeover():
+            why = "" if taken.reason is None else f": {cell(taken.reason)}"
+            row.add_row("taken_over", f"by {cell(taken.taken_by)}, {cell(taken.taken_at)}{why}")
         console().print(row, "")
     else:
         print(f"Conversation {conversation!r} was deleted; its history is kept.")
