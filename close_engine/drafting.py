@@ -400,7 +400,7 @@ class Drafter(ABC):
         if at >= end:
             # After an outage of ours, the message may be old when the model is asked for the first time.
             return None if message.claims >= self.attempts else min(_span(until, at), timedelta(minutes=1))
-        return min(_span(until, at), end - at)
+        return max(min(_span(until, at), end - at), timedelta(seconds=1))
 
     def _hand_over(self, message: OutboxMessage, error: BaseException) -> NoReturn:
         """Have a human take over, because this kept failing.

@@ -40,6 +40,10 @@ LONGEST_TEXT = 1600
 OPTED_OUT_IN_WORDS = "the lead's own words, as the AI understood them"
 
 
+#: What a phone makes a link of, unless it is a mere name such as bakery.com, which may be the lead's own.
+_LINK = re.compile(r"(?:https?://|www\.|\b[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}/)\S*", re.IGNORECASE)
+
+
 class Refusal(Exception):
     """A tool call that cannot be carried out. Its sentence goes back to the model."""
 
@@ -119,7 +123,7 @@ class Desk:
                 "most that a text message can have: make it shorter."
             )
         known = f"{self.known_links}\n{link or ''}"
-        for found in re.findall(r"(?:https?://|www\.)\S+", text, re.IGNORECASE):
+        for found in _LINK.findall(text):
             if found.rstrip(".,;:!?)\"'") not in known:
                 raise Refusal(
                     f"The link {found} is none of the agency's: leave it out. send_preview and offer_payment add "

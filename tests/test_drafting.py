@@ -51,12 +51,13 @@ ConversationIn = Callable[..., CloseEngineConversation]
 
 MINUTE = timedelta(minutes=1)
 PREVIEW = "https://preview.example.com/7"
-MEMORY = pytest.mark.parametrize("kind", ["sqlite-memory"], indirect=True)
+BOTH = pytest.mark.parametrize("kind", ["sqlite-memory", "postgresql"], indirect=True)
 TWO_CONNECTIONS = pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"], indirect=True)
 
 
-@pytest.fixture(params=["sqlite-memory", "postgresql"])
+@pytest.fixture(params=["sqlite-memory"])
 def kind(request: pytest.FixtureRequest) -> str:
+    """One is enough for most of them: the drafter only calls the library, which is tested on each."""
     return str(request.param)
 
 
@@ -89,6 +90,7 @@ def stage_of(conversation: CloseEngineConversation) -> Stage:
 # -- what it does ------------------------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_from_the_first_text_to_the_payment_link(close_engine_database: peewee.Database) -> None:
     lead = new_lead()
     receive(lead, "SM1", "Hi, I need a website", open=EntryPoint.SMS_REPLY)
@@ -153,6 +155,7 @@ def test_nothing_needs_to_be_said(conversation_in: ConversationIn) -> None:
     assert (entry.no_reply_reason, entry.no_reply_by) == ("they only said thanks", "ai")
 
 
+@BOTH
 def test_a_lead_that_declines_opts_out_or_asks_for_a_human(conversation_in: ConversationIn) -> None:
     declines, leaves, asks = (conversation_in(Stage.QUALIFYING, phone=f"+1555010{n}") for n in range(3))
     wrote(declines, "No, thanks")
@@ -175,6 +178,7 @@ def test_a_lead_that_declines_opts_out_or_asks_for_a_human(conversation_in: Conv
     assert work(Scripted([reply("Back again!")])).texts == ["Back again!"]
 
 
+@BOTH
 @pytest.mark.parametrize("level", [AutonomyLevel.SEMI_AUTO, AutonomyLevel.MANUAL])
 def test_a_human_approves_first_and_a_rejected_draft_is_written_again(
     level: AutonomyLevel, conversation_in: ConversationIn
@@ -210,6 +214,12 @@ REFUSED = {
     "too long": (Stage.QUALIFYING, reply("x" * 1601), "at most 1600 characters"),
     "too long with its link": (Stage.PREVIEW_SENT, call("offer_payment", text="x" * 1590), "make it shorter"),
     "a stranger's link": (Stage.QUALIFYING, reply("Pay at https://evil.example.com/x."), "none of the agency's"),
+    "a stranger's link without a scheme": (
+        Stage.QUALIFYING,
+        reply("Pay at evil.example.com/x"),
+        "none of the agency's",
+    ),
+    "www": (Stage.QUALIFYING, reply("See WWW.evil.example"), "none of the agency's"),
     "empty": (Stage.QUALIFYING, reply("  "), "text must not be empty"),
     "a NUL": (Stage.QUALIFYING, reply("a\0b"), "cannot be"),
     "an unknown question": (Stage.QUALIFYING, reply("Hm?", asks=["age"]), "must be one of business, pages, colour"),
@@ -225,10 +235,9 @@ REFUSED = {
 }
 
 
-@MEMORY
 @pytest.mark.parametrize("why", REFUSED)
 def test_a_refusal_goes_back_to_the_model_and_nothing_of_that_answer_happens(
-    kind: str, why: str, conversation_in: ConversationIn
+    why: str, conversation_in: ConversationIn
 ) -> None:
     stage, refused, sentence = REFUSED[why]
     conversation = conversation_in(stage)
@@ -248,6 +257,7 @@ def test_a_refusal_goes_back_to_the_model_and_nothing_of_that_answer_happens(
     assert drafts()[-1].status is MessageStatus.SENT
 
 
+@BOTH
 def test_calls_of_several_answers_happen_together(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation)
@@ -282,6 +292,14 @@ def test_only_the_last_call_ends_the_turn_and_words_alone_reach_nobody(conversat
     assert drafter.results == ["Your answer was cut off because it was too long: answer again, in fewer words."]
 
 
+@pytest.mark.parametrize(
+    "words", ["(See https://bright.example.com.)", "Is crumb.example yours?", "24/7 and/or e.g. 3.50/month"]
+)
+def test_the_agencys_own_links_and_mere_names_may_be_said(words: str, conversation_in: ConversationIn) -> None:
+    wrote(conversation_in(Stage.QUALIFYING))
+    assert work(Scripted([reply(words)])).texts == [words]
+
+
 def test_a_link_that_waits_is_not_offered_twice(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PREVIEW_SENT, AutonomyLevel.SEMI_AUTO)
     wrote(conversation, "I love it")
@@ -314,6 +332,7 @@ def test_nobody_is_asked_if_there_is_nothing_to_say(conversation_in: Conversatio
     assert {message.status for message in drafts()} == {MessageStatus.SENT}
 
 
+@BOTH
 def test_two_texts_at_once_are_answered_once(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation, "Hi", "SM1")
@@ -332,6 +351,7 @@ def test_two_texts_are_answered_once_even_if_the_answer_waits_for_a_human(conver
     assert [action.draft_message for action in PendingAction.select()] == ["900 dollars"]
 
 
+@BOTH
 def test_a_reply_to_outdated_words_is_dropped(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation, "Hi")
@@ -364,6 +384,7 @@ def test_if_no_other_message_will_answer_the_newer_words_the_model_is_asked_agai
     assert "How much?" in drafter.told
 
 
+@BOTH
 def test_what_moved_meanwhile_is_told_and_asked_again_but_not_for_ever(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation)
@@ -384,6 +405,7 @@ def test_what_moved_meanwhile_is_told_and_asked_again_but_not_for_ever(conversat
     assert "changed each of the 3 times" in (message.last_error or "")
 
 
+@BOTH
 def test_a_human_takes_over_while_the_model_thinks(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation)
@@ -403,6 +425,7 @@ class Killed(BaseException):
     """As if the process had ended here."""
 
 
+@BOTH
 def test_a_worker_killed_after_the_commit_repeats_nothing(
     conversation_in: ConversationIn, close_engine_clock: MovableClock
 ) -> None:
@@ -438,6 +461,7 @@ def test_a_worker_killed_while_the_model_thinks_begins_again(
     assert stage_of(conversation) is Stage.QUALIFYING
 
 
+@BOTH
 def test_a_worker_that_lost_its_lease_writes_nothing(
     conversation_in: ConversationIn, close_engine_clock: MovableClock
 ) -> None:
@@ -459,6 +483,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(
     assert conversation.collected_data is None
 
 
+@BOTH
 def test_the_worker_itself_reports_nothing_of_a_lease_that_it_lost(
     conversation_in: ConversationIn, close_engine_clock: MovableClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -478,6 +503,7 @@ def test_the_worker_itself_reports_nothing_of_a_lease_that_it_lost(
     assert work(Scripted()).texts == ["From the other"]
 
 
+@BOTH
 def test_a_hook_that_fails_undoes_all_of_it_and_one_after_the_commit_nothing(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation)
@@ -696,7 +722,6 @@ HOSTILE = [
 ]
 
 
-@MEMORY
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.one_of(st.text(min_size=1, max_size=200), st.sampled_from(HOSTILE)))
 def test_no_words_of_the_lead_are_instructions(kind: str, words: str, close_engine_database: peewee.Database) -> None:
