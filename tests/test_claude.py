@@ -14,6 +14,7 @@ import peewee
 import pytest
 
 from close_engine import CloseEngineConversation, MessageStatus, Snooze, Stage, receive, subscribe
+from close_engine.database.binding import current
 from close_engine.drafting import DRAFT, ModelReply, Turn
 from close_engine.integrations.anthropic import LATER, ClaudeDrafter, _retry_after
 from close_engine.testing.anthropic import AnthropicStandIn, Brain, ModelError, calls, says
@@ -102,6 +103,24 @@ def test_tokens_are_counted_and_an_answer_that_is_cut_off_is_said_to_be(stand_in
     assert isinstance(reply, ModelReply)
     assert reply.is_cut_off
     assert reply.tokens == server.tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"], indirect=True)
+def test_a_text_that_comes_in_while_claude_thinks_drops_the_reply(
+    kind: str, asked: CloseEngineConversation, stand_in: StandIn
+) -> None:
+    def brain(request: dict[str, Any]) -> list[dict[str, Any]]:
+        if "wrong number" in str(request["messages"]):
+            return [calls("give_up", reason="wrong number")]
+        with current().database.connection_context():  # a webhook in another thread, which is not kept waiting
+            receive(asked.lead_id, "SM2", "Sorry, wrong number")
+        return [calls("record_answers", answers={"business": "a bakery"}), calls("reply", text="Lovely!")]
+
+    server = stand_in(brain)
+    assert work(claude(server)).texts == []
+    asked.reload()
+    assert (asked.stage, asked.collected_data, len(server.requests)) == (Stage.CLOSED_LOST, None, 2)
+    assert [message.status for message in messages()] == [MessageStatus.SENT] * 2
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503, 529])

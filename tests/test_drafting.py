@@ -20,6 +20,7 @@ from close_engine import (
     AutonomyLevel,
     CannotBeSent,
     CloseEngineConversation,
+    DraftFailed,
     EntryPoint,
     InvalidValue,
     Lead,
@@ -41,9 +42,10 @@ from close_engine import (
 )
 from close_engine.database.binding import current
 from close_engine.drafting import DRAFT, ModelReply, Question, ToolCall
-from close_engine.testing import MovableClock, new_lead
+from close_engine.testing import MovableClock, bring_to, new_lead
 from close_engine.tools import checked, toolbox
 from tests.models import PAY, PERSONA, QUESTIONS, Scripted, call, reply, work
+from tests.rows import replayed
 from tests.waiting import Running
 from tests.workers import messages
 
@@ -775,3 +777,72 @@ def test_a_drafter_that_makes_no_sense_is_refused() -> None:
     assert "record_answers" not in names
     assert "offer_payment" not in names
     assert "complete" not in names
+
+
+# -- whatever a model does ---------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(["Hello", "", "x" * 1601, "https://evil.example.com", "a\0b", "stop"]) | st.text(max_size=20)
+VALUES = WORDS | st.none() | st.integers() | st.lists(st.sampled_from(["business", "pages", "age"]), max_size=2)
+NAMES = st.sampled_from([*(tool.name for tool in toolbox(QUESTIONS, True)), "complete", "approve", ""])
+ARGUMENTS = st.dictionaries(st.sampled_from(["text", "reason", "words", "what", "asks", "to"]), VALUES, max_size=3)
+ANSWERS = st.fixed_dictionaries({"answers": st.dictionaries(st.sampled_from(["business", "pages", "preview"]), WORDS)})
+RIGHT = {
+    "record_answers": {"answers": {"business": "a bakery", "pages": "home"}},
+    "reply": {"text": "Hello"},
+    "no_reply_needed": {"reason": "thanks"},
+    "start_building": {},
+    "send_preview": {"text": "Here"},
+    "request_edits": {"what": "a logo"},
+    "offer_payment": {"text": "Pay"},
+    "give_up": {"reason": "no"},
+    "opted_out": {"words": "no more"},
+    "hand_to_human": {"reason": "angry"},
+}
+_RIGHT = st.sampled_from([ToolCall("right", name, arguments) for name, arguments in RIGHT.items()])
+_WRONG = st.builds(ToolCall, st.just("wrong"), NAMES, ARGUMENTS | ANSWERS | ANYTHING)
+CALLS = st.lists(_RIGHT, max_size=4) | st.lists(_RIGHT | _WRONG, max_size=3)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    answers=st.lists(CALLS, min_size=1, max_size=3),
+    stage=st.sampled_from([*close_engine.ACTIVE_STAGES, Stage.STALLED]),
+    level=st.sampled_from(AutonomyLevel),
+    has_preview=st.booleans(),
+)
+def test_whatever_a_model_does_it_is_one_step_that_the_machine_allows_or_none(
+    answers: list[list[ToolCall]],
+    stage: Stage,
+    level: AutonomyLevel,
+    has_preview: bool,
+    close_engine_database: peewee.Database,
+) -> None:
+    with close_engine_database.atomic() as transaction:
+        lead = new_lead(autonomy_level=level)
+        conversation = bring_to(open_conversation(lead, EntryPoint.SMS_REPLY), stage)
+        if has_preview:
+            conversation.record(data={"preview": {"url": PREVIEW, "edit_round": conversation.edit_rounds}})
+        wrote(conversation)
+        (message,) = outbox.claim(topics=[DRAFT])
+        conversation.reload()
+        before = (conversation.stage, conversation.collected_data, len(conversation.history()))
+        drafter = Scripted(*answers, max_turns=len(answers))
+        try:
+            drafter(message)
+        except DraftFailed:
+            conversation.reload()
+            assert (conversation.stage, conversation.collected_data, len(conversation.history())) == before
+            assert message.status is MessageStatus.PENDING
+        conversation.reload()
+        submitted = [each for each in messages(conversation) if each.topic != DRAFT] + list(PendingAction.select())
+        assert len(submitted) <= (message.status is MessageStatus.SENT)
+        assert conversation.stage is not Stage.COMPLETED
+        assert conversation.stage is not Stage.PAYMENT_SENT or stage is Stage.PAYMENT_SENT
+        assert replayed(conversation.id) == conversation.stage
+        assert all("evil" not in text.body for text in conversation.messages())
+        assert set(conversation.collected_data or {}) <= {"business", "pages", "preview"}
+        if has_preview:
+            assert conversation.collected_data["preview"]["url"] == PREVIEW
+        if any(isinstance(each, OutboxMessage) for each in submitted):
+            assert level is not AutonomyLevel.MANUAL
+        transaction.rollback()
