@@ -13,6 +13,8 @@ import os
 import re
 import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -35,11 +37,13 @@ __all__ = [
     "PlainCommand",
     "app",
     "command",
+    "importing",
     "in_seconds",
     "main",
     "open_database",
     "open_migrated",
     "option",
+    "require_migrated",
     "time_or_ago",
 ]
 
@@ -213,8 +217,43 @@ def open_migrated(context: typer.Context, *, wait: bool = False) -> None:
     open_database(context, wait=wait)
     if wait and current().database.is_closed():
         return
+    require_migrated()
+
+
+def require_migrated() -> None:
+    """Require that the bound database is migrated.
+
+    Raises:
+        SchemaError: migrations are pending.
+    """
     if missing := pending():
         raise SchemaError(f"The database is not migrated ({', '.join(missing)} pending): run close-engine migrate.")
+
+
+@contextmanager
+def importing(context: typer.Context, what: str) -> Iterator[None]:
+    """Import modules of the user's in this block, which may connect to a database themselves.
+
+    Args:
+        context: the context of the command.
+        what: str, what they are imported for.
+
+    Raises:
+        ConfigurationError: they connect to another database than `--database` names.
+    """
+    bound = current().database
+    yield
+    if current().database is not bound:
+        if option(context, "database") is not None and _place(current().database) != _place(bound):
+            raise ConfigurationError(
+                f"--database names one database, and the {what}'s module connects to another when it is imported: "
+                "leave out one of the two."
+            )
+        context.call_on_close(current().database.close)
+
+
+def _place(database: peewee.Database) -> tuple[Any, ...]:
+    return database.database, database.connect_params
 
 
 def in_seconds(text: str, default: float | None, unit: Literal["seconds", "hours", "days"] = "seconds") -> Any:

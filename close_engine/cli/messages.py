@@ -11,19 +11,33 @@ from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any
 
-import peewee
 import typer
 
 from close_engine import outbox, pauses, sweeps
+from close_engine.agency import PACKAGES, Agency, AgencySender, load_agency, require_packages
 from close_engine.board import HANGING_AFTER, outbox_line
-from close_engine.cli.app import Command, Group, app, command, in_seconds, open_migrated, option, time_or_ago
+from close_engine.cli.app import (
+    Command,
+    Group,
+    app,
+    command,
+    importing,
+    in_seconds,
+    open_migrated,
+    require_migrated,
+    time_or_ago,
+)
 from close_engine.cli.board import HangingAfter, render_outbox
-from close_engine.cli.terminal import cell, console, table
-from close_engine.database.binding import current, moment
+from close_engine.cli.terminal import cell, console, log_to_standard_error, table
+from close_engine.database.binding import current, is_transient, moment
 from close_engine.database.fields import clean_text
-from close_engine.errors import ConfigurationError
+from close_engine.errors import first_line
 from close_engine.policies import DailyCap, QuietHours
 from close_engine.worker import MOST_SENDERS, Worker, load_module, load_sender
+
+__all__ = ["subscribed"]
+
+logger = logging.getLogger(__name__)
 
 outbox_commands = typer.Typer(invoke_without_command=True)
 
@@ -160,6 +174,10 @@ def worker(
             metavar="MODULE:NAME", help="The sender: a function of one message, or an object with send and find."
         ),
     ] = None,
+    agency: Annotated[
+        bool,
+        typer.Option("--agency", help="Run the agency that CLOSE_ENGINE_AGENCY names: draft, build and send for it."),
+    ] = False,
     show: Annotated[
         bool, typer.Option("--print", help="Print what could be sent now, send nothing, mark nothing, and exit.")
     ] = False,
@@ -230,30 +248,33 @@ def worker(
     logs one line per event to standard error, unless the sender's module sets
     up `logging` itself.
     """
-    if (sender is None) is not show:
-        raise typer.BadParameter("Name your sender with --sender MODULE:NAME, or show what there is with --print.")
+    if [sender is not None, agency, show].count(True) != 1:
+        raise typer.BadParameter(
+            "Name your sender with --sender MODULE:NAME, run your agency with --agency, or show what there is with "
+            "--print."
+        )
     if show and modules:
         raise typer.BadParameter("With --print, nothing is imported: leave out --import.")
     topics = None if topic is None else [clean_text("topic", name) for name in topic]
     quiet_hours, cap = _policies(quiet_from, quiet_until, daily_cap, timezone_column, timezone)
-    open_migrated(context, wait=not (show or until_empty))
+    if agency:
+        require_packages(*PACKAGES["worker"])
+    patient = not (show or until_empty)
+    open_migrated(context, wait=patient)
     if show:
         for pause in pauses.paused():
             print(cell(f"PAUSED: {pause}"))
         for message in outbox.claimable(topics):
             print(cell(f"{message.topic} to lead {message.lead_id}: {message.body or message.payload}"))
         return
-    bound = current().database
-    for module in modules or ():
-        load_module(module)
-    send = load_sender(str(sender))
-    if current().database is not bound:
-        if option(context, "database") is not None and _place(current().database) != _place(bound):
-            raise ConfigurationError(
-                "--database names one database, and the sender's module connects to another when it is imported: "
-                "leave out one of the two."
-            )
-        context.call_on_close(current().database.close)
+    with importing(context, "agency" if agency else "sender"):
+        for module in modules or ():
+            load_module(module)
+        send, running = _loaded_agency(topics) if agency else (load_sender(str(sender)), None)
+    log_to_standard_error()
+    if running is not None:
+        topics = topics or running.topics
+        subscribed(running, idle, patient=patient)
     swept = partial(
         sweeps.sweep, stall_after=stall_after, lose_after=lose_after, lose_unanswered_after=lose_unanswered_after
     )
@@ -269,12 +290,40 @@ def worker(
         quiet_hours=quiet_hours,
         daily_cap=cap,
     )
-    _log_to_standard_error()
     with _metrics_served(metrics_host, metrics_port), _stopped_by_signals(sending_worker):
         if until_empty:
             sending_worker.run_until_empty()
         else:
             sending_worker.run()
+
+
+def _loaded_agency(topics: list[str] | None) -> tuple[AgencySender, Agency]:
+    """Return the agency that the environment names, and its sender."""
+    agency, settings = load_agency("worker")
+    if unknown := [topic for topic in topics or () if topic not in agency.topics]:
+        raise typer.BadParameter(f"The agency has no topic {unknown[0]!r}; it has {', '.join(agency.topics)}.")
+    return agency.sender(settings), agency
+
+
+def subscribed(agency: Agency, idle: timedelta = timedelta(seconds=1), *, patient: bool = True) -> None:
+    """Say in the database what follows for an agency. If the database is away, wait for it, unless nobody is to wait.
+
+    Raises:
+        SchemaError: the database is not migrated.
+        peewee.PeeweeException: the database cannot be used.
+    """
+    while True:
+        try:
+            with current().database.connection_context():
+                require_migrated()
+                agency.subscribe()
+        except Exception as error:
+            if not (patient and is_transient(error)):
+                raise
+            logger.warning("database unreachable: %s", first_line(error))
+            time.sleep(idle.total_seconds())
+        else:
+            return
 
 
 def _policies(
@@ -291,10 +340,6 @@ def _policies(
     return quiet_hours, None if most is None else DailyCap(most, **zones)
 
 
-def _place(database: peewee.Database) -> tuple[Any, ...]:
-    return database.database, database.connect_params
-
-
 @contextmanager
 def _metrics_served(host: str, port: int | None) -> Iterator[None]:
     """Serve the metrics of this process meanwhile, unless there is no port."""
@@ -306,24 +351,6 @@ def _metrics_served(host: str, port: int | None) -> Iterator[None]:
     with metrics.serving(port, host) as chosen:
         logging.getLogger(__name__).info("metrics at http://%s:%s/metrics", host, chosen)
         yield
-
-
-class _OneLine(logging.Formatter):
-    """Format each event as one line, even if it has a traceback."""
-
-    converter = staticmethod(time.gmtime)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return cell(super().format(record).replace("\n", "\\n"))
-
-
-def _log_to_standard_error() -> None:
-    if logging.root.handlers:  # the sender's module has set up logging
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    logging.root.addHandler(handler)
-    logging.getLogger("close_engine").setLevel(logging.INFO)
 
 
 @contextmanager

@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
 from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["cell", "console", "duration", "table"]
+__all__ = ["cell", "console", "duration", "log_to_standard_error", "table"]
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -78,3 +80,22 @@ def is_confirmed(warning: str) -> bool:
     if not answer.endswith("\n"):  # end of input: nobody ended the line
         print(file=sys.stderr)
     return answer.strip().lower() in ("y", "yes")
+
+
+class _OneLine(logging.Formatter):
+    """Format each event as one line, even if it has a traceback."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return cell(super().format(record).replace("\n", "\\n"))
+
+
+def log_to_standard_error() -> None:
+    """Log one line for each event, unless the user's module has set up logging."""
+    if logging.root.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    logging.root.addHandler(handler)
+    logging.getLogger("close_engine").setLevel(logging.INFO)
