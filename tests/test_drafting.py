@@ -335,6 +335,21 @@ def test_nobody_is_asked_if_there_is_nothing_to_say(conversation_in: Conversatio
 
 
 @BOTH
+def test_words_that_cross_a_text_of_ours_are_answered(conversation_in: ConversationIn) -> None:
+    """The lead answers a text before the worker has recorded that it was sent: then it is the lead's turn."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    submit(conversation, ActionType.SEND_MESSAGE, "What does your business do?", actor="ai")
+    (ours,) = outbox.claim(topics=["SEND_MESSAGE"])
+    wrote(conversation, "A bakery!")
+    ours.sent("SM-crossing")
+    drafter = Scripted([reply("Great!")])
+    assert work(drafter).texts == ["Great!"]
+    assert "The lead has written, and waits for an answer." in drafter.told
+    outbox.enqueue(conversation, DRAFT)
+    assert work(Scripted()).texts == []
+
+
+@BOTH
 def test_two_texts_at_once_are_answered_once(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation, "Hi", "SM1")
