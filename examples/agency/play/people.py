@@ -46,10 +46,12 @@ class Person:
     ends: str = "COMPLETED"
     number: str = ""
     is_done: bool = False
+    has_seen: bool = False
 
     def reacts(self, text: str) -> Iterator[Says | Pays]:
         """Yield what the lead does about a text."""
         topic = _topic(text)
+        self.has_seen = self.has_seen or topic == "preview"
         if (aside := self.asides.pop(topic, None)) is not None:
             self.is_done = self.ends != "COMPLETED"
             yield from [Says(aside)] if aside else []
@@ -61,6 +63,8 @@ class Person:
             edit, *rest = self.edits
             self.edits = tuple(rest)
             yield Says(edit)
+        elif topic == "wait" and self.has_seen:
+            yield Says("I see it already, and I love it! How do I pay?")
         elif topic == "refusal":
             yield Says("All right, I like it anyway. How do I pay?")
         elif topic == "preview":
@@ -79,6 +83,7 @@ def _topic(text: str) -> str:
         "colour": "Which colour",
         "business": "name of your business",
         "refusal": "cannot do that",
+        "wait": "I am on it",
     }.items():
         if pattern in text:
             return topic
