@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format lint types coverage storm dialogues judge matrix docs wheel bench clean
+.PHONY: demo agency test check format lint types coverage storm dialogues judge matrix docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
+
+# Twenty leads against a whole agency: no account is needed, the providers are stand-ins on this machine.
+agency: $(INSTALLED)
+	@cd examples/agency && ../../$(BIN)/python -m play
 
 # Without Node, this leaves out the tests in which Prisma is the judge, and says so. The check does not.
 test: $(INSTALLED)
@@ -27,6 +31,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy --strict close_engine
 	$(BIN)/mypy --strict tests
+	MYPYPATH=examples/agency $(BIN)/mypy --strict examples/agency/agency.py examples/agency/play
 
 coverage: judge
 	$(BIN)/pytest -q -n 2 --prisma --cov --cov-report=term --cov-fail-under=95

@@ -12,6 +12,44 @@ unset PYTHONPATH CLOSE_ENGINE_DATABASE
 PATH=$place/venv/bin:$PATH
 mkdir "$place/elsewhere"
 cd "$place/elsewhere"
+# Without extras, none of the providers' SDKs is installed, nor imported by what needs none.
+pip list --format=freeze >installed
+for package in twilio stripe anthropic starlette uvicorn phonenumbers prometheus_client jinja2; do
+    if grep --quiet -i "^$package==" installed; then
+        echo "the wheel without extras installs $package" >&2
+        exit 1
+    fi
+done
+python - <<'END'
+import importlib
+import sys
+from pathlib import Path
+
+import close_engine
+
+place = Path(close_engine.__file__).parent
+needing = ("integrations", "web", "testing", "migrations", "metrics.py")
+for path in place.rglob("*.py"):
+    if path.relative_to(place).parts[0] not in needing:
+        importlib.import_module(".".join(path.relative_to(place.parent).with_suffix("").parts))
+importlib.import_module("close_engine.integrations.webhooks")
+from close_engine.cli import main
+
+for command in ("--help", "serve --help", "worker --help"):
+    try:
+        main(command.split())
+    except SystemExit as end:
+        assert end.code == 0, command
+sdks = {"twilio", "stripe", "anthropic", "starlette", "uvicorn", "phonenumbers", "prometheus_client"}
+assert not sdks & {name.partition(".")[0] for name in sys.modules}, sdks & set(sys.modules)
+END
+# What needs them says how to get them.
+for command in "serve" "worker --agency"; do
+    if close-engine $command 2>refusal; then
+        exit 1
+    fi
+    grep --quiet 'pip install "close-engine\[agency\]"' refusal
+done
 # Minimal tables of a CRM are made only for who asks for them.
 if close-engine migrate 2>refusal; then
     echo "close-engine migrate made tables of a CRM that nobody asked for" >&2
