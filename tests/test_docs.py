@@ -192,6 +192,13 @@ def test_nothing_is_documented_that_is_not_a_command() -> None:
     assert set(used) <= set(COMMANDS)
 
 
+def test_the_first_page_leads_to_every_other() -> None:
+    first = ROOT / "docs/index.md"
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", first.read_text()))
+
+    assert {page.name for page in first.parent.glob("*.md")} - linked == {first.name}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
