@@ -378,18 +378,22 @@ def _require_link(conversation: CloseEngineConversation, lead_id: str, key: str)
     """
     if conversation.payment_link_sent_at is not None:
         return
-    mine = OutboxMessage.conversation_id == conversation.id
-    # Two indexes serve this: one has what waits, the other the texts that do not.
-    waits, texts = OutboxMessage.status == MessageStatus.PENDING, [each.value for each in ActionType]
-    settled = (OutboxMessage.status != MessageStatus.PENDING) & OutboxMessage.topic.in_(texts)
-    links = ((mine & waits) | (mine & settled)) & (OutboxMessage.topic == ActionType.SEND_PAYMENT_LINK.value)
-    begun = OutboxMessage.select().readable().where(links & (OutboxMessage.claims > 0))
-    message: OutboxMessage | None = begun.order_by(OutboxMessage.id.desc()).first()
+    message: OutboxMessage | None = links_of(conversation.id).where(OutboxMessage.claims > 0).first()
     if message is None:
         raise PaymentUnmatched(lead_id, key, "no payment link was sent to the lead")
     payload = message.payload if isinstance(message.payload, dict) else {}
     link = payload.get("paymentUrl") or conversation.payment_link_url
     write_fields(conversation, {"payment_link_url": link, "payment_link_sent_at": moment()}, "record_payment()")
+
+
+def links_of(conversation_id: str) -> Rows[OutboxMessage]:
+    """Return a `readable()` query for the messages of a conversation that carry a payment link, newest first."""
+    mine = OutboxMessage.conversation_id == conversation_id
+    # Two indexes serve this: one has what waits, the other the texts that do not.
+    waits, texts = OutboxMessage.status == MessageStatus.PENDING, [each.value for each in ActionType]
+    settled = (OutboxMessage.status != MessageStatus.PENDING) & OutboxMessage.topic.in_(texts)
+    links = ((mine & waits) | (mine & settled)) & (OutboxMessage.topic == ActionType.SEND_PAYMENT_LINK.value)
+    return OutboxMessage.select().readable().where(links).order_by(OutboxMessage.id.desc())
 
 
 def _completion(conversation: CloseEngineConversation) -> StageChange | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -176,6 +176,17 @@ def record_deliveries() -> None:
     OutboxMessage.get_by_id(7).delivery  # noqa: B018 - it is read
 
 
+def take_payments() -> None:
+    unsent = CloseEngineConversation.get_by_id("conversation 4")
+    with suppress(close_engine.PaymentUnmatched):
+        close_engine.record_payment(unsent.lead_id, "pi_1", amount=1, currency="USD", price=(2, "USD"))
+    close_engine.note_payment("unmatched", "pi_1", "No link.", lead=unsent.lead_id)
+    close_engine.record_payment("lead 6", "pi_2", amount=2, currency="USD", price=(2, "USD"))
+    close_engine.record_refund("pi_2", 1, "USD")
+    for entry in close_engine.payment_issues().limit(20):
+        close_engine.resolve_payment(entry, by="dana")
+
+
 def look_at_the_queue() -> None:
     list(close_engine.pending_actions().limit(20))
     list(close_engine.pending_actions("conversation 5"))
@@ -224,6 +235,10 @@ RUNS: dict[str, tuple[Callable[[], object], list[str]]] = {
             [close_engine.PastText("lead 16", "inbound", "hi", "SM1", "2026-01-01T00:00Z")]
         ),
         ["INSERT INTO .*texts"],
+    ),
+    "payments": (
+        take_payments,
+        ["SELECT .*outbox", "UPDATE .*inbox", "INSERT INTO .*inbox"],
     ),
     "stall_silent": (lambda: close_engine.stall_silent(batch=100), ["SELECT c.id FROM .*deadlines.*'stall'"]),
     "lose_stalled": (lambda: close_engine.lose_stalled(batch=100), ["SELECT c.id FROM .*deadlines.*'close_lost'"]),

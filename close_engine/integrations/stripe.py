@@ -31,7 +31,7 @@ from close_engine.database.transaction import atomic
 from close_engine.errors import ConfigurationError, ConversationNotFound, PaymentUnmatched, UnreadableRow
 from close_engine.integrations.webhooks import WebhookResponse
 from close_engine.outbox import OutboxMessage
-from close_engine.payments import Money, note_payment, record_payment, record_refund
+from close_engine.payments import Money, links_of, note_payment, record_payment, record_refund
 from close_engine.stages import ActionStatus, ActionType, MessageStatus, PaymentIssue
 
 if TYPE_CHECKING:
@@ -167,9 +167,8 @@ class StripePayments:
 
 def _waiting_link(conversation_id: str) -> str | None:
     """Return the link that waits to be sent or approved, or may have left without a word; None if there is none."""
-    links = (OutboxMessage.conversation_id == conversation_id) & (OutboxMessage.topic == ActionType.SEND_PAYMENT_LINK)
     leaves = (OutboxMessage.status != MessageStatus.WITHDRAWN) | (OutboxMessage.claims > 0)
-    messages = OutboxMessage.select().readable().where(links & leaves).order_by(OutboxMessage.id.desc())
+    messages = links_of(conversation_id).where(leaves)
     waits = (PendingAction.conversation_id == conversation_id) & (PendingAction.type == ActionType.SEND_PAYMENT_LINK)
     waits &= PendingAction.status == ActionStatus.PENDING
     actions = PendingAction.select().readable().where(waits).order_by(PendingAction.created_at.desc())
