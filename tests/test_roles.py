@@ -198,6 +198,10 @@ def work() -> None:
     assert close_engine.import_texts([close_engine.PastText("lead STALLED", "inbound", "Hi", "SM6", PAST)]).added == 1
     assert len(reopened.messages()) == 5
     assert close_engine.record_payment("lead PAYMENT_SENT", "pay 1")
+    close_engine.record_refund("pay 1", 1, "USD")
+    close_engine.note_payment("unmatched", "pay 2", "Whose is it?")
+    for entry in close_engine.payment_issues():
+        close_engine.resolve_payment(entry, by="Ann")
     assert close_engine.receive("lead STALLED", "SM4", "STOP").keyword
     assert close_engine.opt_in("lead STALLED", source="web form")
     close_engine.sweep()
