@@ -60,7 +60,7 @@ class ClaudeDrafter(Drafter):
         model: str = MODEL,
         questions: Sequence[Question] = (),
         payment_link: Callable[[CloseEngineConversation], str] | None = None,
-        timeout: timedelta = timedelta(minutes=1),
+        timeout: timedelta = timedelta(minutes=2),
         max_output: int = 8192,
         options: Mapping[str, Any] | None = None,
         **limits: Unpack[Limits],
