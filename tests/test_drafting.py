@@ -313,6 +313,17 @@ def test_a_link_that_waits_is_not_offered_twice(conversation_in: ConversationIn)
     assert PendingAction.select().where(PendingAction.status == ActionStatus.PENDING).count() == 1
 
 
+def test_a_preview_that_waits_is_not_sent_twice(conversation_in: ConversationIn) -> None:
+    conversation = conversation_in(Stage.BUILDING, AutonomyLevel.MANUAL)
+    built(conversation)
+    work(Scripted([call("send_preview", text="Here it is")]))
+    wrote(conversation, "Is it ready?")
+    drafter = Scripted([call("send_preview", text="Here!")], [reply("Nearly")])
+    work(drafter)
+    assert drafter.results == ["The preview is on its way already, or waits for approval: send it only once."]
+    assert "Preview: it waits to be sent, or to be approved." in drafter.asked[0][1][0].text
+
+
 def test_a_link_that_was_sent_is_sent_again(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     wrote(conversation, "I lost the link")
@@ -656,6 +667,19 @@ def test_a_payment_link_that_can_never_be_made_is_for_a_human(conversation_in: C
     work(Scripted([call("offer_payment", text="Great!")], payment_link=refuse))
     reason = (conversation.takeover() or pytest.fail("nobody took over")).reason
     assert reason == "The AI could not go on: this account takes no payments."
+
+
+def test_a_conversation_that_closed_meanwhile_is_not_handed_over(conversation_in: ConversationIn) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation)
+
+    def closes_and_fails() -> Exception:
+        CloseEngineConversation.get_by_id(conversation.id).close_lost(reason="no budget")
+        return RuntimeError("no answer")
+
+    work(Scripted(closes_and_fails, attempts=1))
+    assert conversation.takeover() is None
+    assert [message.status for message in drafts()] == [MessageStatus.DEAD]
 
 
 def test_no_transaction_is_open_while_a_payment_link_is_made(conversation_in: ConversationIn) -> None:
