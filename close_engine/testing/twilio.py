@@ -38,8 +38,8 @@ class Answered(NamedTuple):
     """What a webhook answered to a request.
 
     Attributes:
-        status: int, the HTTP status.
-        text: str, the body.
+        status: int, the HTTP status; 0 if nobody answered.
+        text: str, the body, or why nobody answered.
     """
 
     status: int
@@ -241,7 +241,10 @@ class TwilioStandIn(StandIn):
 
     def _report_all(self, text: SentText) -> None:
         for status in self._reports:
-            answered = self.report(text, status)
+            try:
+                answered = self.report(text, status)
+            except OSError as error:
+                answered = Answered(0, f"nobody answered: {error}")
             if answered is not None:
                 with self.lock:
                     self.reported.append(answered)

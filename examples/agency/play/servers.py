@@ -59,6 +59,7 @@ class Place:
         self.stripe = stack.enter_context(StripeStandIn())
         self.claude = stack.enter_context(AnthropicStandIn(think))
         self.directory = directory
+        self._reports = tuple(reports)
         self.url = f"http://127.0.0.1:{free_port()}"
         self.database = database or f"sqlite:///{directory}/agency.db"
         self.statuses: dict[str, int] = {}
@@ -99,11 +100,18 @@ class Place:
             for name in names:
                 self.wait_for(name, processes[name])
             yield processes
+            self._until_reported()
         finally:
             for process in processes.values():
                 process.send_signal(signal.SIGTERM)
             for name, process in processes.items():
                 self.statuses[name] = process.wait(30)
+
+    def _until_reported(self) -> None:
+        """Wait until Twilio has said what became of each text: a server that stops would not hear it."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end and len(self.twilio.reported) < len(self._reports) * len(self.twilio.texts):
+            time.sleep(0.02)
 
     def start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         """Start a process of the agency. Its log goes into a file."""
