@@ -105,6 +105,7 @@ EXAMPLES: list[errors.CloseEngineError] = [
     errors.ConversationCompleted("c1", "lead_1"),
     errors.ConversationClosed("c1", Stage.CLOSED_LOST),
     errors.ActionDecided("a1", "approve", ActionStatus.EXPIRED),
+    errors.DraftFailed("c1", "the model was asked 6 times and came to no end"),
     errors.CannotBeSent("The number does not exist.", 21211),
     errors.Snooze(timedelta(hours=1)),
     errors.LeaseLost(7, "worker-7", MessageStatus.SENT, None),
