@@ -146,7 +146,7 @@ class Settings:
         environment = os.environ if environment is None else environment
         values = {each.name: environment.get(each.name, "").strip() for each in variables}
         if problems := _problems(variables, role, values):
-            raise ConfigurationError("\n  - ".join(["The environment is not complete:", *problems]))
+            raise ConfigurationError("The environment is not complete:", problems)
         live = re.match("[sr]k_live_", values["STRIPE_API_KEY"]) is not None
         return cls(values["CLOSE_ENGINE_PUBLIC_URL"].rstrip("/"), live, values)
 

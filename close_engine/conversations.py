@@ -86,6 +86,10 @@ __all__ = [
 ]
 
 
+#: The longest that a conversation can be asked to be in a stage: some dates are too early for Python.
+_LONGEST = timedelta(days=36500)
+
+
 @dataclass(frozen=True)
 class Answer:
     """The answer of `may()`: true if the trigger may be fired.
@@ -479,7 +483,13 @@ class CloseEngineConversation(WithoutStage, BaseModel):
 
     @classmethod
     def in_stage_longer_than(cls, stage: Stage, duration: timedelta) -> Rows[CloseEngineConversation]:
-        """Return a `readable()` query for the conversations that have been in this stage for longer than that."""
+        """Return a `readable()` query for the conversations that have been in this stage for longer than that.
+
+        Raises:
+            InvalidValue: `duration` is less than zero or longer than a hundred years.
+        """
+        if not timedelta(0) <= duration <= _LONGEST:
+            raise InvalidValue("duration", str(duration), f"it must be from 0 to {_LONGEST.days} days")
         cutoff = moment() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)

@@ -18,7 +18,6 @@ prompt, and whatever it asks for, the machine, the approvals and the tools' own 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from close_engine.errors import (
 )
 from close_engine.inbox import InboxEntry
 from close_engine.outbox import OutboxMessage
+from close_engine.printable import get_logger
 from close_engine.stages import CLOSED_STAGES, ActionStatus, Direction, Event, MessageStatus, Stage
 from close_engine.tools import (
     OFFER_PAYMENT,
@@ -68,7 +68,7 @@ from close_engine.transcript import Text, TextKind, TextStatus, Transcript
 
 __all__ = ["DRAFT", "Drafter", "Limits", "ModelReply", "Question", "Tool", "ToolCall", "ToolResult", "Turn"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: The topic of the messages that ask a drafter to look at a conversation.
 DRAFT = "draft_reply"

@@ -57,6 +57,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from close_engine.printable import printable
 from close_engine.stages import ActionStatus, MessageStatus, Stage
 
 __all__ = [
@@ -123,7 +124,15 @@ class CloseEngineError(Exception):
 
 
 class ConfigurationError(CloseEngineError):
-    """A setting is missing or wrong: the database, the clock or the sender."""
+    """A setting is missing or wrong: the database, the clock or the sender.
+
+    Attributes:
+        problems: list of str, one sentence each, if there may be several.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = list(problems)
+        super().__init__("\n  - ".join([message, *map(printable, self.problems)]))
 
 
 class SchemaError(CloseEngineError):
@@ -135,7 +144,7 @@ class SchemaError(CloseEngineError):
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         self.problems = list(problems)
-        super().__init__("\n  - ".join([message, *self.problems]))
+        super().__init__("\n  - ".join([message, *map(printable, self.problems)]))
 
 
 class GuardMissing(SchemaError):

@@ -21,7 +21,6 @@ database is away, `close_engine_database_up` is 0, what is in it is left out, an
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -37,6 +36,7 @@ from close_engine.conversations import Takeover
 from close_engine.database.binding import current, moment
 from close_engine.errors import CloseEngineError, ConfigurationError, first_line
 from close_engine.models import StageChange
+from close_engine.printable import get_logger
 from close_engine.stages import PaymentIssue
 
 try:
@@ -50,7 +50,7 @@ except ImportError as missing:
 
 __all__ = ["MetricsCollector", "register", "serving"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: What each metric says, and its labels.
 _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -753,9 +753,10 @@ def require_order(send_after: timedelta | datetime | None, not_after: timedelta 
     Raises:
         InvalidValue: it could not, a datetime has no timezone, or a timedelta is too long.
     """
+    for name, given in {"send_after": send_after, "not_after": not_after}.items():
+        if isinstance(given, timedelta) and abs(given) > _LONGEST:
+            raise InvalidValue(name, str(given), f"it can be at most {_LONGEST.days} days")
     if isinstance(not_after, timedelta):
-        if abs(not_after) > _LONGEST:
-            raise InvalidValue("not_after", str(not_after), f"it can be at most {_LONGEST.days} days")
         is_before = isinstance(send_after, timedelta) and not_after < send_after
     elif not_after is not None:
         until = OutboxMessage.not_after.clean(not_after)

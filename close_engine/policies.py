@@ -17,7 +17,6 @@ The worker asks them after it has claimed a text, just before it sends it. What 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime, time, timedelta, timezone, tzinfo
 from functools import lru_cache, partial
@@ -30,12 +29,13 @@ from close_engine.database.fields import UtcDateTimeField, clean_words
 from close_engine.database.transaction import atomic
 from close_engine.errors import ConfigurationError, InvalidValue
 from close_engine.outbox import TEXTS, OutboxMessage
+from close_engine.printable import get_logger
 from close_engine.stages import INDEXED_TEXTS, Event
 from close_engine.subscriptions import publish
 
 __all__ = ["DailyCap", "LeadTimezone", "LocalPolicy", "QuietHours", "held_back", "require_column"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LeadTimezone = Callable[[str], "str | tzinfo | None"]
 """A function of a lead's id that returns the name of its timezone, or the timezone, or None if nobody knows it."""

@@ -13,7 +13,6 @@ on. The database may refuse a row, too: then the rows of its batch are written o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing
 from close_engine.firing import assigned_by, change_stage
 from close_engine.machine import TRIGGERS
 from close_engine.outbox import MAX_UNREPORTED, OutboxMessage
+from close_engine.printable import get_logger, log_value
 from close_engine.stages import ACTIVE_STAGES, INDEXED_TEXTS, Event
 from close_engine.subscriptions import WARN_BEFORE, publish
 
@@ -65,7 +65,7 @@ _LONGEST = timedelta(days=36500)
 #: As many as there are.
 _ALL = 2**63 - 1
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: The actor of these changes in the history.
 ACTOR = "sweep"
@@ -381,7 +381,7 @@ def _announce(event: Event, action_id: str, fact: str, expires_at: datetime) -> 
 def _pass_over(moved: Moved, row_id: Any, error: Exception) -> None:
     """Name a row that failed, so that the others go on; raise if the database itself is away."""
     moment()
-    logger.warning("the sweep passed over %s: %s", row_id, _sentence(error))
+    logger.warning("the sweep passed over %s: %s", log_value(row_id), _sentence(error))
     moved.failed[row_id] = _sentence(error)
 
 

@@ -64,12 +64,13 @@ from close_engine.errors import (
 )
 from close_engine.outbox import OutboxMessage
 from close_engine.policies import DailyCap, QuietHours
+from close_engine.printable import get_logger, log_value
 from close_engine.schema.scripts import pending
 from close_engine.stages import MessageStatus
 
 __all__ = ["FindingSender", "Sender", "Worker", "load_module", "load_sender"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Sender = Callable[[OutboxMessage], "str | None"]
 """A function that sends a message and returns the provider's id for it, or None if it has none."""
@@ -282,7 +283,7 @@ class Worker:
             logger.exception("sweep failed worker=%s", self.name)
             return
         for row_id, sentence in swept.failed.items():
-            logger.error("sweep passed over worker=%s id=%s error=%s", self.name, row_id, sentence)
+            logger.error("sweep passed over worker=%s id=%s error=%s", self.name, log_value(row_id), sentence)
         if any(vars(swept).values()):
             counts = " ".join(f"{kind}={len(ids)}" for kind, ids in vars(swept).items())
             logger.info("swept worker=%s %s", self.name, counts)
@@ -822,6 +823,6 @@ def _is_already_recorded(error: LeaseLost | MessageNotFound, name: str) -> bool:
 
 def _described(message: OutboxMessage) -> str:
     return (
-        f"message={message.id} topic={message.topic} conversation={message.conversation_id} "
-        f"attempt={message.attempts} provider_id={message.provider_id}"
+        f"message={message.id} topic={log_value(message.topic)} conversation={log_value(message.conversation_id)} "
+        f"attempt={message.attempts} provider_id={log_value(message.provider_id)}"
     )

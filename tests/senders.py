@@ -44,3 +44,8 @@ def never_end(message: OutboxMessage) -> str:
 def log_something(message: OutboxMessage) -> str:
     logging.getLogger("somebody").info("not asked for")
     return f"SM-{message.id}"
+
+
+def fail(message: OutboxMessage) -> str:
+    """Fails with words of the message, as a provider's client may."""
+    raise RuntimeError(f"{message.topic}: {message.body} {message.payload}")

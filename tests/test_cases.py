@@ -2322,3 +2322,18 @@ def test_g1_what_is_accepted_is_let_in_and_comes_back(value: Any, levels: int, c
         reject()
     conversation.save()
     assert CloseEngineConversation.get_by_id(conversation.id).collected_data == conversation.collected_data
+
+
+@pytest.mark.parametrize("length", [timedelta.max, timedelta(days=40_000)])
+def test_g8_a_length_of_time_that_no_date_holds(length: timedelta, conversation_in: ConversationIn) -> None:
+    """G8: `--hanging-after 1e12` raised an OverflowError, and `send_after` stored no time."""
+    conversation = conversation_in(Stage.QUALIFYING)
+    for asked in (
+        lambda: pipeline(length),
+        lambda: CloseEngineConversation.in_stage_longer_than(Stage.QUALIFYING, length),
+        lambda: submit(conversation, ActionType.SEND_MESSAGE, "Hi!", send_after=length),
+        lambda: outbox.enqueue(conversation, "build_site", send_after=length),
+    ):
+        with pytest.raises(InvalidValue, match="36500 days"):
+            asked()
+    assert OutboxMessage.select().count() == 0

@@ -223,7 +223,7 @@ def test_show_prints_the_row_and_the_timeline(conversation_in: Any, database_url
         ["INITIATED", "QUALIFYING", "start_qualifying"],
         ["QUALIFYING", "CLOSED_LOST", "close_lost"],
     ]
-    assert 'ana\N{REPLACEMENT CHARACTER}[2J   too [dear] :moon:   SM1   {"price": [1, "é"]}' in result.out
+    assert 'ana\\x1b[2J   too [dear] :moon:   SM1   {"price": [1, "é"]}' in result.out
 
 
 def test_show_and_fire_take_the_id_of_the_lead_too(conversation_in: Any, database_url: str) -> None:

@@ -80,7 +80,7 @@ def test_actions_lists_what_waits_for_approval(action: PendingAction) -> None:
     (listed,) = (line for line in result.out.splitlines() if line.startswith(action.id))
     assert listed.split()[1:3] == ["SEND_PAYMENT_LINK", action.lead_id]
     assert "24.0 h" in listed
-    assert "Shall we\N{REPLACEMENT CHARACTER}[2J?" in listed
+    assert "Shall we\\x1b[2J?" in listed
 
 
 def test_actions_may_be_narrowed_to_a_type(action: PendingAction) -> None:

@@ -401,7 +401,7 @@ def test_it_is_shown(in_flight: OutboxMessage, database_url: str, kind: str, mon
     monkeypatch.setenv("CLOSE_ENGINE_DATABASE", database_url)
     shown = run("outbox").out
     assert "Undelivered" in shown
-    assert f"{in_flight.id}: 30003: the phone\N{REPLACEMENT CHARACTER}[2J is off" in shown
+    assert f"{in_flight.id}: 30003: the phone\\x1b[2J is off" in shown
     assert ["undelivered", "1"] in run("board", "--once").lines or "undelivered" in run("board", "--once").out
     assert run("outbox", "requeue", str(in_flight.id)).code == 0
     assert "Undelivered" not in run("outbox").out

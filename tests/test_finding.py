@@ -209,11 +209,9 @@ def test_show_has_the_texts_and_takes_a_number(
 
     assert (result.code, result.err) == (0, "")
     assert ["id", conversation.id] in result.lines
-    texts = [
-        line[3:] for line in result.lines if line[-1:] in (["Hi!"], ["here."], ["Hello?\N{REPLACEMENT CHARACTER}[2J"])
-    ]
+    texts = [line[3:] for line in result.lines if line[-1:] in (["Hi!"], ["here."], ["Hello?\\x1b[2J"])]
     assert texts == [
-        ["lead", "message", "received", "Hello?\N{REPLACEMENT CHARACTER}[2J"],
+        ["lead", "message", "received", "Hello?\\x1b[2J"],
         ["human", "(dana)", "message", "sent", "Dana", "here."],
         ["AI", "message", "withdrawn:", "too", "late", "Hi!"],
     ]

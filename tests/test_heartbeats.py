@@ -188,7 +188,7 @@ def test_the_board_says_who_runs_and_who_was_lost(database: peewee.Database, clo
 
     close_engine_clock.move(2 * SECOND)
     assert "1 worker, seen 5 s ago: sending 1 of at most 8 messages at once." in shown()
-    assert f"Lost: w\N{REPLACEMENT CHARACTER}[2J on {HERE[0]}, process {HERE[1]}, seen 1 min ago." in shown()
+    assert f"Lost: w\\x1b[2J on {HERE[0]}, process {HERE[1]}, seen 1 min ago." in shown()
 
     end("w2")
     close_engine_clock.move(timedelta(days=8))

@@ -189,7 +189,7 @@ def test_it_is_shown_wherever_the_outbox_is(
     assert done.code == 0
     sentence = "PAUSED: nothing is sent since "
     assert done.out.startswith(sentence)
-    assert done.out.endswith("UTC, says dana: the provider\N{REPLACEMENT CHARACTER}[2J is down\n")
+    assert done.out.endswith("UTC, says dana: the provider\\x1b[2J is down\n")
     run("pause", "broken", "--topic", "SEND_PREVIEW", "--topic", "build_site")
     for command in (("board", "--once"), ("outbox",), ("worker", "--print")):
         shown = run(*command).out

@@ -433,7 +433,7 @@ def test_the_commands_list_add_and_end_them(
     assert [line[:3] for line in run("subscriptions").lines[2:]] == [
         ["build_site", "stage:entered", "BUILDING"],
         ["build_site", "stage:entered", "STALLED"],
-        ["tell\ufffd[2J", "message:dead", "-"],
+        ["tell\\x1b[2J", "message:dead", "-"],
     ]
     assert run("subscriptions", "remove", "build_site").out == "Subscriptions ended: 2.\n"
     assert "lead:loved" in refused("subscriptions", "add", "tell", "--event", "lead:loved")

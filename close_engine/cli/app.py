@@ -13,6 +13,7 @@ import os
 import re
 import sqlite3
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -28,6 +29,7 @@ from close_engine.database import url as urls
 from close_engine.database.binding import current, is_transient
 from close_engine.database.url import DEFAULT_URL, without_password
 from close_engine.errors import CloseEngineError, ConfigurationError, SchemaError, first_line, one_line
+from close_engine.printable import printable
 from close_engine.schema.scripts import pending
 from close_engine.version import __version__
 
@@ -46,6 +48,10 @@ __all__ = [
     "require_migrated",
     "time_or_ago",
 ]
+
+
+#: Typer has its own copy of click, and does not export this.
+_UsageError: Any = typer.BadParameter.__base__
 
 
 class _HidesFlagTypes:
@@ -81,6 +87,25 @@ class Group(_AcceptsSharedOptions, TyperGroup):
 
 class _Root(_HidesFlagTypes, TyperGroup):
     """The command `close-engine` itself."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    """Escape what an error repeats of the command line, line by line."""
+    try:
+        yield
+    except _UsageError as error:
+        sentence = "\n".join(map(printable, error.format_message().split("\n")))
+        error.format_message = lambda: sentence
+        raise
 
 
 app = typer.Typer(cls=_Root, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -312,6 +337,26 @@ def _without_secrets(sentence: str) -> str:
     return sentence
 
 
+def _sentences(error: Exception) -> list[str]:
+    """Say what is wrong, without a traceback: that is for people who write Python."""
+    if isinstance(error, CloseEngineError):
+        # A sentence, and below it perhaps a line for each problem.
+        return str(error).split("\n") if getattr(error, "problems", ()) else [str(error)]
+    if isinstance(error, (peewee.PeeweeException, sqlite3.Error)):
+        return [
+            f"Database error: {first_line(error)}. If a table or column is missing, run close-engine verify. If a "
+            "permission is missing, ask the owner of the tables to grant it. A SQLite file and its directory must be "
+            "writable."
+        ]
+    if isinstance(error, OSError):
+        return [f"System error: {error}."]
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return [
+        f"This is a bug in close-engine: {type(error).__name__}: {one_line(error)} ({Path(place.filename).name}, line "
+        f"{place.lineno}). Please report it, with the command line."
+    ]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -331,15 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, for example head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except CloseEngineError as error:
-        sentence = str(error)
-    except (peewee.PeeweeException, sqlite3.Error) as error:
-        sentence = (
-            f"Database error: {first_line(error)}. If a table or column is missing, run close-engine verify. If a "
-            "permission is missing, ask the owner of the tables to grant it. A SQLite file and its directory must be "
-            "writable."
-        )
-    except OSError as error:
-        sentence = f"System error: {error}."
-    print(_without_secrets(sentence), file=sys.stderr)
+    except Exception as error:
+        for sentence in _sentences(error):
+            print(printable(_without_secrets(sentence)), file=sys.stderr)
     sys.exit(1)

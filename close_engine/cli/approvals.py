@@ -67,7 +67,7 @@ def approve(
     found = _action(action)
     before = found.status
     queued = found.approve(by, message)
-    print(f"{_decision(found, before)} It is message {queued.id} in the outbox.")
+    print(cell(f"{_decision(found, before)} It is message {queued.id} in the outbox."))
 
 
 @command()
@@ -89,7 +89,7 @@ def reject(
     found = _action(action)
     before = found.status
     found.reject(by, reason)
-    print(_decision(found, before))
+    print(cell(_decision(found, before)))
 
 
 def _one_or_all(action: str | None, everything: bool, type: ActionType | None, yes: bool) -> None:
@@ -115,9 +115,9 @@ def _decide_all(
         raise CloseEngineError(f"Nothing was {outcome}. To {verb} all without being asked, use --yes.")
     decided = decide(waiting)
     for action_id in decided.done:
-        print(f"Action {action_id!r} is {outcome}.")
+        print(cell(f"Action {action_id!r} is {outcome}."))
     for action_id, sentence in decided.failed.items():
-        print(f"Action {action_id!r} is not {outcome}: {cell(sentence)}")
+        print(cell(f"Action {action_id!r} is not {outcome}: {sentence}"))
     if decided.failed:
         raise CloseEngineError(f"Drafts that were not {outcome}: {len(decided.failed)}.")
 

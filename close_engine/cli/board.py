@@ -125,10 +125,10 @@ def watch(console: Console, every: timedelta, hanging_after: timedelta = HANGING
         hanging_after: timedelta, as for `pipeline`.
 
     Raises:
-        InvalidValue: `every` is not greater than zero.
+        InvalidValue: `every` is not greater than zero, or more than a day.
     """
-    if every <= timedelta(0):
-        raise InvalidValue("every", str(every), "it must be greater than zero")
+    if not timedelta(0) < every <= timedelta(days=1):
+        raise InvalidValue("every", str(every), "it must be greater than zero and at most a day")
     with Live(render(pipeline(hanging_after)), console=console, auto_refresh=False, transient=False) as live:
         while True:
             time.sleep(every.total_seconds())

@@ -104,7 +104,7 @@ def show(
             row.add_row("taken_over", f"by {cell(taken.taken_by)}, {cell(taken.taken_at)}{why}")
         console().print(row, "")
     else:
-        print(f"Conversation {conversation!r} was deleted; its history is kept.")
+        print(cell(f"Conversation {conversation!r} was deleted; its history is kept."))
     _print_texts(transcript_of(found.id if found else conversation))
     columns = ("created_at", "source", "dest", "trigger", "actor", "reason", "key", "metadata")
     timeline = table("when", "from", "to", *columns[3:])
@@ -164,9 +164,9 @@ def fire(
     before = found.updated_at
     change = found.fire(trigger, actor=actor, reason=reason, key=key, **given)
     if found.updated_at == before:
-        print(f"Nothing changed: the key {key!r} was already used at {cell(change.created_at)}.")
+        print(cell(f"Nothing changed: the key {key!r} was already used at {cell(change.created_at)}."))
     else:
-        print(f"Conversation {found.id!r} went from {change.source} to {change.dest}.")
+        print(cell(f"Conversation {found.id!r} went from {change.source} to {change.dest}."))
 
 
 _LEAD = typer.Argument(metavar="LEAD", help="The id of the lead or of its conversation.")
@@ -185,9 +185,9 @@ def opt_out(
     open_migrated(context)
     made = optouts.opt_out(_lead_of(lead), source=source, key=key)
     if made.lifted_at is None:
-        print(f"Lead {made.lead_id!r} has opted out since {cell(made.created_at)}: nothing more is sent to it.")
+        print(cell(f"Lead {made.lead_id!r} has opted out since {cell(made.created_at)}: nothing more is sent to it."))
     else:
-        print(f"Nothing changed: the key {key!r} was already used at {cell(made.created_at)}.")
+        print(cell(f"Nothing changed: the key {key!r} was already used at {cell(made.created_at)}."))
 
 
 @command()
@@ -201,7 +201,7 @@ def opt_in(
     open_migrated(context)
     lead_id = _lead_of(lead)
     lifted = optouts.opt_in(lead_id, source=source, key=key)
-    print(f"Lead {lead_id!r} may be texted again." if lifted else "Nothing changed: there was nothing to lift.")
+    print(cell(f"Lead {lead_id!r} may be texted again." if lifted else "Nothing changed: there was nothing to lift."))
 
 
 def _lead_of(name: str) -> str:

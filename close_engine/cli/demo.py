@@ -20,8 +20,8 @@ from close_engine.demo.story import tell
 from close_engine.errors import SchemaError
 from close_engine.stages import ActionStatus, ActionType, MessageStatus
 
-#: How many leads are simulated.
-LEADS = 200
+#: How many leads are simulated, and the most, which take an hour.
+LEADS, MAX_LEADS = 200, 100_000
 
 
 @command()
@@ -32,6 +32,7 @@ def demo(
         typer.Option(
             metavar="NUMBER",
             min=MIN_LEADS,
+            max=MAX_LEADS,
             help=f"How many leads to simulate: {LEADS}, or {MIN_LEADS} with --story.",
             show_default=False,
         ),

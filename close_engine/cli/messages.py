@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -33,11 +32,12 @@ from close_engine.database.binding import current, is_transient, moment
 from close_engine.database.fields import clean_text
 from close_engine.errors import first_line
 from close_engine.policies import DailyCap, QuietHours
+from close_engine.printable import get_logger
 from close_engine.worker import MOST_SENDERS, Worker, load_module, load_sender
 
 __all__ = ["subscribed"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 outbox_commands = typer.Typer(invoke_without_command=True)
 
@@ -349,7 +349,7 @@ def _metrics_served(host: str, port: int | None) -> Iterator[None]:
     from close_engine import metrics  # it needs a package that not everybody has
 
     with metrics.serving(port, host) as chosen:
-        logging.getLogger(__name__).info("metrics at http://%s:%s/metrics", host, chosen)
+        logger.info("metrics at http://%s:%s/metrics", host, chosen)
         yield
 
 

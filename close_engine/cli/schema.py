@@ -9,7 +9,7 @@ import typer
 
 from close_engine import schema
 from close_engine.cli.app import command, in_seconds, open_database
-from close_engine.cli.terminal import console, is_confirmed, table
+from close_engine.cli.terminal import cell, console, is_confirmed, table
 from close_engine.errors import CloseEngineError, ConfigurationError, SchemaError
 from close_engine.schema.migrations import LOCK_TIMEOUT
 
@@ -79,7 +79,7 @@ def downgrade(
     ):
         raise CloseEngineError("Nothing was downgraded. To downgrade without being asked, use --yes.")
     downgraded = schema.downgrade(target, lock_timeout=lock_timeout)
-    print("\n".join(f"Downgraded {name}." for name in downgraded) or "Nothing to do: no migration is applied.")
+    print("\n".join(cell(f"Downgraded {name}.") for name in downgraded) or "Nothing to do: no migration is applied.")
 
 
 @command()
@@ -106,12 +106,12 @@ def verify(
     """Check the whole database: exit with status 0, or list what is wrong and exit with status 1."""
     open_database(context)
     for mended in schema.repair(lock_timeout=lock_timeout) if repair else ():
-        print(f"mended: {mended}.")
+        print(cell(f"mended: {mended}."))
     checks = schema.checks()
     for check in checks:
-        print(f"{'WRONG' if check.problems else 'ok':6} {check.subject}")
+        print(cell(f"{'WRONG' if check.problems else 'ok':6} {check.subject}"))
         for problem in check.problems:
-            print(f"       - {problem}")
+            print(cell(f"       - {problem}"))
     count = sum(len(check.problems) for check in checks)
     if count:
         raise SchemaError(f"{count} problem{'s' if count > 1 else ''} found. The list says what to do about each.")

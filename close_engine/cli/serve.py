@@ -16,8 +16,9 @@ from close_engine.cli.messages import subscribed
 from close_engine.cli.terminal import log_to_standard_error
 from close_engine.database.binding import current
 from close_engine.errors import ConfigurationError
+from close_engine.printable import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds that requests have to end in, once the server is told to stop.
 GRACE = 30

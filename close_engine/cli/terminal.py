@@ -1,9 +1,9 @@
-"""Output that is safe in a terminal: the console, plain tables, and values formatted for people.
+r"""Output that is safe in a terminal: the console, plain tables, and values formatted for people.
 
 >>> duration(timedelta(minutes=95)), duration(timedelta(days=3)), duration(None)
 ('1.6 h', '3.0 days', '-')
->>> cell("who\\x1b[2J?"), cell(None), cell({"n": 1})
-('who\ufffd[2J?', '-', '{"n": 1}')
+>>> cell("who\x1b[2J?"), cell(None), cell({"n": 1})
+('who\\x1b[2J?', '-', '{"n": 1}')
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+
+from close_engine.printable import printable
 
 __all__ = ["cell", "console", "duration", "log_to_standard_error", "table"]
 
@@ -33,6 +35,13 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if terminal else 1000, highlight=False, emoji=False, markup=False)
 
 
+class _Table(Table):
+    """A table in which no text can move the cursor or begin a line."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*(printable(text) if isinstance(text, str) else text for text in cells), **options)
+
+
 def table(*columns: str, title: str | None = None, numbers: Collection[str] = ()) -> Table:
     """Create an empty table.
 
@@ -41,7 +50,7 @@ def table(*columns: str, title: str | None = None, numbers: Collection[str] = ()
         title: the line above the table.
         numbers: the headings of the columns to align right.
     """
-    empty = Table(
+    empty = _Table(
         title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
     )
     for column in columns:
@@ -50,7 +59,7 @@ def table(*columns: str, title: str | None = None, numbers: Collection[str] = ()
 
 
 def cell(value: Any) -> str:
-    """Format a value for a terminal. Control characters are replaced: text from a lead must not move the cursor."""
+    """Format a value, or a sentence, for a terminal: on one line, with what would not be seen as itself escaped."""
     if value is None:
         return "-"
     if isinstance(value, timedelta):
@@ -58,7 +67,7 @@ def cell(value: Any) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S} UTC"
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return printable(text)
 
 
 def duration(time: timedelta | None) -> str:
@@ -75,7 +84,7 @@ def duration(time: timedelta | None) -> str:
 
 def is_confirmed(warning: str) -> bool:
     """Ask whether to go on, on standard error. Nobody's answer is no."""
-    print(f"{warning}. Continue? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{cell(warning)}. Continue? [y/N] ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):  # end of input: nobody ended the line
         print(file=sys.stderr)
@@ -88,7 +97,7 @@ class _OneLine(logging.Formatter):
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        return cell(super().format(record).replace("\n", "\\n"))
+        return printable(super().format(record))
 
 
 def log_to_standard_error() -> None:

@@ -13,7 +13,6 @@ fail at different moments, and only some of them can go on after the row.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,13 +20,14 @@ import peewee
 from playhouse.pool import MaxConnectionsExceeded
 
 from close_engine.errors import UnreadableRow, one_line
+from close_engine.printable import get_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Rows", "is_unreadable"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 M = TypeVar("M", bound=peewee.Model)
 

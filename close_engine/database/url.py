@@ -121,6 +121,8 @@ def _sqlite_options(place: str, query: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"a SQLite URL takes no parameters; remove {', '.join(query)}")
     if not place.startswith("/"):
         raise ValueError(f"write three slashes before a file, sqlite:///{place}")
+    if re.search("[\x00\ud800-\udc7f\udd00-\udfff]", place):  # the other surrogates stand for bytes that are not UTF-8
+        raise ValueError("no file has such a name")
     return {
         "database": place[1:] or ":memory:",
         "factory": WalConnection,

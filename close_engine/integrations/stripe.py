@@ -32,6 +32,7 @@ from close_engine.errors import ConfigurationError, ConversationNotFound, Paymen
 from close_engine.integrations.webhooks import WebhookResponse
 from close_engine.outbox import OutboxMessage
 from close_engine.payments import Money, links_of, note_payment, record_payment, record_refund
+from close_engine.printable import get_logger
 from close_engine.stages import ActionStatus, ActionType, MessageStatus, PaymentIssue
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StripePayments", "StripeWebhook", "is_live"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: What a payment is told by: the conversation, its lead, and what was to be paid.
 _CONVERSATION, _LEAD = "close_engine_conversation", "close_engine_lead"

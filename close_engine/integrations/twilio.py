@@ -13,7 +13,6 @@ Twilio has no idempotency keys. So the sender has `find`, which the worker asks 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,12 +50,13 @@ from close_engine.inbox import Received, receive
 from close_engine.integrations.webhooks import WebhookResponse
 from close_engine.models import Lead
 from close_engine.outbox import TEXTS, OutboxMessage
+from close_engine.printable import get_logger
 from close_engine.stages import ACTIVE_STAGES, DeliveryStatus, EntryPoint, Stage
 from close_engine.texts import TextEntry
 
 __all__ = ["TwilioHttp", "TwilioSender", "TwilioWebhooks", "UnknownSender", "create_lead", "words"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _API = "https://api.twilio.com"
 

@@ -14,7 +14,6 @@ provider that everything is committed. If the database is away or busy, it gets 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,11 +30,12 @@ from starlette.routing import BaseRoute, Route
 from close_engine.database.binding import current, is_transient
 from close_engine.errors import SchemaError, first_line
 from close_engine.integrations.webhooks import WebhookResponse
+from close_engine.printable import get_logger
 from close_engine.schema.scripts import pending
 
 __all__ = ["PaymentWebhook", "TextWebhooks", "create_app", "routes"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: The most bytes of a request's body. What the providers send is far smaller.
 MOST_BYTES = 1024 * 1024
