@@ -400,6 +400,7 @@ DECLARE
 BEGIN
     IF NOT coalesce(context ->> 'trigger' = fired AND entered IS NOT NULL
             AND context ->> 'transaction' = pg_catalog.pg_current_xact_id()::text
+            AND swept <= moment + interval '1 day'  -- the guard lets such a row pass as it is
             AND pg_catalog.has_column_privilege(close_engine.writer(),
                 $table$public.close_engine_conversations$table$::text, 'stage'::text, 'UPDATE'::text), false)
         OR NOT close_engine.sweeps_at_once() THEN
