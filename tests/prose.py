@@ -34,6 +34,14 @@ def block(page: Path, language: str, having: str = "") -> str:
     return text
 
 
+def grants(page: Path, role: str) -> list[str]:
+    """Return the grants on a page that a role is given, with `{role}` in its place."""
+    sql = "".join(block.text for block in blocks(page) if block.language == "sql")
+    return [
+        found.replace(f"TO {role}", "TO {role}") for found in re.findall(rf"^(GRANT .* TO {role});", sql, re.MULTILINE)
+    ]
+
+
 def section(page: Path, heading: str) -> str:
     """Return the text under a heading of the second level; empty if there is none."""
     return "".join(

@@ -163,7 +163,7 @@ def test_the_rights_that_the_page_grants_are_enough_and_no_more(url: str, roles:
     close_engine.migrate()
     assert close_engine.verify() == []
     database.close()
-    run_block(owner, "GRANT", roles)
+    run_block(owner, "close_worker", roles)
 
     database = close_engine.connect(as_role(url, roles["close_worker"]))
     assert close_engine.migrate() == []
@@ -219,7 +219,7 @@ def test_the_applications_role_needs_no_right_on_our_schema(url: str, roles: dic
     conversation = close_engine.open_conversation(lead, EntryPoint.SMS_REPLY)
     database.close()
     app = roles["crm_app"]
-    execute(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {app}")
+    run_block(url, "crm_app", roles)
     write = "UPDATE close_engine_conversations SET stage = %s RETURNING stalled_at IS NOT NULL"
 
     with pytest.raises(psycopg2.errors.CheckViolation, match=r"close_engine: .* cannot go from INITIATED to BUILDING"):

@@ -368,7 +368,7 @@ def owner(postgres_url: str) -> Iterator[ForeignWriter]:
 def having(owner: ForeignWriter, url: str, rights: list[str]) -> Iterator[tuple[str, ForeignWriter]]:
     """A role with these rights, and a schema of its own. It may also make leads, and things in `public`."""
     with postgres_role(url) as (role, password):
-        for right in (*rights, "GRANT INSERT ON leads TO {role}", "GRANT CREATE ON SCHEMA public TO {role}"):
+        for right in (*rights, "GRANT SELECT, INSERT ON leads TO {role}", "GRANT CREATE ON SCHEMA public TO {role}"):
             owner.run(right.format(role=role))
         owner.run(f"CREATE SCHEMA mine AUTHORIZATION {role}")
         writer = ForeignWriter(psycopg2.connect(as_user(url, role, password)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from urllib.parse import urlsplit, urlunsplit
@@ -11,41 +12,42 @@ import psycopg2
 import pytest
 
 import close_engine
-from close_engine import ActionType, CloseEngineConversation, EntryPoint, Lead, Stage
+from close_engine import ActionType, CloseEngineConversation, EntryPoint, Lead, Stage, heartbeats
 from close_engine.testing import bring_to, new_lead
 from tests.foreign import REFUSED, Change, ForeignWriter
+from tests.prose import PRISMA, grants
 from tests.servers import execute, new_name
 
 PASSWORD = "secret"
 
 PAST = datetime(2025, 1, 1, tzinfo=timezone.utc)
 
-#: The rights of the CRM's own application.
-CRM = [
-    "GRANT SELECT, INSERT, UPDATE, DELETE ON leads, close_engine_conversations, pending_actions TO {role}",
-]
+#: The rights of the CRM's own application and of a worker, as the page grants them.
+CRM, WORKER = grants(PRISMA, "crm_app"), grants(PRISMA, "close_worker")
 
-#: The least rights that a worker needs, besides those of PUBLIC.
-WORKER = [
+#: What a worker needs of the leads, in place of all that they hold.
+LEAST = [
+    "REVOKE SELECT ON leads FROM {role}",
     "GRANT SELECT (id, phone, autonomy_level, close_entry_point, qualification_data) ON leads TO {role}",
-    "GRANT UPDATE (close_entry_point, qualification_data) ON leads TO {role}",
-    "GRANT SELECT, INSERT, UPDATE ON close_engine_conversations, pending_actions TO {role}",
-    "GRANT USAGE ON SCHEMA close_engine TO {role}",
-    "GRANT SELECT ON ALL TABLES IN SCHEMA close_engine TO {role}",
-    "GRANT INSERT ON close_engine.inbox, close_engine.outbox, close_engine.takeovers TO {role}",
-    "GRANT UPDATE ON close_engine.inbox, close_engine.outbox, close_engine.takeovers, close_engine.deadlines TO {role}",
-    "GRANT INSERT, UPDATE ON close_engine.numbers, close_engine.optouts, close_engine.pauses TO {role}",
-    "GRANT INSERT ON close_engine.carried TO {role}",
-    "GRANT INSERT, UPDATE, DELETE ON close_engine.deliveries TO {role}",
-    "GRANT INSERT ON close_engine.texts TO {role}",
 ]
 
-#: The rights that it needs in addition to verify the installation.
+#: What it needs only to verify the installation, and is therefore granted apart: of users and clients, less will do.
 VERIFIER = [
     "GRANT SELECT (id) ON users TO {role}",
     "GRANT SELECT (id, autonomy_level) ON clients TO {role}",
     "GRANT SELECT ON ALL SEQUENCES IN SCHEMA close_engine TO {role}",
 ]
+FOR_VERIFYING = {f"SELECT ON {name}" for name in ("users", "clients", "ALL SEQUENCES IN SCHEMA close_engine")}
+
+
+def rights_of(statements: list[str]) -> list[str]:
+    """Return the rights that these statements grant, one by one."""
+    rights = []
+    for statement in statements:
+        verbs, objects = re.fullmatch(r"GRANT (.+) ON (.+) TO \{role\}", statement).groups()
+        each = re.findall(r"\w+(?: \([^)]*\))?", verbs)
+        rights += [f"{verb} ON {name}" for verb in each for name in objects.split(", ")]
+    return rights
 
 
 @pytest.fixture
@@ -67,10 +69,17 @@ def granted(url: str, role: str, statements: list[str]) -> None:
     execute(url, *(statement.format(role=role) for statement in statements))
 
 
+def test_the_page_grants_what_these_tests_run_with() -> None:
+    assert CRM == ["GRANT SELECT, INSERT, UPDATE, DELETE ON close_engine_conversations, pending_actions TO {role}"]
+    assert len(WORKER) > 10
+    assert set(rights_of(WORKER)) > FOR_VERIFYING
+    assert not any(right.startswith(("ALL", "TRIGGER", "TRUNCATE")) for right in rights_of(WORKER))
+
+
 @pytest.fixture
 def crm(role: str, postgres_url: str) -> Iterator[ForeignWriter]:
     """The CRM's application: it has rights on its tables, none on the library's schema."""
-    granted(postgres_url, role, CRM)
+    granted(postgres_url, role, [*CRM, "GRANT SELECT, INSERT ON leads TO {role}"])  # the leads are its own
     writer = ForeignWriter(psycopg2.connect(url_as(postgres_url, role)))
     writer.connection.autocommit = True
     yield writer
@@ -155,7 +164,8 @@ def test_nobody_can_make_our_functions_write_for_a_table_of_his_own(owner: Forei
 @pytest.fixture
 def worker(role: str, postgres: peewee.Database, postgres_url: str) -> Iterator[peewee.Database]:
     """The library, bound as a worker with the least rights, and leads to work on."""
-    granted(postgres_url, role, WORKER)
+    granted(postgres_url, role, [*WORKER, *LEAST])
+    execute(postgres_url, *(f"REVOKE {right} FROM {role}" for right in FOR_VERIFYING))
     for stage in Stage:
         new_lead(id=f"lead {stage}")
     close_engine.subscribe("draft", events=["lead:wrote"], debounce=timedelta(minutes=1))
@@ -212,6 +222,12 @@ def work() -> None:
     close_engine.record_delivery("sent", provider_id="provider-2")
     assert close_engine.record_delivery("read", provider_id="provider-2", send_key="key 2").message_id is None
     assert message.delivery
+    close_engine.subscribe("build_site", stages=[Stage.BUILDING])
+    close_engine.subscribe("build_site", stages=[Stage.BUILDING], payload={"of": "ours"})
+    assert close_engine.unsubscribe("build_site") == 1
+    heartbeats.beat("worker-7", 4, None, 0, timedelta(0))
+    heartbeats.beat("worker-7", 4, None, 1, timedelta(minutes=1))
+    heartbeats.end("worker-7")
 
 
 def test_a_worker_needs_no_more_than_this(worker: peewee.Database, role: str, postgres_url: str) -> None:
@@ -244,17 +260,18 @@ def test_a_role_that_may_not_change_stages_cannot_sweep(worker: peewee.Database,
     assert CloseEngineConversation.get_by_id(conversation.id).stage is Stage.BUILDING
 
 
-WRITTEN = ("outbox", "inbox", "takeovers", "numbers", "optouts", "pauses", "deliveries")
+#: Each right that the page grants for work: those on all tables and on columns one by one, as far as work reads them.
 RIGHTS = [
+    *(
+        right
+        for right in rights_of(WORKER)
+        if right not in FOR_VERIFYING and " ALL " not in right and "leads" not in right
+    ),
     *(f"SELECT ({column}) ON leads" for column in ("id", "phone", "autonomy_level", "close_entry_point")),
     *(f"UPDATE ({column}) ON leads" for column in ("close_entry_point", "qualification_data")),
-    *(f"{verb} ON close_engine_conversations" for verb in ("SELECT", "INSERT", "UPDATE")),
-    *(f"{verb} ON pending_actions" for verb in ("SELECT", "INSERT", "UPDATE")),
-    "USAGE ON SCHEMA close_engine",
-    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "texts", *WRITTEN)),
-    *(f"INSERT ON close_engine.{name}" for name in (*WRITTEN, "carried", "texts")),
-    *(f"UPDATE ON close_engine.{name}" for name in (*WRITTEN, "deadlines")),
-    "DELETE ON close_engine.deliveries",
+    *(f"SELECT ON close_engine.{name}" for name in ("migrations", "history", "texts", "outbox", "inbox", "takeovers")),
+    *(f"SELECT ON close_engine.{name}" for name in ("numbers", "optouts", "pauses", "deliveries", "subscriptions")),
+    "SELECT ON close_engine.workers",
 ]
 
 
