@@ -80,6 +80,7 @@ __all__ = [
     "PendingAction",
     "Policy",
     "approve_all",
+    "expiring_first",
     "needs_approval",
     "pending_actions",
     "reject_all",
@@ -299,6 +300,13 @@ def pending_actions(
     if conversation is not None:
         query = query.where(PendingAction.conversation_id == getattr(conversation, "id", conversation))
     return query if type is None else query.where(PendingAction.type == type)
+
+
+def expiring_first(type: ActionType | None = None) -> Rows[PendingAction]:
+    """Return the query of `pending_actions`, with what expires soonest first and what never expires last."""
+    expires_at = PendingAction.expires_at
+    order = (expires_at.is_null(), expires_at, PendingAction.created_at, PendingAction.id)
+    return pending_actions(type=type).order_by(*order)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import peewee
 from close_engine.approvals import PendingAction, pending_actions
 from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
+from close_engine.database.fields import stored_time
 from close_engine.deliveries import undelivered
 from close_engine.errors import InvalidValue
 from close_engine.heartbeats import LOST_AFTER, lasting
@@ -39,13 +40,17 @@ from close_engine.stages import ACTIVE_STAGES, ActionType, MessageStatus, Stage
 
 __all__ = [
     "ApprovalLine",
+    "DayLine",
     "OutboxLine",
     "Pipeline",
     "StageLine",
     "WaitingLine",
     "WorkerLine",
+    "days",
     "outbox_line",
     "pipeline",
+    "pulse",
+    "turns",
     "worker_lines",
 ]
 
@@ -215,6 +220,83 @@ def pipeline(hanging_after: timedelta = HANGING_AFTER) -> Pipeline:
         issues,
         worker_lines(),
     )
+
+
+@dataclass(frozen=True)
+class DayLine:
+    """What happened on one day, by UTC.
+
+    Attributes:
+        day: datetime, when the day began.
+        entered: dict of Stage to int, how often conversations entered it that day; without the stages that none did.
+    """
+
+    day: datetime
+    entered: dict[Stage, int]
+
+
+#: How much of the history `days` reads at most.
+NEWEST = 20_000
+
+
+def days(count: int = 14) -> tuple[list[DayLine], bool]:
+    """Count the stage changes of the last days, from the newest rows of the history.
+
+    Args:
+        count: int, how many days, with today.
+
+    Returns:
+        the days, oldest first; and whether that is all of them. If not, the history has too many rows for a page, and
+        the oldest days are left out or incomplete.
+    """
+    today = moment().replace(hour=0, minute=0, second=0, microsecond=0)
+    begins = [today - timedelta(days=ago) for ago in range(count - 1, -1, -1)]
+    builtin = current().dialect.builtin
+    counted = ", ".join(f"{builtin}count(CASE WHEN at >= %s AND at < %s THEN 1 END)" for _ in begins)
+    newest = f"SELECT id, dest, created_at AS at FROM {{history}} ORDER BY id DESC LIMIT {NEWEST}"
+    bounds = [stored_time(at) for begin in begins for at in (begin, begin + timedelta(days=1))]
+    read = f"SELECT dest, {counted}, {builtin}count(id), {builtin}min(at) FROM ({newest}) AS newest GROUP BY dest"
+    rows = current().execute(read, bounds).fetchall()
+    lines = [DayLine(begin, {}) for begin in begins]
+    for dest, *counts, _, _ in rows:
+        for line, entered in zip(lines, counts, strict=True):
+            if entered and dest in set(Stage):
+                line.entered[Stage(dest)] = entered
+    reads_all = sum(row[-2] for row in rows) < NEWEST
+    return lines, reads_all or any(_began_before(row[-1], begins[0]) for row in rows)
+
+
+def _began_before(at: Any, begin: datetime) -> bool:
+    try:
+        return bool(StageChange.created_at.python_value(at) < begin)
+    except ValueError:
+        return False
+
+
+def turns() -> tuple[int, int]:
+    """Count the conversations in which the lead waits for us, and those in which we wait for the lead."""
+    counted = f'SELECT "trigger", {current().dialect.builtin}count(subject_id) FROM {{deadlines}}'
+    rows = current().execute(f"{counted} WHERE \"trigger\" IN ('answer', 'stall') GROUP BY \"trigger\"").fetchall()
+    found = dict(rows)
+    return found.get("answer", 0), found.get("stall", 0)
+
+
+def pulse() -> str:
+    """Return a word that is another one whenever something has happened that the board or the queues would show.
+
+    It is one short statement, to be asked every other second.
+    """
+    count, most = (f"{current().dialect.builtin}{name}" for name in ("count", "max"))
+    parts = [
+        *(f"{most}(id) FROM {{{table}}}" for table in ("history", "inbox", "outbox", "takeovers", "optouts")),
+        f"{count}(id) FROM {{takeovers}} WHERE handed_back_at IS NULL",
+        f"{count}(id) FROM {{pauses}} WHERE resumed_at IS NULL",
+        f"{count}(id) FROM {{outbox}} WHERE status = 'DEAD'",
+        f"{count}(id) FROM {{outbox}} WHERE status = 'PENDING'",
+        f"{count}(id) FROM pending_actions WHERE status = 'PENDING'",
+    ]
+    row = current().execute("SELECT " + ", ".join(f"(SELECT {part})" for part in parts)).fetchone()
+    return "-".join(str(value or 0) for value in row)
 
 
 def worker_lines() -> list[WorkerLine]:

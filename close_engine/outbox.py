@@ -42,6 +42,7 @@ from close_engine.database.fields import (
     storable_text,
 )
 from close_engine.database.provenance import Provenance
+from close_engine.database.reading import Rows
 from close_engine.database.transaction import accept, accept_row, atomic
 from close_engine.errors import (
     ConversationClosed,
@@ -84,6 +85,7 @@ __all__ = [
     "requeue",
     "requeue_all",
     "undelivered_lines",
+    "waiting",
 ]
 
 #: Topics that are texts to the lead: one lane, and not sent after the conversation has closed. Other effects still are.
@@ -1138,6 +1140,21 @@ def claimable(topics: Sequence[str] | None = None) -> list[OutboxMessage]:
     found = peewee.SQL(current().sql(f"(SELECT o.id FROM {{outbox}} o WHERE {claimable})"), names)
     query = OutboxMessage.select().readable().where(OutboxMessage.id.in_(found))
     return list(query.order_by(OutboxMessage.priority.desc(), OutboxMessage.available_at, OutboxMessage.id))
+
+
+def waiting(*, failed: bool = False, texts: bool = True) -> Rows[OutboxMessage]:
+    """Return a `readable()` query for what is still to be sent, now or later: what is due first comes first.
+
+    Args:
+        failed: only what is to be tried again, because sending it failed.
+        texts: also texts to the lead, and not only other effects.
+    """
+    query = OutboxMessage.select().readable().where(OutboxMessage.status == MessageStatus.PENDING)
+    if failed:
+        query = query.where(OutboxMessage.last_error.is_null(False))
+    if not texts:
+        query = query.where(OutboxMessage.topic.not_in([str(topic) for topic in TEXTS]))
+    return query.order_by(OutboxMessage.available_at, OutboxMessage.id)
 
 
 def due_in(within: timedelta = timedelta(days=1)) -> timedelta | None:

@@ -1,0 +1,36 @@
+"""What waits for us: what needs somebody now."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from close_engine import outbox
+from close_engine.conversations import waiting_for_us
+from close_engine.database.binding import current
+from close_engine.finding import described
+from close_engine.inbox import surplus_payments
+from close_engine.web.console.page import Ask, endpoint
+
+__all__ = ["ROUTES"]
+
+#: So many of each are shown.
+MOST = 20
+
+
+def waiting(ask: Ask) -> Response:
+    """Show it."""
+    owed, surplus = waiting_for_us(), surplus_payments()
+    return ask.show(
+        "waiting.html",
+        replies=described(list(owed.limit(MOST))),
+        owed=current().count(owed.order_by()),
+        dead=outbox.dead_lines(),
+        undelivered=outbox.undelivered_lines(),
+        surplus=list(surplus.limit(MOST)),
+        surpluses=current().count(surplus.order_by()),
+        failing=list(outbox.waiting(failed=True, texts=False).limit(MOST)),
+        most=MOST,
+    )
+
+
+ROUTES = [endpoint("/waiting", waiting)]
