@@ -241,6 +241,8 @@ def test_what_waits_for_us_is_named(
     paid = conversation_in(Stage.PAYMENT_SENT)
     record_payment(paid.lead_id, "pi_1", amount=90000, currency="USD")
     record_payment(paid.lead_id, "pi_2", amount=90000, currency="USD")
+    asked = conversation_in(Stage.QUALIFYING, phone="+12125550103")
+    asked.take_over("owner", reason="the lead asked for a human")
     outbox.enqueue(owed, "draft_reply", payload={})
     outbox.enqueue(owed, MESSAGE, "Hi")
     (draft,) = outbox.claim(worker="worker", topics=["draft_reply"])
@@ -252,6 +254,7 @@ def test_what_waits_for_us_is_named(
     owner.look("/waiting")
 
     assert "Replies owed 1 +12125550101 Qualifying, wrote 1.0 h ago" in owner.text
+    assert "+12125550103 owner, 1.0 h ago: the lead asked for a human" in owner.text
     assert f"TwilioError 1 1.0 h ago {text.id}: TwilioError: 21211" in owner.text
     assert "already 1 pi_2 90,000 USD" in owner.text
     assert "draft_reply 1 attempts failed" in owner.text
@@ -331,6 +334,11 @@ def test_somebody_takes_over_writes_and_hands_back(conversation_in: Conversation
     assert (eve.status, OutboxMessage.select().count()) == (409, 1)
     assert "dana" in eve.text
     assert "It is Eve." in eve.page
+
+    eve.send(f"{path}/step-in", verb="take over")
+    assert (eve.status, conversation.takeover().taken_by) == (409, "dana")
+    eve.send(f"{path}/step-in", verb="take over", **{"from": "them"})
+    assert conversation.takeover().taken_by == "eve"
 
     dana.send(f"{path}/step-in", verb="hand back")
     assert conversation.takeover() is None

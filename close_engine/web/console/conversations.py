@@ -129,7 +129,10 @@ def step_in(ask: Ask) -> Response:
     verb, reason = ask.given("verb"), ask.given("reason")
     found = _of(ask)
     if verb == "take over":
-        found.take_over(ask.by)
+        with atomic():
+            if ask.given("from"):  # they said to take it from whoever leads it
+                found.hand_back(ask.by)
+            found.take_over(ask.by)
         said = "You lead this conversation now. The AI's drafts were withdrawn."
     elif verb == "hand back":
         found.hand_back(ask.by)
