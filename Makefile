@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo agency test check format lint types coverage storm dialogues judge matrix docs wheel bench clean
+.PHONY: demo agency test check format lint types coverage storm dialogues judge matrix browser screenshots docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -13,7 +13,8 @@ demo: $(INSTALLED)
 agency: $(INSTALLED)
 	@cd examples/agency && ../../$(BIN)/python -m play
 
-# Without Node, this leaves out the tests in which Prisma is the judge, and says so. The check does not.
+# Without Node, this leaves out the tests in which Prisma is the judge, and without Chromium those in which a browser
+# visits the console. It says so. The check leaves out nothing.
 test: $(INSTALLED)
 	@$(BIN)/python -m tests.judge try
 	$(BIN)/pytest -q -n 2
@@ -33,8 +34,8 @@ types: $(INSTALLED)
 	$(BIN)/mypy --strict tests
 	MYPYPATH=examples/agency $(BIN)/mypy --strict examples/agency/agency.py examples/agency/play
 
-coverage: judge
-	$(BIN)/pytest -q -n 2 --prisma --cov --cov-report=term --cov-fail-under=95
+coverage: judge browser
+	$(BIN)/pytest -q -n 2 --prisma --browser --cov --cov-report=term --cov-fail-under=95
 
 # The chaos test at its full size: the check runs it with a tenth. It prints what happened.
 storm: $(INSTALLED)
@@ -53,6 +54,16 @@ judge: $(INSTALLED)
 # What Prisma judges, as the table in docs/prisma.md.
 matrix: judge
 	$(BIN)/pytest -q --prisma --write-matrix tests/test_judge.py
+
+# Playwright and axe from PyPI, and Debian's Chromium unless there is one.
+browser: $(INSTALLED)
+	@$(BIN)/python -c "import axe_playwright_python, playwright" 2>/dev/null || \
+		$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	@$(BIN)/python -m tests.browser install
+
+# The pictures in docs/console.md.
+screenshots: browser
+	$(BIN)/pytest -q --browser --screenshots tests/test_browser.py -k screenshots
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

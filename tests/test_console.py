@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import anyio
 import peewee
 import pytest
 from starlette.applications import Starlette
@@ -33,6 +34,7 @@ from close_engine.board import days, pulse
 from close_engine.database.binding import current
 from close_engine.testing import FakeSender, MovableClock
 from close_engine.web.console import Account, Accounts, Role, console
+from close_engine.web.console.live import Pulse, events
 from tests.foreign import ForeignWriter
 from tests.visitor import Visitor
 
@@ -581,6 +583,18 @@ def test_the_pulse_is_another_one_when_something_has_happened(
 
     assert len(set(seen)) == len(seen)
     assert pulse() == seen[-1]
+
+
+def test_a_page_hears_of_what_happened_since_it_was_made(owner: Visitor, conversation_in: ConversationIn) -> None:
+    async def heard(seen: str) -> list[str]:
+        return [event async for event in events(Pulse(), seen, lasts=0)]
+
+    owner.look()
+    found = re.search(r'data-events="/events\?seen=([^"]+)"', owner.page)
+    assert found
+    assert anyio.run(heard, found[1]) == ["retry: 1000\n\n"]
+    drafted(conversation_in(Stage.QUALIFYING, MANUAL))
+    assert anyio.run(heard, found[1])[1:] == [f"id: {pulse()}\nevent: changed\ndata: \n\n"]
 
 
 def test_a_database_that_is_not_there_is_said(owner: Visitor, close_engine_database: peewee.Database) -> None:

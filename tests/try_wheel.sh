@@ -7,6 +7,10 @@ constraints=$(realpath constraints.txt)
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 unset PYTHONPATH CLOSE_ENGINE_DATABASE
+# The console's pages are not Python, and come along all the same.
+"$python" -m zipfile -l "$wheel" >"$place/contents"
+grep --quiet close_engine/web/console/templates/approvals.html "$place/contents"
+grep --quiet close_engine/web/console/static/console.js "$place/contents"
 "$python" -m venv "$place/venv"
 "$place/venv/bin/pip" install --quiet --quiet --disable-pip-version-check --constraint "$constraints" "$wheel"
 PATH=$place/venv/bin:$PATH

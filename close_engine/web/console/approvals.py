@@ -21,6 +21,8 @@ __all__ = ["ROUTES"]
 
 #: So many drafts are on one page.
 AT_ONCE = 50
+#: So many of the last texts are shown beside a draft.
+LAST = 12
 
 
 def approvals(ask: Ask) -> Response:
@@ -40,6 +42,8 @@ def _page(ask: Ask, chosen: str, status: int = 200, problem: str = "", text: str
         action = waiting[0]
     of = [*waiting, action] if action and action not in waiting else waiting
     leads = _leads(of)
+    transcript = [] if action is None else _before(action)
+    draft = "" if action is None else action.draft_message if text is None else text
     return ask.show(
         "approvals.html",
         status,
@@ -52,7 +56,9 @@ def _page(ask: Ask, chosen: str, status: int = 200, problem: str = "", text: str
         action=action,
         is_pending=action is not None and action.status is ActionStatus.PENDING,
         links=_links(action),
-        transcript=[] if action is None else _before(action),
+        transcript=transcript[-LAST:],
+        is_cut=len(transcript) > LAST,
+        rows=min(max(2, len(draft) // 70 + draft.count("\n") + 1), 12),
         following=_after(action, waiting),
         problem=problem,
         text=text,

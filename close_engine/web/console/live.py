@@ -30,10 +30,11 @@ class Pulse:
     def __init__(self) -> None:
         self._lock, self._asked, self._last = anyio.Lock(), float("-inf"), ""
 
-    async def now(self) -> str:
-        """Return the pulse, at most so old as `EVERY` says. A database that is away has none."""
+    async def now(self, oldest: float = EVERY) -> str:
+        """Return the pulse, at most so many seconds old. A database that is away has none."""
+        asked_at = time.monotonic()
         async with self._lock:
-            if time.monotonic() - self._asked >= EVERY:
+            if asked_at - self._asked >= oldest:
                 try:
                     self._last = await run_in_threadpool(beat)
                 except peewee.PeeweeException:
@@ -47,18 +48,21 @@ async def events(pulse: Pulse, seen: str, lasts: float = LASTS) -> AsyncIterator
 
     Args:
         pulse: the pulse.
-        seen: what the browser saw last; empty if that is not known.
+        seen: the pulse that the browser's page was made at, or that it heard of last.
         lasts: for how many seconds.
     """
     end = time.monotonic() + lasts
     yield "retry: 1000\n\n"
-    while time.monotonic() < end:
-        now = await pulse.now()
+    # What is remembered may be older than the page.
+    now = await pulse.now(oldest=0)
+    while True:
         if now and now != seen:
-            # What the page saw is not known at its first stream: it was made a moment ago.
-            yield f"id: {now}\nevent: {'changed' if seen else 'begun'}\ndata: \n\n"
+            yield f"id: {now}\nevent: changed\ndata: \n\n"
             seen = now
+        if time.monotonic() >= end:
+            return
         await anyio.sleep(EVERY)
+        now = await pulse.now()
 
 
 async def stream(request: Request) -> Response:
@@ -68,7 +72,8 @@ async def stream(request: Request) -> Response:
         return Response(status_code=204)  # which tells a browser to ask no more
     pulse: Pulse = request.app.state.pulse
     left = min(LASTS, ask.session.until - ask.site.sessions.clock())
-    found = events(pulse, request.headers.get("last-event-id", ""), left)
+    seen = request.headers.get("last-event-id") or ask.given("seen")
+    found = events(pulse, seen, left)
     return StreamingResponse(found, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 

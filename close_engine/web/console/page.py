@@ -42,7 +42,6 @@ __all__ = [
     "asked",
     "beat",
     "endpoint",
-    "on_database",
     "read_form",
     "refusal",
 ]
@@ -96,6 +95,7 @@ class Ask:
         session: the cookie's, or a new one.
         form: what was sent.
         is_new: whether the browser has yet to get the cookie.
+        pulse: the pulse of the board before the page was made.
     """
 
     request: Request
@@ -104,6 +104,7 @@ class Ask:
     session: Session
     form: FormData = field(default_factory=FormData)
     is_new: bool = False
+    pulse: str = ""
 
     @property
     def by(self) -> str:
@@ -222,7 +223,7 @@ def endpoint(path: str, page: Page, *, post: bool = False, role: Role = Role.VIE
             if post:
                 await read_form(ask)
             ask.need(role)
-            response = await run_in_threadpool(on_database, partial(page, ask))
+            response = await run_in_threadpool(_on_database, partial(page, ask), ask)
         except Exception as error:
             response = refusal(ask, error)
         if ask.is_new:
@@ -232,9 +233,11 @@ def endpoint(path: str, page: Page, *, post: bool = False, role: Role = Role.VIE
     return Route(path, answer, methods=["POST"] if post else ["GET"], name=page.__name__)
 
 
-def on_database(page: Callable[[], Response]) -> Response:
+def _on_database(page: Callable[[], Response], ask: Ask) -> Response:
     """Run a page on a connection of its own thread, which is given back."""
     with current().database.connection_context():
+        # Before the page looks: what happens meanwhile is new to it.
+        ask.pulse = pulse()
         return page()
 
 

@@ -76,7 +76,7 @@ def words(value: Any) -> str:
 
 def human(word: Any) -> str:
     """Format one of our words for people: PREVIEW_SENT is "Preview sent"."""
-    return str(word).replace("_", " ").capitalize()
+    return "AI" if word == "ai" else str(word).replace("_", " ").capitalize()
 
 
 def environment() -> Environment:
