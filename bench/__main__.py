@@ -12,7 +12,7 @@ from bench import page
 from bench.report import Results, show
 from bench.server import private_server
 
-QUESTIONS = ("stage_change", "sweeps", "claims", "latency", "transcript", "growth", "contention", "sqlite")
+QUESTIONS = ("stage_change", "sweeps", "claims", "latency", "transcript", "growth", "contention", "sqlite", "console")
 
 
 def main() -> None:

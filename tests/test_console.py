@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -163,6 +164,20 @@ def test_several_are_decided_at_once_and_one_that_cannot_be_holds_up_no_other(
     assert fresh(rejected).status is ActionStatus.REJECTED
     owner.send("/approvals", verb="approve")
     assert "Tick the drafts first." in owner.text
+
+
+def test_what_is_said_of_many_fits_into_a_cookie(owner: Visitor, conversation_in: ConversationIn) -> None:
+    names = random.Random(1)  # so that nothing makes them shorter
+    actions = [drafted(conversation_in(Stage.QUALIFYING, MANUAL, phone=f"+121255501{each:02}")) for each in range(20)]
+    for each, action in enumerate(actions):
+        action.reject(by=f"{each}" + "".join(chr(names.randrange(0x4E00, 0x9F00)) for _ in range(100)))
+    owner.look()
+
+    owner.send("/approvals", verb="approve", action=[action.id for action in actions])
+
+    assert owner.status == 200
+    assert "was first: it is rejected already." in owner.text
+    assert "And more." in owner.text
 
 
 @pytest.mark.parametrize("later", ["approve", "reject"])

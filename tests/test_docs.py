@@ -206,6 +206,8 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
     for path, anchor in links:
         target = (page.parent / path) if path else page
         assert target.exists(), path
+        if not anchor:  # it may be a picture
+            continue
         headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
         anchors = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
-        assert not anchor or anchor in anchors, anchor
+        assert anchor in anchors, anchor

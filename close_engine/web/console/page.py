@@ -179,10 +179,11 @@ class Ask:
         """Lead to a page, which then says these sentences."""
         response = RedirectResponse(self.link(name, **values), 303)
         if said:
-            # A cookie holds 4 KB: what does not fit can be seen on the page itself.
-            shown = [sentence[:300] for sentence in said[:6]]
-            shown += [f"And {len(said) - 6} more."] if len(said) > 6 else []
-            self._set(response, SAID, self.site.sessions.signed(shown), 60)
+            # A browser drops a cookie of more than 4 KB. What does not fit can be seen on the page itself.
+            shown = [sentence[:300] for sentence in said]
+            while len(signed := self.site.sessions.signed(shown)) > 3000:
+                shown = [*shown[: len(shown) // 2], "And more."] if len(shown) > 2 else [shown[0][:100]]
+            self._set(response, SAID, signed, 60)
         return response
 
     def keep(self, response: Response) -> None:

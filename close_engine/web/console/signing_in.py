@@ -72,10 +72,11 @@ async def sign_out(request: Request) -> Response:
     site: Site = request.app.state.site
     session = site.sessions.read(request.cookies.get(COOKIE))
     ask = Ask(request, site, None, session or site.sessions.begin())
-    try:
-        await read_form(ask)
-    except Refused as error:
-        return refusal(ask, error)
+    if session is not None and session.account is not None:
+        try:
+            await read_form(ask)
+        except Refused as error:
+            return refusal(ask, error)
     response = RedirectResponse(ask.link("sign_in" if site.has_login() else "approvals"), 303)
     response.delete_cookie(COOKIE, path=ask.root or "/")
     return response
