@@ -169,9 +169,9 @@ def test_several_are_decided_at_once_and_one_that_cannot_be_holds_up_no_other(
 def test_what_is_said_of_many_fits_into_a_cookie(owner: Visitor, conversation_in: ConversationIn) -> None:
     names = random.Random(1)  # so that nothing makes them shorter
     actions = [drafted(conversation_in(Stage.QUALIFYING, MANUAL, phone=f"+121255501{each:02}")) for each in range(20)]
+    owner.look()
     for each, action in enumerate(actions):
         action.reject(by=f"{each}" + "".join(chr(names.randrange(0x4E00, 0x9F00)) for _ in range(100)))
-    owner.look()
 
     owner.send("/approvals", verb="approve", action=[action.id for action in actions])
 
@@ -273,8 +273,13 @@ def test_what_waits_for_us_is_named(
     assert "Replies owed 1 +12125550101 Qualifying, wrote 1.0 h ago" in owner.text
     assert "+12125550103 owner, 1.0 h ago: the lead asked for a human" in owner.text
     assert f"TwilioError 1 1.0 h ago {text.id}: TwilioError: 21211" in owner.text
-    assert "already 1 pi_2 90,000 USD" in owner.text
+    assert "Payments to look at 1 pi_2 Surplus, 900.00 USD, 1.0 h ago" in owner.text
     assert "draft_reply 1 attempts failed" in owner.text
+    owner.send("/waiting/payments", payment=owner.hidden("payment"), resolution="paid back")
+    assert "Noted." in owner.text
+    assert "Payments to look at 0" in owner.text
+    owner.send("/waiting/payments", payment="one")
+    assert owner.status == 400
 
 
 # -- conversations -------------------------------------------------------------------------------------------------
