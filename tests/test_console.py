@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -38,6 +39,7 @@ from close_engine.web.console import Account, Accounts, Role, console
 from close_engine.web.console.live import Pulse, events
 from tests.foreign import ForeignWriter
 from tests.visitor import Visitor
+from tests.waiting import LIMIT
 
 ConversationIn = Callable[..., CloseEngineConversation]
 
@@ -194,6 +196,33 @@ def test_of_two_who_decide_at_once_the_second_sees_who_was_first(later: str, con
     assert "dana was first: it is approved already." in eve.text
     assert "My words instead" in eve.page  # they are not lost
     assert OutboxMessage.get(OutboxMessage.action_id == action.id).body == "Shall we begin?"
+
+
+def test_of_many_who_decide_at_the_same_moment_one_decides(conversation_in: ConversationIn) -> None:
+    action = drafted(conversation_in(Stage.QUALIFYING, MANUAL))
+    everybody = [somebody(name) for name in ("dana", "eve", "finn", "gus")]
+    for each in everybody:
+        each.look()
+    all_are_here = threading.Barrier(len(everybody))
+
+    def decide(each: Visitor, verb: str) -> None:
+        all_are_here.wait(LIMIT)
+        each.send(f"/approvals/{action.id}", verb=verb, message="Shall we begin?", reason="no")
+
+    threads = [
+        threading.Thread(target=decide, args=(each, verb))
+        for each, verb in zip(everybody, ("approve", "reject") * 2, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+
+    decided = fresh(action)
+    first = f"{decided.approved_by} was first: it is {decided.status.lower()} already."
+    assert sorted(each.status for each in everybody) == [200, 409, 409, 409]
+    assert all(first in each.text for each in everybody if each.status == 409)
+    assert OutboxMessage.select().count() == (decided.status is ActionStatus.APPROVED)
 
 
 def test_what_expired_or_was_superseded_meanwhile_is_refused_with_a_sentence(

@@ -12,7 +12,9 @@ import peewee
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.routing import Mount
 
 import close_engine
 from close_engine import (
@@ -201,6 +203,27 @@ def test_a_session_ends_when_the_account_or_its_password_changes(tmp_path: Path,
     assert "dana, viewer" in dana.text
     path.write_text(LINES["dana"])
     assert "Hello!" not in vera.look()
+
+
+def test_whoever_is_not_signed_in_may_ask_in_any_way(action: PendingAction) -> None:
+    stranger = Visitor(console(accounts=Accounts.of(LINES.values())))
+    assert stranger.client.head("/").status_code == 200  # of the page for signing in
+    for content in (b"", b"verb=approve", b"x" * 300_000, iter([b"verb=approve"])):
+        answer = stranger.client.post(f"/approvals/{action.id}", content=content)
+        assert (answer.status_code, "Hello!" in answer.text) == (401, False)
+    assert stranger.client.get("/events").status_code == 204
+    assert is_pending(action)
+
+
+def test_one_signs_in_wherever_it_is_mounted(action: PendingAction) -> None:
+    app = Starlette(routes=[Mount("/ours/console", console(accounts=Accounts.of(LINES.values())))])
+    dana = Visitor(app, root="/ours/console")
+    dana.look("/conversations")
+    dana.send("/sign-in", name="dana", password=WORDS, next=dana.hidden("next"))
+    assert "dana, approver" in dana.text
+    assert f"/ours/console/conversations/{action.conversation_id}" in dana.page
+    dana.send("/sign-out")
+    assert "Hello!" not in dana.look("/")
 
 
 def test_attempts_are_limited(action: PendingAction) -> None:

@@ -10,6 +10,7 @@ import hmac
 import inspect
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -270,11 +271,12 @@ async def asked(request: Request) -> Ask | Response:
     ask = Ask(request, site, known.account, known, is_new=session is None)
     if ask.account is not None:
         return ask
-    if request.method == "GET":
+    if request.method != "POST":
         inside = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(ask.link("sign_in", next=inside), 303)
     # What was written must not be lost.
-    await read_form(ask, check=False)
+    with suppress(Refused):
+        await read_form(ask, check=False)
     page = ask.show("over.html", 401, text=ask.text("message") or ask.text("reason"))
     page.delete_cookie(COOKIE, path=ask.root or "/")
     return page

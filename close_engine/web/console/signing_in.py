@@ -25,7 +25,7 @@ async def sign_in(request: Request) -> Response:
     ask = Ask(request, site, None, session or site.sessions.begin(), is_new=session is None)
     if not site.has_login():
         return refusal(ask, Refused(404, "Nobody signs in here."))
-    if request.method == "GET":
+    if request.method != "POST":
         response = ask.show("sign_in.html", next=ask.given("next"), name="", problem="")
     else:
         try:
