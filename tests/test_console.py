@@ -303,7 +303,7 @@ def test_what_waits_for_us_is_named(
     assert "+12125550103 owner, 1.0 h ago: the lead asked for a human" in owner.text
     assert f"TwilioError 1 1.0 h ago {text.id}: TwilioError: 21211" in owner.text
     assert "Payments to look at 1 pi_2 Surplus, 900.00 USD, 1.0 h ago" in owner.text
-    assert "draft_reply 1 attempts failed" in owner.text
+    assert "draft_reply 1 attempt failed" in owner.text
     owner.send("/waiting/payments", payment=owner.hidden("payment"), resolution="paid back")
     assert "Noted." in owner.text
     assert "Payments to look at 0" in owner.text
@@ -513,6 +513,8 @@ def test_health_shows_workers_migrations_and_what_verify_finds(
     assert "2 of at most 4" in owner.text
     assert "close_engine_conversations_stage_idx" in owner.text
     assert "0005_decisions applied" in owner.text
+    # It reads every row, so not everybody may ask for it.
+    assert "close_engine_conversations_stage_idx" not in somebody("dana").look("/health?verify=1")
 
 
 # -- what holds for every page -------------------------------------------------------------------------------------
