@@ -198,7 +198,10 @@ def load_agency(role: Role, environment: Mapping[str, str] | None = None) -> tup
 
 #: The packages that each process needs, from the extra `agency`.
 PACKAGES: Mapping[Role, Sequence[str]] = {
-    "serve": ("starlette", "uvicorn", "prometheus_client", "twilio", "phonenumbers", "stripe"),
+    "serve": (
+        *("starlette", "uvicorn", "prometheus_client", "twilio", "phonenumbers", "stripe"),
+        *("jinja2", "itsdangerous", "python_multipart", "argon2"),
+    ),
     "worker": ("twilio", "phonenumbers", "stripe", "anthropic"),
 }
 

@@ -14,15 +14,27 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, build_opener
+from urllib.parse import urlencode
+from urllib.request import HTTPCookieProcessor, ProxyHandler, build_opener
 
 import psycopg2
 import pytest
 
 import close_engine
-from close_engine import ActionType, CloseEngineConversation, InboxEntry, Lead, MessageStatus, OutboxMessage
+from close_engine import (
+    ActionType,
+    CloseEngineConversation,
+    InboxEntry,
+    Lead,
+    MessageStatus,
+    OutboxMessage,
+    pending_actions,
+)
 from close_engine.testing.anthropic import calls
 from close_engine.testing.stand_ins import Call, Reply
+from close_engine.web.console import Role
+from close_engine.web.console.accounts import account_line
+from examples.agency.play.__main__ import CAUTIOUS, leave_drafts
 from examples.agency.play.servers import HERE, Place
 from tests.command_line import COMMAND
 from tests.crm import query
@@ -294,6 +306,35 @@ def test_a_port_that_is_taken_is_said(make_place: Callable[..., Place], postgres
     code, error = served(place, "--port", port)
 
     assert (code, error) == (1, f"Port {port} of '127.0.0.1' cannot be served: Address already in use.\n")
+
+
+def test_the_console_is_served_to_this_machine_or_to_whoever_has_an_account(
+    make_place: Callable[..., Place], postgres_url: str
+) -> None:
+    place = make_place(postgres_url)
+    with looked_into(postgres_url), place.running("serve", "worker"):
+        address = leave_drafts(place)
+        first = next(iter(CAUTIOUS))
+        (action,) = pending_actions(close_engine.conversations_of(first)[0])
+        browser = build_opener(ProxyHandler({}), HTTPCookieProcessor())
+        with browser.open(address, timeout=LIMIT) as answer:
+            page = answer.read().decode()
+        assert all(number in page for number in CAUTIOUS)
+        token = re.findall('name="token" value="(.*?)"', page)[0]
+        form = urlencode({"token": token, "verb": "approve", "message": action.draft_message}).encode()
+        with browser.open(f"{address}approvals/{action.id}", form, timeout=LIMIT) as answer:
+            assert "Approved." in answer.read().decode()
+        until(lambda: place.twilio.delivered_to(first), "what was approved is sent")
+    assert (place.complaints(), place.statuses) == ([], {"serve": 0, "worker": 0})
+
+    # A provider reaches it, so others do.
+    place.environment["CLOSE_ENGINE_PUBLIC_URL"] = "https://crm.example.com"
+    with place.running("serve"):
+        assert get(address)[0] == 404
+        assert any("the console is not served, because it has no accounts" in line for line in place.log("serve"))
+    place.environment["CLOSE_ENGINE_ACCOUNTS"] = account_line("dana", Role.APPROVER, "correct horse battery")
+    with place.running("serve"):
+        assert "Sign in" in get(address)[1]
 
 
 # -- the play ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The server: an agency's webhooks, `/healthz` and `/metrics`."""
+"""The server: an agency's webhooks, `/healthz` and `/metrics`, and the console."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import socket
+from ipaddress import ip_address
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -22,6 +24,9 @@ logger = get_logger(__name__)
 
 #: Seconds that requests have to end in, once the server is told to stop.
 GRACE = 30
+
+#: Where the console is.
+CONSOLE = "/console"
 
 
 @command()
@@ -45,11 +50,12 @@ def serve(
     ] = 10,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
 ) -> None:
-    """Serve the webhooks of the agency that CLOSE_ENGINE_AGENCY names, and /healthz and /metrics, until SIGTERM.
+    """Serve the agency that CLOSE_ENGINE_AGENCY names: its webhooks, the console, /healthz and /metrics, until SIGTERM.
 
-    If the database is away when it starts, it waits. On SIGTERM or Ctrl-C, it
-    answers the requests that have begun, and exits. Any number of servers can
-    use one database.
+    The console is at /console if CLOSE_ENGINE_ACCOUNTS_FILE names accounts, or
+    if only this machine reaches the server. If the database is away when it
+    starts, it waits. On SIGTERM or Ctrl-C, it answers the requests that have
+    begun, and exits. Any number of servers can use one database.
     """
     require_packages(*PACKAGES["serve"])
     open_migrated(context, wait=True)
@@ -60,10 +66,30 @@ def serve(
     from close_engine.web import create_app  # it needs packages that not everybody has
 
     app = create_app(texts=webhooks.texts, payments=webhooks.payments, concurrency=concurrency)
+    _mount_console(app, host, settings.public_url)
     with _listening(host, port) as listener:
         subscribed(agency)
         current().database.close()
         _serve(app, listener, proxy_headers, access_log)
+
+
+def _mount_console(app: Any, host: str, public_url: str) -> None:
+    """Mount the console, unless it has no accounts and others than this machine reach the server."""
+    from close_engine.web.console import Accounts, console
+
+    accounts = Accounts.of_environment()
+    if accounts is None and not (_is_local(host) and _is_local(urlsplit(public_url).hostname or "")):
+        logger.info("the console is not served, because it has no accounts: see close-engine user add")
+        return
+    app.mount(CONSOLE, console(accounts=accounts))
+    logger.info("the console is at %s%s/", public_url, CONSOLE)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -1,7 +1,7 @@
 """Live pages: a stream of server-sent events that says when there is something new to see.
 
-The database is asked every other second, once for all who look. A stream ends after half a minute, so that a server
-that stops does not wait for it; the browser then asks for the next one, and says what it saw last.
+The database is asked every other second, once for all who look. A stream ends after ten seconds, so that a server
+that stops does not wait for long; the browser then asks for the next one, and says what it saw last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from close_engine.web.console.page import asked, beat
 __all__ = ["ROUTES", "Pulse", "events"]
 
 #: Seconds between two looks at the database, and seconds that a stream lasts.
-EVERY, LASTS = 2.0, 30.0
+EVERY, LASTS = 2.0, 10.0
 
 
 class Pulse:

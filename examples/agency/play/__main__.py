@@ -6,22 +6,27 @@ import argparse
 import random
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from html import escape
 from urllib.error import URLError
 
 import close_engine
 from close_engine import (
     ActionType,
+    AutonomyLevel,
     CloseEngineConversation,
     InboxEntry,
+    Lead,
     MessageStatus,
     OutboxMessage,
     StageChange,
     Takeover,
+    pending_actions,
     submit,
 )
 from close_engine.database.binding import current
@@ -232,11 +237,45 @@ class Play:
             print("Nothing was lost, nothing was doubled, and verify finds nothing wrong.")
 
 
+#: What three more leads write. A human must approve each text to them.
+CAUTIOUS = {
+    "+15550300001": "Hi! Do you make websites?",
+    "+15550300002": "How much is a website?",
+    "+15550300003": "Hello, a friend told me about you.",
+}
+
+
+def leave_drafts(place: Place) -> str:
+    """Have leads write whose texts a human must approve, and return the address at which the human does so.
+
+    Args:
+        place: Place, with a server and a worker that run.
+    """
+    for number, words in CAUTIOUS.items():
+        Lead.create(phone=number, autonomy_level=AutonomyLevel.MANUAL)
+        place.twilio.text_from(number, words, place.url + TEXTS)
+    end = time.monotonic() + LIMIT
+    while current().count(pending_actions().order_by()) < len(CAUTIOUS) and time.monotonic() < end:
+        time.sleep(0.05)
+    return f"{place.url}/console/"
+
+
+def stay(place: Place) -> None:
+    """Go on until somebody has looked, and ends it."""
+    with suppress(KeyboardInterrupt), place.running("serve", "worker"):
+        address = leave_drafts(place)
+        print(f"\nNow you: drafts wait for your approval at {address} (Ctrl-C ends it all).", flush=True)
+        threading.Event().wait()
+
+
 def main() -> int:
     """Play, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leads", type=int, default=20, help="how many leads, from 1 to 20")
-    leads = max(1, min(20, parser.parse_args().leads))
+    in_a_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    parser.add_argument("--leave", action="store_true", help="end when the leads have, also in a terminal")
+    given = parser.parse_args()
+    leads = max(1, min(20, given.leads))
     with place() as here:
         print(
             "No account is needed: Twilio, Stripe and Claude are stand-ins on this machine. → a lead writes, ← we do.\n"
@@ -250,6 +289,8 @@ def main() -> int:
         play.check()
         play.problems += here.complaints()
         play.report()
+        if in_a_terminal and not given.leave:
+            stay(here)
         current().database.close()
     return 1 if play.problems else 0
 
