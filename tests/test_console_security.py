@@ -31,7 +31,7 @@ from close_engine import (
 )
 from close_engine.database.binding import current
 from close_engine.testing import bring_to, new_lead
-from close_engine.web.console import Account, Accounts, Role, console
+from close_engine.web.console import Account, Accounts, Role, console, rendering
 from close_engine.web.console.accounts import account_line, add_account
 from close_engine.web.console.page import Ask
 from close_engine.web.console.sessions import Attempts
@@ -391,6 +391,19 @@ def test_every_response_keeps_a_page_to_itself(action: PendingAction) -> None:
         assert (here.headers.get("cache-control") == "no-store") is not path.startswith("/static")
         assert " style=" not in here.page
         assert " onclick=" not in here.page
+
+
+def test_no_template_lets_anything_through_unescaped() -> None:
+    templates = sorted(Path(rendering.__file__).parent.glob("templates/*.html"))
+    assert len(templates) > 10
+    for template in templates:
+        text = template.read_text()
+        assert re.findall(r"\|\s*safe|autoescape|Markup|\son\w+=|\sstyle=|<script(?! src)|<style", text) == [], (
+            template.name
+        )
+        # A value in an attribute without quotation marks would be several.
+        assert re.findall(r"=\{\{", text) == [], template.name
+    assert rendering.environment().autoescape is True
 
 
 def test_another_application_says_who_it_is(action: PendingAction) -> None:
