@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
 
 import close_engine
 from close_engine import (
@@ -79,6 +80,10 @@ def is_pending(action: PendingAction) -> bool:
         ("127.0.0.1", "http://127.0.0.1.example.com:8000", {}),
         ("127.0.0.1", "http://127.0.0.1:8000", {"X-Forwarded-For": "203.0.113.9"}),
         ("127.0.0.1", "http://127.0.0.1:8000", {"Forwarded": "for=203.0.113.9"}),
+        ("127.0.0.1", "http://127.0.0.1:8000", {"X-Real-IP": "203.0.113.9"}),
+        ("127.0.0.1", "http://127.0.0.1:8000", {"Origin": "https://console.example.com"}),
+        ("127.0.0.1", "http://127.0.0.1:8000", {"Origin": "null"}),
+        ("127.0.0.1", "http://127.0.0.1:8000", {"Origin": "http://[nonsense"}),
     ],
 )
 def test_without_accounts_it_answers_on_the_machine_itself_only(
@@ -90,6 +95,15 @@ def test_without_accounts_it_answers_on_the_machine_itself_only(
         assert stranger.status in (403, 204), path
         assert "Hello!" not in stranger.page
     assert "close-engine user add" in stranger.look(**headers)
+
+
+def test_what_nginx_passes_on_by_default_is_refused(action: PendingAction) -> None:
+    app = console()
+
+    async def as_nginx(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "http_version": "1.0"}, receive, send)
+
+    assert "Hello!" not in Visitor(as_nginx).look()
 
 
 @pytest.mark.parametrize("base_url", ["http://localhost:8000", "http://127.0.0.1", "http://[::1]:8000"])

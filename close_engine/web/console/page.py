@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import peewee
 from jinja2 import Environment
@@ -49,6 +49,9 @@ __all__ = [
 
 #: The cookie of a session, and the one with what the next page says.
 COOKIE, SAID = "close_engine_console", "close_engine_said"
+
+#: What this machine calls itself.
+_HERE = ("127.0.0.1", "localhost", "::1")
 
 #: A form is at most so long.
 LONGEST_FORM = 256 * 1024
@@ -285,17 +288,21 @@ async def asked(request: Request) -> Ask | Response:
 def _is_local(request: Request) -> bool:
     """Return whether a request comes from this machine, and its browser thinks so, too.
 
-    A page of somebody else's may lead a name of theirs to 127.0.0.1. A proxy on this machine speaks for others.
+    A page of somebody else's may lead a name of theirs to 127.0.0.1. A proxy on this machine speaks for others: most
+    say so, nginx speaks HTTP 1.0 by default, and with a form a browser says where it thinks it is.
     """
-    if request.client is None or {"forwarded", "x-forwarded-for"} & set(request.headers.keys()):
+    headers = request.headers
+    if request.client is None or request.scope.get("http_version") == "1.0":
+        return False
+    if {"forwarded", "x-forwarded-for", "x-real-ip", "via"} & set(headers.keys()):
         return False
     try:
         is_near = ip_address(request.client.host).is_loopback
+        names = [urlsplit(f"//{headers.get('host', '')}").hostname]
+        names += [urlsplit(origin).hostname for origin in headers.getlist("origin")]
     except ValueError:
         return False
-    host = request.headers.get("host", "")
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    return is_near and name in ("127.0.0.1", "localhost", "[::1]")
+    return is_near and all(name in _HERE for name in names)
 
 
 async def read_form(ask: Ask, check: bool = True) -> None:
