@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -112,8 +113,21 @@ def new_name() -> str:
 def postgres_database(server: str, template: str = "template0") -> Iterator[str]:
     """Yield the URL of a new database, made from a template and dropped afterwards."""
     name = new_name()
-    execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    administrator = _administrator(server)
+    # To copy the template's files is quicker than to log each of their pages.
+    strategy = " STRATEGY FILE_COPY" if administrator.server_version >= 150000 else ""
+    with administrator.cursor() as cursor:
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}{strategy}")
     try:
         yield database_url(server, name)
     finally:
-        execute(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        with administrator.cursor() as cursor:
+            cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@cache
+def _administrator(server: str) -> Any:
+    """One connection for all databases of this process: most tests need one, and connecting takes longer than a test."""
+    connection = psycopg2.connect(server)
+    connection.autocommit = True
+    return connection
