@@ -826,6 +826,7 @@ class People(RuleBasedStateMachine):
             assert bool(opted_out(lead)) is self.is_banned(place)
 
 
+@pytest.mark.parametrize("kind", ["sqlite-memory", "postgresql"])  # in a file, SQLite only waits for the disk
 def test_nobody_who_opted_out_is_texted_whatever_happens(database: peewee.Database) -> None:
     People.database = database
     run_state_machine_as_test(

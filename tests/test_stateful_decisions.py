@@ -547,6 +547,7 @@ def far_away(foreign: ForeignWriter) -> ForeignWriter:
     return foreign
 
 
+@pytest.mark.parametrize("kind", ["sqlite-memory", "postgresql"])  # in a file, SQLite only waits for the disk
 def test_what_leaves_is_what_should_whoever_decides(
     database: peewee.Database, far_away: ForeignWriter, close_engine_clock: MovableClock
 ) -> None:
