@@ -493,8 +493,7 @@ def _reasons(
     payload = message.payload if isinstance(message.payload, Mapping) else {}
     events = [event for event in payload.get("events") or [payload] if isinstance(event, Mapping)]
     names = {event.get("event") for event in events}
-    is_our_turn = _is_our_turn(conversation) or (Event.LEAD_WROTE in names and _has_crossed(conversation, last_text))
-    if is_our_turn and not _is_answered(conversation, last_text):
+    if _is_our_turn(conversation) and not _is_answered(conversation, last_text):
         yield "The lead has written, and waits for an answer."
     if because := payload.get("because") or message.body:
         yield f"{str(because).rstrip('.')}."
@@ -529,17 +528,6 @@ def _rejected(conversation: CloseEngineConversation, names: set[Any]) -> str | N
 
 def _is_our_turn(conversation: CloseEngineConversation) -> bool:
     return bool(waiting_for_us().where(CloseEngineConversation.id == conversation.id).exists())
-
-
-def _has_crossed(conversation: CloseEngineConversation, last_text: int) -> bool:
-    """Whether it is the lead's turn only because a text that was written before theirs was recorded as sent since."""
-    entry = InboxEntry.get_or_none(InboxEntry.id == last_text)
-    if entry is None or entry.no_reply_by is not None or entry.no_reply_reason is not None:
-        return False
-    sent = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.status == MessageStatus.SENT)
-    crossing = sent & (OutboxMessage.after_text < last_text) & (OutboxMessage.sent_at >= entry.received_at)
-    answering = sent & (OutboxMessage.after_text >= last_text)
-    return OutboxMessage.select().where(crossing).exists() and not OutboxMessage.select().where(answering).exists()
 
 
 def _is_answered(conversation: CloseEngineConversation, last_text: int) -> bool:

@@ -395,8 +395,9 @@ REVOKE EXECUTE ON FUNCTION close_engine.adopt_delivery(bigint, text, text) FROM 
 
 -- What follows from a message's new status, whoever writes it. It is one trigger, because PostgreSQL prepares each WHEN
 -- again for every statement.
---   SENT: after a text of ours it is the lead's turn. It waits for nobody: whoever else writes this row at that moment
---       closes or stalls the conversation, or receives a text, after which it is our turn. Who says at that moment whether
+--   SENT: after a text of ours it is the lead's turn, unless the lead wrote after it was drafted, and still waits for an
+--       answer. It waits for nobody: whoever else writes this row at that moment closes or stalls the conversation, or
+--       receives a text, after which it is our turn. Who says at that moment whether
 --       it was delivered is waited for, or sees it: they hold the provider's id.
 --   DEAD: that is an event. It may be requeued and die again: that is another one. A message that tells of a dead one and
 --       dies itself is none, because nobody might ever be told.
@@ -416,10 +417,13 @@ BEGIN
                 pg_catalog.hashtext('close_engine.deliveries'::text), pg_catalog.hashtext(NEW.provider_id)) IS NULL THEN
         END IF;
         IF NEW.topic IN ('SEND_MESSAGE', 'SEND_PREVIEW', 'SEND_PAYMENT_LINK') THEN
+            -- By its place: if somebody has written the row since this statement began, it has another one.
             UPDATE close_engine.deadlines d SET trigger = 'stall', at = close_engine.moment()
-            FROM (SELECT trigger, subject_id FROM close_engine.deadlines
+            FROM (SELECT ctid, trigger FROM close_engine.deadlines
                   WHERE trigger IN ('stall', 'answer') AND subject_id = NEW.conversation_id FOR UPDATE SKIP LOCKED) turn
-            WHERE d.trigger = turn.trigger AND d.subject_id = turn.subject_id
+            WHERE d.ctid = turn.ctid AND (turn.trigger = 'stall' OR NOT EXISTS (
+                SELECT FROM close_engine.inbox i
+                WHERE i.kind = 'text' AND i.conversation_id = NEW.conversation_id AND i.id > NEW.after_text))
             -- Asked along with it, because a query of its own would cost more than all of the answer.
             RETURNING EXISTS (
                 SELECT FROM close_engine.deliveries e WHERE e.message_id IS NULL AND e.provider_id = NEW.provider_id)

@@ -140,7 +140,8 @@ CREATE INDEX IF NOT EXISTS close_engine_deliveries_message_id_idx ON close_engin
 CREATE INDEX IF NOT EXISTS close_engine_deliveries_undelivered_idx
     ON close_engine_deliveries (message_id) WHERE status = 'undelivered';
 
--- After a text of ours it is the lead's turn, whoever marks it sent.
+-- After a text of ours it is the lead's turn, whoever marks it sent, unless the lead wrote after it was drafted, and still
+-- waits for an answer.
 DROP TRIGGER IF EXISTS close_engine_sent;
 CREATE TRIGGER close_engine_sent
 AFTER UPDATE ON close_engine_outbox
@@ -148,7 +149,9 @@ WHEN NEW.status = 'SENT' AND OLD.status <> 'SENT' AND NEW.topic IN ('SEND_MESSAG
 BEGIN
     UPDATE close_engine_deadlines SET "trigger" = 'stall',
         at = coalesce((SELECT at FROM close_engine_clock), strftime('%Y-%m-%d %H:%M:%f', 'now'))
-    WHERE "trigger" IN ('stall', 'answer') AND subject_id = NEW.conversation_id;
+    WHERE "trigger" IN ('stall', 'answer') AND subject_id = NEW.conversation_id AND ("trigger" = 'stall' OR NOT EXISTS (
+        SELECT 1 FROM close_engine_inbox i
+        WHERE i.kind = 'text' AND i.conversation_id = NEW.conversation_id AND i.id > NEW.after_text));
 END;
 
 -- What a provider said of a message before it was marked as sent becomes its delivery: the furthest, if it was said by both

@@ -133,6 +133,42 @@ def test_c1_a_text_of_ours_makes_it_the_leads_turn(
     assert stall_silent() == [conversation.id]
 
 
+@pytest.mark.parametrize("topic", list(ActionType))
+def test_c1_a_text_that_was_drafted_before_the_leads_words_does_not_answer_them(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock, topic: ActionType
+) -> None:
+    """C1, for words that cross: the lead writes while a text of ours is on its way, and nobody answers for weeks."""
+    conversation = conversation_in(Stage.EDIT_LOOP)
+    receive(conversation.lead_id, "SM1", "How is it going?")
+    outbox.enqueue(conversation.id, topic, "Here it is.", if_lead_writes="send")
+    message = claimed()
+    receive(conversation.lead_id, "SM2", "And what does it cost?")
+    message.sent("p1")
+    assert turn(conversation) == ["answer"]
+    close_engine_clock.move(WEEK)
+    assert (stall_silent(), waiting()) == ([], [conversation.id])
+    outbox.enqueue(conversation.id, "SEND_MESSAGE", "900 dollars.")
+    claimed().sent("p2")
+    assert (turn(conversation), waiting()) == (["stall"], [])
+
+
+def test_c1_what_is_sent_late_does_not_ask_again_for_an_answer(conversation_in: ConversationIn) -> None:
+    """C1, for a text that was put off: the lead wrote after it was drafted, and has been answered since."""
+    conversation = conversation_in(Stage.PREVIEW_SENT)
+    later = outbox.enqueue(conversation.id, "SEND_MESSAGE", "Any news?", send_after=DAY, if_lead_writes="send")
+    for number, answer in enumerate(("a reply", "no reply")):
+        receive(conversation.lead_id, f"SM{number}", "Thanks!")
+        if answer == "a reply":
+            outbox.enqueue(conversation.id, "SEND_MESSAGE", "You are welcome.")
+            claimed().sent("p1")
+        else:
+            copy_of(conversation).no_reply("they only said thanks")
+        assert turn(conversation) == ["stall"]
+    sql("UPDATE {outbox} SET available_at = {moment} WHERE id = %s RETURNING id", later.id)
+    claimed().sent("p2")
+    assert turn(conversation) == ["stall"]
+
+
 def test_c1_another_effect_is_no_answer(conversation_in: ConversationIn) -> None:
     """C1, for what the outbox holds beside texts: the lead sees nothing of it."""
     conversation = conversation_in(Stage.BUILDING)
@@ -171,6 +207,10 @@ def test_c1_whoever_marks_a_text_sent(foreign: ForeignWriter, conversation_in: C
     assert since[conversation.id] >= asked
     foreign.run("UPDATE close_engine.outbox SET status = 'SENT', provider_id = 'p1' WHERE id = %s", message.id)
     assert foreign.deadlines("stall") == since
+    crossing = outbox.enqueue(conversation.id, "SEND_MESSAGE", "Are you there?", if_lead_writes="send")
+    receive(conversation.lead_id, "SM2", "yes")
+    foreign.run("UPDATE close_engine.outbox SET status = 'SENT' WHERE id = %s", crossing.id)
+    assert list(foreign.deadlines("answer")) == [conversation.id]
 
 
 def test_c1_whoever_moves_the_stage(foreign: ForeignWriter, conversation_in: ConversationIn) -> None:
@@ -280,7 +320,7 @@ def test_c1_what_waits_for_us_for_too_long_is_closed_if_that_is_wanted(
 
 
 def test_c1_of_a_text_that_comes_while_ours_is_marked_sent_nothing_is_lost(postgres: peewee.Database) -> None:
-    """C1, for both at once: whichever is later has its turn, and there is exactly one."""
+    """C1, for both at once: whichever commits first, our text was drafted before theirs, and does not answer it."""
     conversation = bring_to(close_engine.open_conversation(new_lead(), EntryPoint.SMS_REPLY), Stage.QUALIFYING)
     for number in range(20):
         message = outbox.enqueue(conversation.id, "SEND_MESSAGE", f"text {number}")
@@ -292,7 +332,7 @@ def test_c1_of_a_text_that_comes_while_ours_is_marked_sent_nothing_is_lost(postg
                 lambda number=number: receive(conversation.lead_id, f"SM{number}", "hello"),
             ]
         )
-        assert turn(conversation) in (["stall"], ["answer"])
+        assert turn(conversation) == ["answer"]
     with close_engine.atomic():
         receive(conversation.lead_id, "SM last", "hello")
         outbox.enqueue(conversation.id, "SEND_MESSAGE", "Hi!")

@@ -347,7 +347,7 @@ def test_nobody_is_asked_if_there_is_nothing_to_say(conversation_in: Conversatio
 
 @BOTH
 def test_words_that_cross_a_text_of_ours_are_answered(conversation_in: ConversationIn) -> None:
-    """The lead answers a text before the worker has recorded that it was sent: then it is the lead's turn."""
+    """The lead answers a text before the worker has recorded that it was sent."""
     conversation = conversation_in(Stage.QUALIFYING)
     submit(conversation, ActionType.SEND_MESSAGE, "What does your business do?", actor="ai")
     (ours,) = outbox.claim(topics=["SEND_MESSAGE"])
