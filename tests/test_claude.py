@@ -177,6 +177,24 @@ def test_arguments_that_are_none_go_back_to_claude(asked: CloseEngineConversatio
     assert "There is no tool 'no_such_tool'" in said[1]
 
 
+def test_claude_is_shown_its_own_turn_without_what_it_does_not_take_back(
+    asked: CloseEngineConversation, stand_in: StandIn
+) -> None:
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "signed"}
+    server = stand_in(
+        script(
+            [says(""), calls("reply", text="half\ud800")],
+            [thought],  # and then it was cut off
+            [says(" \n")],
+            [calls("reply", text="Hello")],
+        )
+    )
+    assert work(claude(server)).texts == ["Hello"]
+    turns = server.requests[-1]["messages"]
+    assert [turn["role"][0] for turn in turns] == list("uauuu")
+    assert [block["input"] for block in turns[1]["content"]] == [{"text": "half?"}]
+
+
 def test_a_stand_in_refuses_what_the_real_one_would(stand_in: StandIn) -> None:
     server = stand_in(script(KeyError("x"), [says("Hello")]))
     client = server.client().with_options(max_retries=0)
@@ -191,6 +209,11 @@ def test_a_stand_in_refuses_what_the_real_one_would(stand_in: StandIn) -> None:
     assert "user role" in refused({"role": "assistant", "content": "Hi"})
     assert "tool_result" in refused(user, {"role": "assistant", "content": [used]}, user)
     assert "non-empty" in refused({"role": "user", "content": [says(" ")]})
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "signed"}
+    assert "cannot be `thinking`" in refused(user, {"role": "assistant", "content": [thought]}, user)
+    schema = {"type": "object", "properties": {"what?": {"type": "string"}}}
+    with pytest.raises(anthropic.BadRequestError, match="property keys"):
+        ask(model="m", max_tokens=9, messages=[user], tools=[{"name": "x", "input_schema": schema}])
     assert "KeyError" in refused(user)
     assert ask(model="m", max_tokens=9, messages=[user]).content[0].text == "Hello"
     with pytest.raises(anthropic.NotFoundError):

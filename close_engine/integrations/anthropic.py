@@ -10,6 +10,7 @@ It needs the extra `anthropic`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
@@ -102,14 +103,24 @@ class ClaudeDrafter(Drafter):
             calls=tuple(
                 ToolCall(block.id, block.name, block.input) for block in answer.content if block.type == "tool_use"
             ),
-            text="".join(block.text for block in answer.content if block.type == "text"),
+            text="".join(block.text for block in answer.content if block.type == "text").strip(),
             tokens=usage.input_tokens
             + usage.output_tokens
             + (usage.cache_creation_input_tokens or 0)
             + (usage.cache_read_input_tokens or 0),
             is_cut_off=answer.stop_reason == "max_tokens",
-            raw=[block.to_dict() for block in answer.content],
+            raw=_echo(answer),
         )
+
+
+def _echo(answer: anthropic.types.Message) -> list[Any]:
+    """Return an answer in the form in which Claude takes it back: it does not take everything that it gives."""
+    blocks = [block.to_dict() for block in answer.content if block.type != "text" or block.text.strip()]
+    while blocks and blocks[-1]["type"] in ("thinking", "redacted_thinking"):  # cut off, or nothing followed
+        blocks.pop()
+    whole = json.dumps(blocks, ensure_ascii=False).encode(errors="replace")  # half of a surrogate pair cannot be sent
+    echo: list[Any] = json.loads(whole)
+    return echo
 
 
 def _content(turn: Turn) -> Any:

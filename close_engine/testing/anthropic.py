@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import anthropic
@@ -22,6 +23,8 @@ __all__ = ["AnthropicStandIn", "Brain", "ModelError", "calls", "says"]
 
 Brain = Callable[[dict[str, Any]], Sequence[Mapping[str, Any]]]
 """A function of the request's JSON that returns the content of the answer: see `calls` and `says`."""
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 _KINDS = {
     400: "invalid_request_error",
@@ -61,8 +64,8 @@ def calls(name: str, /, **arguments: Any) -> dict[str, Any]:
 class AnthropicStandIn(StandIn):
     """Answer `POST /v1/messages` as a function says. Use it as a context manager.
 
-    It refuses what the real one would: no key, a first turn that is not the user's, a tool call without its result. A
-    token is four characters.
+    It refuses what the real one would: no key, a first turn that is not the user's, a tool call without its result, a
+    turn of the model's that ends with a thought, a question's id with a space. A token is four characters.
 
     Args:
         brain: the function. An exception of it other than `ModelError` is answered with 500.
@@ -141,6 +144,9 @@ def _problem(request: Mapping[str, Any]) -> str | None:
     for name in ("model", "max_tokens", "messages"):
         if not request.get(name):
             return f"{name}: field required"
+    for tool in request.get("tools", ()):
+        if wrong := next((name for name in _names(tool.get("input_schema", {})) if not _NAME.fullmatch(name)), None):
+            return f"tools: property keys should match pattern '{_NAME.pattern}', and {wrong!r} does not"
     if messages[0]["role"] != "user" or messages[-1]["role"] != "user":
         return "messages: the first and the last must use the user role"
     open_calls: set[str] = set()
@@ -148,11 +154,20 @@ def _problem(request: Mapping[str, Any]) -> str | None:
         blocks = message["content"] if isinstance(message["content"], list) else [says(message["content"])]
         if not blocks or any(block["type"] == "text" and not block["text"].strip() for block in blocks):
             return "messages: text content blocks must be non-empty"
+        if message["role"] == "assistant" and blocks[-1]["type"] in ("thinking", "redacted_thinking"):
+            return "messages: the final block in an assistant message cannot be `thinking`"
         results = {block["tool_use_id"] for block in blocks if block["type"] == "tool_result"}
         if results != open_calls:
             return "messages: each tool_use block must have a tool_result block in the next message, and no other"
         open_calls = {block["id"] for block in blocks if block["type"] == "tool_use"}
     return None
+
+
+def _names(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Return the names of all properties of a schema."""
+    for name, inner in schema.get("properties", {}).items():
+        yield name
+        yield from _names(inner)
 
 
 def _error(status: int, text: str, retry_after: str | None = None) -> Reply:
