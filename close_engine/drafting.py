@@ -39,6 +39,7 @@ from close_engine.errors import (
     ConversationTakenOver,
     DraftFailed,
     InvalidValue,
+    LeadNotFound,
     LeaseLost,
     MessageNotFound,
     Snooze,
@@ -271,7 +272,7 @@ class Drafter(ABC):
             except _Outdated:
                 logger.info("dropped conversation=%s tokens=%s: the lead has written", message.conversation_id, tokens)
                 return True
-            except (_Moved, StageConflict):
+            except (_Moved, StageConflict, ConversationNotFound, LeadNotFound):
                 return False
             if results is None:
                 names = ",".join(call.name for call in (*done, *reply.calls))

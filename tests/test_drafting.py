@@ -37,6 +37,7 @@ from close_engine import (
     opted_out,
     outbox,
     receive,
+    record_sent,
     submit,
     subscribe,
 )
@@ -443,6 +444,38 @@ def test_a_human_takes_over_while_the_model_thinks(conversation_in: Conversation
         return [reply("Hello")]
 
     assert work(Scripted(dana_takes_over)).texts == []
+    assert drafts()[-1].status is MessageStatus.SENT
+
+
+@BOTH
+@pytest.mark.parametrize("calls", [[reply("Hello")], [call("opted_out", words="no more")]], ids=["reply", "opted out"])
+def test_a_lead_that_is_deleted_while_the_model_thinks(
+    calls: list[ToolCall], conversation_in: ConversationIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation)
+
+    def the_lead_is_deleted() -> list[ToolCall]:
+        Lead.delete().where(Lead.id == conversation.lead_id).execute()
+        return calls
+
+    assert work(Scripted(the_lead_is_deleted)).texts == []
+    (message,) = messages()
+    assert (message.status, message.last_error) == (MessageStatus.SENT, None)
+    assert "failed" not in caplog.text
+
+
+def test_a_text_that_a_human_sent_while_the_model_was_thinking_answers_the_lead(
+    conversation_in: ConversationIn,
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation, "How much is it?")
+
+    def dana_answers() -> list[ToolCall]:
+        record_sent(conversation.lead_id, "SM-dana", "900 dollars", author="dana")
+        return [reply("1,000 dollars")]
+
+    assert work(Scripted(dana_answers)).texts == []
     assert drafts()[-1].status is MessageStatus.SENT
 
 
