@@ -74,6 +74,9 @@ logger = get_logger(__name__)
 #: The topic of the messages that ask a drafter to look at a conversation.
 DRAFT = "draft_reply"
 
+#: What models take as the name of an argument.
+_QUESTION_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
 #: How often the model is asked afresh, because something moved while it was thinking.
 _FRESH_STARTS = 3
 
@@ -158,7 +161,7 @@ class Drafter(ABC):
         transcript: int, how many characters of the transcript the model sees, the newest ones.
 
     Raises:
-        InvalidValue: two questions have one id, an id cannot be used, or a limit is too small.
+        InvalidValue: two questions have one id, an id cannot be used, a limit is too small, or words are missing.
     """
 
     def __init__(
@@ -178,9 +181,14 @@ class Drafter(ABC):
         for name, limit in limits.items():
             if limit < 1:
                 raise InvalidValue(name, limit, "it must be at least 1")
+        for name, words in {"persona": persona, "hand_to": hand_to}.items():
+            if not words.strip():
+                raise InvalidValue(name, words, "it must say something")
         ids = [question.id for question in questions]
         for question_id in ids:
-            if not question_id.strip() or question_id == "preview" or ids.count(question_id) > 1:
+            if not _QUESTION_ID.fullmatch(question_id):
+                raise InvalidValue("questions", question_id, "an id is made of 1 to 64 of A-Z, a-z, 0-9, '_', '.', '-'")
+            if question_id == "preview" or ids.count(question_id) > 1:
                 raise InvalidValue("questions", question_id, "an id is needed once, and 'preview' is the preview's")
         self.persona = persona
         self.questions = tuple(questions)

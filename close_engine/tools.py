@@ -65,7 +65,7 @@ class Question:
     """Something to find out from the lead.
 
     Attributes:
-        id: str, its name in `questions_asked` and `collected_data`.
+        id: str, its name in `questions_asked` and `collected_data`: up to 64 letters of A-Z, digits, `_`, `.` and `-`.
         text: str, what is to be found out, for the model to ask in its own words.
         required: bool, whether nothing is built before it is answered.
     """

@@ -839,6 +839,9 @@ def test_a_drafter_that_makes_no_sense_is_refused() -> None:
         {"questions": [Question("a", "?"), Question("a", "?")]},
         {"questions": [Question("preview", "?")]},
         {"questions": [Question(" ", "?")]},
+        {"questions": [Question("What do you do?", "?")]},  # Claude takes no such name of an argument
+        {"persona": " "},
+        {"hand_to": ""},
         {"max_turns": 0},
         {"attempts": 0},
         {"max_tokens": 0},
