@@ -41,7 +41,12 @@ OPTED_OUT_IN_WORDS = "the lead's own words, as the AI understood them"
 
 
 #: What a phone makes a link of, unless it is a mere name such as bakery.com, which may be the lead's own.
-_LINK = re.compile(r"(?:https?://|www\.|\b[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}/)\S*", re.IGNORECASE)
+_LINK = re.compile(
+    r"[a-z][\w+.-]*://\S*|\bwww\.\S*|\b[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?::\d+)?(?:/|[?#](?=\S))\S*", re.IGNORECASE
+)
+
+#: What ends a sentence, and not the link before it.
+_AFTER_A_LINK = ".,;:!?)]}>*\"'”’»…"
 
 
 class Refusal(Exception):
@@ -122,12 +127,12 @@ class Desk:
                 f"The text has {len(text)} characters{' with its link' if link else ''}, and {LONGEST_TEXT} is the "
                 "most that a text message can have: make it shorter."
             )
-        known = f"{self.known_links}\n{link or ''}"
-        for found in _LINK.findall(text):
-            if found.rstrip(".,;:!?)\"'") not in known:
+        known = links_in(f"{self.known_links}\n{link or ''}")
+        for comparable, found in links_in(text).items():
+            if comparable not in known:
                 raise Refusal(
-                    f"The link {found} is none of the agency's: leave it out. send_preview and offer_payment add "
-                    "theirs by themselves."
+                    f"The link {found[:100]!r} is none of the agency's: leave it out. send_preview and offer_payment "
+                    "add theirs by themselves."
                 )
         submit(self.conversation, type, text, metadata=metadata, key=self.key, actor=ACTOR)
 
@@ -161,8 +166,25 @@ class Tool:
         self.run(desk, arguments)
 
 
+def links_in(text: str) -> dict[str, str]:
+    """Find the links in a text: each as it is compared with others, and as it is written.
+
+    >>> links_in("See https://Bright.example.com/ and (www.example.org/a?b=1).")
+    {'bright.example.com': 'https://Bright.example.com/', 'www.example.org/a?b=1': 'www.example.org/a?b=1'}
+    """
+    found = {}
+    for match in _LINK.findall(text):
+        link = match.rstrip(_AFTER_A_LINK)
+        bare = re.sub("^https?://", "", link, flags=re.IGNORECASE)
+        host = re.split("[/?#]", bare, maxsplit=1)[0]
+        found[f"{host.lower()}{bare[len(host) :]}".rstrip("/")] = link
+    return found
+
+
 def checked(schema: Mapping[str, Any], value: Any, name: str = "the input") -> str:
-    """Compare a value with a JSON schema, as far as the schemas of the tools go.
+    """Compare a value with a JSON schema, as far as the schemas of the tools go: objects are closed, a pattern is \\S.
+
+    The tests compare it with `jsonschema`.
 
     Args:
         schema: dict.

@@ -223,6 +223,16 @@ REFUSED = {
         "none of the agency's",
     ),
     "www": (Stage.QUALIFYING, reply("See WWW.evil.example"), "none of the agency's"),
+    "the beginning of a link of ours": (Stage.QUALIFYING, reply("See https://bright.example.co"), "none of the agency"),
+    "a link of ours that goes on": (Stage.QUALIFYING, reply("https://bright.example.com@evil.example/x"), "none of"),
+    "a stranger's port": (Stage.QUALIFYING, reply("See evil.example:8080/x"), "none of the agency's"),
+    "a stranger's query": (Stage.QUALIFYING, reply("See evil.example?pay=1"), "none of the agency's"),
+    "a stranger in other letters": (Stage.QUALIFYING, reply("See зло.рф/x"), "none of the agency's"),
+    "a link that an app opens": (Stage.QUALIFYING, reply("See pay://evil"), "none of the agency's"),
+    "half a character": (Stage.QUALIFYING, reply("a\ud800b"), "half of a surrogate pair"),
+    "half a character in a link": (Stage.QUALIFYING, reply("https://x\ud800"), "https://x\\ud800"),
+    "half a character in a name": (Stage.QUALIFYING, call("\ud800"), "There is no tool '\\ud800'"),
+    "ten thousand characters": (Stage.QUALIFYING, call("give_up", reason="x" * 10_000), "at most 1600 characters"),
     "empty": (Stage.QUALIFYING, reply("  "), "text must not be empty"),
     "a NUL": (Stage.QUALIFYING, reply("a\0b"), "cannot be"),
     "an unknown question": (Stage.QUALIFYING, reply("Hm?", asks=["age"]), "must be one of business, pages, colour"),
@@ -296,7 +306,13 @@ def test_only_the_last_call_ends_the_turn_and_words_alone_reach_nobody(conversat
 
 
 @pytest.mark.parametrize(
-    "words", ["(See https://bright.example.com.)", "Is crumb.example yours?", "24/7 and/or e.g. 3.50/month"]
+    "words",
+    [
+        "(See https://bright.example.com.)",
+        "It is bright.example.com/, or <HTTPS://Bright.example.com>",
+        "Is crumb.example yours?",
+        "24/7 and/or e.g. 3.50/month",
+    ],
 )
 def test_the_agencys_own_links_and_mere_names_may_be_said(words: str, conversation_in: ConversationIn) -> None:
     wrote(conversation_in(Stage.QUALIFYING))
