@@ -198,10 +198,10 @@ def checked(schema: Mapping[str, Any], value: Any, name: str = "the input") -> s
     if not any(isinstance(value, _TYPES[kind]) and isinstance(value, bool) <= (kind == "boolean") for kind in kinds):
         return f"{name} must be of type {' or '.join(kinds)}"
     if isinstance(value, str):
-        if not value.strip():
+        if not re.search(schema.get("pattern", ""), value):
             return f"{name} must not be empty"
-        if len(value) > schema.get("maxLength", LONGEST_TEXT):
-            return f"{name} can have at most {schema.get('maxLength', LONGEST_TEXT)} characters"
+        if len(value) > schema.get("maxLength", len(value)):
+            return f"{name} can have at most {schema['maxLength']} characters"
         if value not in schema.get("enum", [value]):
             return f"{name} must be one of {', '.join(schema['enum'])}"
     if isinstance(value, list):
@@ -344,8 +344,12 @@ def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
+#: Not empty, and not only spaces.
+_SAYS_SOMETHING = r"\S"
+
+
 def _text(description: str) -> dict[str, Any]:
-    return {"type": "string", "description": description, "maxLength": LONGEST_TEXT}
+    return {"type": "string", "description": description, "pattern": _SAYS_SOMETHING, "maxLength": LONGEST_TEXT}
 
 
 def toolbox(questions: Sequence[Question], offers_payment: bool) -> list[Tool]:
@@ -359,8 +363,9 @@ def toolbox(questions: Sequence[Question], offers_payment: bool) -> list[Tool]:
         list of Tool.
     """
     ids = [question.id for question in questions]
-    kinds = ["string", "number", "boolean"]
-    answers = {question.id: {"type": kinds, "description": question.text, "maxLength": 2000} for question in questions}
+    answer = {"type": ["string", "number", "boolean"], "pattern": _SAYS_SOMETHING, "maxLength": 2000}
+    answers = {question.id: {**answer, "description": question.text} for question in questions}
+    properties: dict[str, Any] = {"type": "object", "properties": answers, "additionalProperties": False}
     asks = {"type": "array", "items": {"type": "string", "enum": ids}, "description": "Ids of the questions it asks."}
     words = _text("The whole text, in the lead's language and without placeholders.")
     tools = [
@@ -368,7 +373,7 @@ def toolbox(questions: Sequence[Question], offers_payment: bool) -> list[Tool]:
             "record_answers",
             "Record what the lead said in answer to the questions, in the lead's own terms. Record only what the lead "
             "really said. A new answer replaces the old one.",
-            _object(answers={"type": "object", "properties": answers, "minProperties": 1}),
+            _object(answers={**properties, "minProperties": 1}),
             _record_answers,
             closes=False,
         ),
