@@ -77,6 +77,12 @@ DRAFT = "draft_reply"
 #: What models take as the name of an argument.
 _QUESTION_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
+#: Which other message is worth waiting for, if the lead has written again: longer than most bursts are debounced.
+_SOON = timedelta(minutes=2)
+
+#: The longest line of what a model is told besides the transcript, in characters.
+_LONGEST_LINE = 4000
+
 #: How often the model is asked afresh, because something moved while it was thinking.
 _FRESH_STARTS = 3
 
@@ -398,8 +404,9 @@ class Drafter(ABC):
             f"Preview: {_preview_state(conversation, said)}.",
         ]
         waiting = [f"{text.kind}: {text.body}" for text in said if _waits(text)]
-        lines += [f"Written by you, and not sent yet: {text}" for text in waiting]
-        return f"<situation>\n{_plain(chr(10).join(lines))}\n</situation>"
+        lines += [f"Written by you, and not sent yet: {text}" for text in waiting[-10:]]
+        told = "\n".join(line[:_LONGEST_LINE] for line in lines)
+        return f"<situation>\n{_plain(told)}\n</situation>"
 
     # -- when it fails -------------------------------------------------------------------------------------------------
 
