@@ -549,7 +549,9 @@ def _is_our_turn(conversation: CloseEngineConversation) -> bool:
 def _is_answered(conversation: CloseEngineConversation, last_text: int) -> bool:
     """Whether a text that was written after the lead's last words waits to be sent, or to be approved."""
     ours = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.status == MessageStatus.PENDING)
-    if OutboxMessage.select().where(ours & (OutboxMessage.after_text >= last_text)).exists():
+    # One that is to leave some day, such as a reminder, answers nothing. One that was put off once began as an answer.
+    is_now = (OutboxMessage.available_at <= moment()) | (OutboxMessage.claims > 0)
+    if OutboxMessage.select().where(ours & (OutboxMessage.after_text >= last_text) & is_now).exists():
         return True
     waiting = (PendingAction.conversation_id == conversation.id) & (PendingAction.status == ActionStatus.PENDING)
     drafts = PendingAction.select().readable().where(waiting)
@@ -567,10 +569,11 @@ def _last_text(conversation_id: str) -> int:
 
 
 def _another_waits(message: OutboxMessage) -> bool:
-    """Whether another message will ask for an answer."""
+    """Whether another message will soon ask for an answer."""
     same = (OutboxMessage.conversation_id == message.conversation_id) & (OutboxMessage.topic == DRAFT)
     waiting = same & (OutboxMessage.status == MessageStatus.PENDING) & (OutboxMessage.id != message.id)
-    return bool(OutboxMessage.select().where(waiting).exists())
+    soon = OutboxMessage.available_at <= moment() + _SOON
+    return bool(OutboxMessage.select().where(waiting & soon).exists())
 
 
 _READY = "ready, and not sent: send it with send_preview"

@@ -388,6 +388,23 @@ def test_two_texts_at_once_are_answered_once(conversation_in: ConversationIn) ->
     assert len(drafts()) == 2
 
 
+def test_what_is_to_leave_some_day_does_not_answer_the_lead(
+    conversation_in: ConversationIn, close_engine_clock: MovableClock
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation, "How much is it?")
+    conversation.reload()
+    submit(conversation, ActionType.SEND_MESSAGE, "Any news?", send_after=timedelta(days=1), actor="a reminder")
+    drafter = Scripted([reply("900 dollars")])
+    assert work(drafter).texts == ["900 dollars"]
+    assert "not sent yet: message: Any news?" in drafter.told
+    wrote(conversation, "And the colour?", "SM2")
+    conversation.reload()
+    submit(conversation, ActionType.SEND_MESSAGE, "Any you like", actor="ai")
+    outbox.claim(topics=["SEND_MESSAGE"])[0].snooze(timedelta(hours=8))
+    assert work(Scripted()).texts == []  # the answer waits for the morning
+
+
 def test_two_texts_are_answered_once_even_if_the_answer_waits_for_a_human(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.QUALIFYING, AutonomyLevel.MANUAL)
     wrote(conversation, "Hi", "SM1")
@@ -419,6 +436,7 @@ def test_if_no_other_message_will_answer_the_newer_words_the_model_is_asked_agai
     conversation = conversation_in(Stage.QUALIFYING)
     wrote(conversation, "Hi")
     outbox.enqueue(conversation, DRAFT)
+    outbox.enqueue(conversation, DRAFT, send_after=timedelta(days=2))  # that would be too late
 
     def the_lead_writes_meanwhile() -> list[ToolCall]:
         wrote(conversation, "How much?", "SM2")
