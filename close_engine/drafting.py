@@ -507,8 +507,9 @@ def _reasons(
 ) -> Iterator[str]:
     """Say why there may be something to say: nothing if the lead's last words are answered, and nothing else is up."""
     payload = message.payload if isinstance(message.payload, Mapping) else {}
-    events = [event for event in payload.get("events") or [payload] if isinstance(event, Mapping)]
-    names = {event.get("event") for event in events}
+    burst = payload.get("events")
+    events = [event for event in (burst if isinstance(burst, list) else [payload]) if isinstance(event, Mapping)]
+    names = {str(event.get("event")) for event in events}
     if _is_our_turn(conversation) and not _is_answered(conversation, last_text):
         yield "The lead has written, and waits for an answer."
     if because := payload.get("because") or message.body:
@@ -522,7 +523,7 @@ def _reasons(
         yield rejected
 
 
-def _rejected(conversation: CloseEngineConversation, names: set[Any]) -> str | None:
+def _rejected(conversation: CloseEngineConversation, names: set[str]) -> str | None:
     """Say what a human did not let pass, if that is the newest draft there is."""
     model = PendingAction
     of_it = model.select().readable().where(model.conversation_id == conversation.id)

@@ -362,6 +362,18 @@ def test_nobody_is_asked_if_there_is_nothing_to_say(conversation_in: Conversatio
     assert {message.status for message in drafts()} == {MessageStatus.SENT}
 
 
+@pytest.mark.parametrize(
+    "payload", [{"events": 5}, {"events": [1]}, {"events": "x"}, {"event": ["x"]}, {"because": {"a": 1}}], ids=str
+)
+def test_a_payload_of_another_writer_is_no_failure(payload: dict[str, Any], conversation_in: ConversationIn) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation)
+    work(Scripted([reply()]))
+    outbox.enqueue(conversation, DRAFT, payload=payload)
+    work(Scripted([call("no_reply_needed", reason="said by a test")]))
+    assert {message.status for message in drafts()} == {MessageStatus.SENT}
+
+
 @BOTH
 def test_words_that_cross_a_text_of_ours_are_answered(conversation_in: ConversationIn) -> None:
     """The lead answers a text before the worker has recorded that it was sent."""
