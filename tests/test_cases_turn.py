@@ -152,6 +152,20 @@ def test_c1_a_text_that_was_drafted_before_the_leads_words_does_not_answer_them(
     assert (turn(conversation), waiting()) == (["stall"], [])
 
 
+def test_c1_what_is_approved_after_the_leads_words_answers_them(conversation_in: ConversationIn) -> None:
+    """C1, for a draft that waits when the lead writes: whoever approves it then decides on it after those words."""
+    conversation = conversation_in(Stage.BUILDING, autonomy_level=AutonomyLevel.MANUAL)
+    preview = submit(
+        conversation, ActionType.SEND_PREVIEW, "Here it is.", metadata={"previewUrl": "https://p.example/1"}
+    )
+    assert isinstance(preview, PendingAction)
+    receive(conversation.lead_id, "SM1", "What does it cost?")
+    assert turn(conversation) == ["answer"]
+    preview.approve(by="Ann")
+    claimed().sent("p1")
+    assert (copy_of(conversation).stage, turn(conversation)) == (Stage.PREVIEW_SENT, ["stall"])
+
+
 def test_c1_what_is_sent_late_does_not_ask_again_for_an_answer(conversation_in: ConversationIn) -> None:
     """C1, for a text that was put off: the lead wrote after it was drafted, and has been answered since."""
     conversation = conversation_in(Stage.PREVIEW_SENT)
