@@ -24,7 +24,7 @@ for package in twilio stripe anthropic starlette uvicorn phonenumbers prometheus
         exit 1
     fi
 done
-python - <<'END'
+python - <<'END' >helps
 import importlib
 import sys
 from pathlib import Path
@@ -36,12 +36,15 @@ needing = ("integrations", "web", "testing", "migrations", "metrics.py")
 for path in place.rglob("*.py"):
     if path.relative_to(place).parts[0] not in needing:
         importlib.import_module(".".join(path.relative_to(place.parent).with_suffix("").parts))
-importlib.import_module("close_engine.integrations.webhooks")
-from close_engine.cli import main
+for name in ("close_engine.integrations.webhooks", "close_engine.testing", "close_engine.testing.stand_ins"):
+    importlib.import_module(name)
+import typer
 
-for command in ("--help", "serve --help", "worker --help"):
+from close_engine.cli.app import app, main
+
+for command in ("", *typer.main.get_command(app).commands):
     try:
-        main(command.split())
+        main([*command.split(), "--help"])
     except SystemExit as end:
         assert end.code == 0, command
 sdks = {"twilio", "stripe", "anthropic", "starlette", "uvicorn", "phonenumbers", "prometheus_client"}

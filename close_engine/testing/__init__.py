@@ -22,11 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import peewee
-import pytest
 
 from close_engine.conversations import CloseEngineConversation, open_conversation
 from close_engine.database.binding import current
@@ -150,19 +150,28 @@ class FakeSender:
         return Worker(self, name="fake sender", concurrency=1, sweep=None).run_until_empty()
 
 
-@pytest.fixture
+def _fixture(function: Callable[..., Any]) -> Any:
+    """Make a fixture. Without pytest there is none: the providers' stand-ins are also for rehearsals."""
+    if find_spec("pytest") is None:
+        return function
+    import pytest
+
+    return pytest.fixture(function)
+
+
+@_fixture
 def fake_sender() -> FakeSender:
     """A sender that records messages instead of sending them."""
     return FakeSender()
 
 
-@pytest.fixture
+@_fixture
 def close_engine_clock() -> MovableClock:
     """The clock of `close_engine_database`."""
     return MovableClock()
 
 
-@pytest.fixture
+@_fixture
 def close_engine_database(tmp_path: Path, close_engine_clock: MovableClock) -> Iterator[peewee.Database]:
     """A migrated database for this test only, bound to the models."""
     database = connect(f"sqlite:///{tmp_path}/close_engine.db", clock=close_engine_clock)
@@ -205,7 +214,7 @@ def bring_to(conversation: CloseEngineConversation, stage: Stage) -> CloseEngine
     return conversation
 
 
-@pytest.fixture
+@_fixture
 def conversation_in(close_engine_database: peewee.Database) -> Callable[..., CloseEngineConversation]:
     """A factory: `conversation_in(Stage.BUILDING)` opens a conversation and fires the real triggers to get there.
 
