@@ -14,7 +14,7 @@ leads write and pay; `close-engine worker --agency` drafts, builds and sends.
 
 >>> Settings.read("serve", {"STRIPE_API_KEY": "sk_test_1"})
 Traceback (most recent call last):
-close_engine.ConfigurationError: The environment is not complete:
+close_engine.ConfigurationError: The environment is not right:
   - CLOSE_ENGINE_PUBLIC_URL is missing: it must be where the providers reach this server, such as https://crm.example.com.
   - TWILIO_AUTH_TOKEN is missing: it must be the account's auth token.
   - STRIPE_WEBHOOK_SECRET is missing: it must be the secret of the webhook endpoint, which begins with whsec_.
@@ -146,7 +146,7 @@ class Settings:
         environment = os.environ if environment is None else environment
         values = {each.name: environment.get(each.name, "").strip() for each in variables}
         if problems := _problems(variables, role, values):
-            raise ConfigurationError("The environment is not complete:", problems)
+            raise ConfigurationError("The environment is not right:", problems)
         live = re.match("[sr]k_live_", values["STRIPE_API_KEY"]) is not None
         return cls(values["CLOSE_ENGINE_PUBLIC_URL"].rstrip("/"), live, values)
 
@@ -171,6 +171,23 @@ def _problems(variables: Sequence[_Variable], role: Role, values: Mapping[str, s
     return problems
 
 
+def read_environment(role: Role, environment: Mapping[str, str] | None = None) -> Settings:
+    """Check what a process needs before anything is opened: its packages, and its settings with CLOSE_ENGINE_AGENCY.
+
+    Args:
+        role: `serve` or `worker`.
+        environment: as for `Settings.read`.
+
+    Returns:
+        the Settings.
+
+    Raises:
+        ConfigurationError: packages or settings are missing or malformed; it names all of them.
+    """
+    require_packages(*PACKAGES[role])
+    return Settings._read((_AGENCY, *_VARIABLES), role, environment)
+
+
 def load_agency(role: Role, environment: Mapping[str, str] | None = None) -> tuple[Agency, Settings]:
     """Import the agency that CLOSE_ENGINE_AGENCY names, and read its settings. The current directory is searched too.
 
@@ -185,8 +202,7 @@ def load_agency(role: Role, environment: Mapping[str, str] | None = None) -> tup
         ConfigurationError: packages or settings are missing or malformed; or the module cannot be imported, or has no
             such Agency.
     """
-    require_packages(*PACKAGES[role])
-    settings = Settings._read((_AGENCY, *_VARIABLES), role, environment)
+    settings = read_environment(role, environment)
     name = settings[_AGENCY.name]
     module, _, attribute = name.partition(":")
     found = getattr(load_module(module), attribute, None)

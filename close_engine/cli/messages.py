@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from close_engine import outbox, pauses, sweeps
-from close_engine.agency import PACKAGES, Agency, AgencySender, load_agency, require_packages
+from close_engine.agency import Agency, AgencySender, load_agency, read_environment
 from close_engine.board import HANGING_AFTER, outbox_line
 from close_engine.cli.app import (
     Command,
@@ -258,7 +258,7 @@ def worker(
     topics = None if topic is None else [clean_text("topic", name) for name in topic]
     quiet_hours, cap = _policies(quiet_from, quiet_until, daily_cap, timezone_column, timezone)
     if agency:
-        require_packages(*PACKAGES["worker"])
+        read_environment("worker")  # before the database: one error names all that is missing
     patient = not (show or until_empty)
     open_migrated(context, wait=patient)
     if show:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from close_engine.agency import PACKAGES, load_agency, require_packages
+from close_engine.agency import load_agency, read_environment
 from close_engine.cli.app import command, importing, open_migrated
 from close_engine.cli.messages import subscribed
 from close_engine.cli.terminal import log_to_standard_error
@@ -57,7 +57,7 @@ def serve(
     starts, it waits. On SIGTERM or Ctrl-C, it answers the requests that have
     begun, and exits. Any number of servers can use one database.
     """
-    require_packages(*PACKAGES["serve"])
+    read_environment("serve")  # before the database: one error names all that is missing
     open_migrated(context, wait=True)
     with importing(context, "agency"):
         agency, settings = load_agency("serve")
