@@ -218,12 +218,12 @@ class Play:
 
     def report(self) -> None:
         """Print what became of each lead, and whether all is well."""
-        print(f"\n{'lead':<8} {'who':<28} {'stage':<12} {'texts':>5} {'replies':>7} {'paid':>6}")
+        print(f"\n{'lead':<8} {'who':<28} {'stage':<15} {'texts':>5} {'replies':>7} {'paid':>6}")
         for person in self.people.values():
             found = self._conversation_of(person)
             paid = f"${499 * self.paid[person.name]}" if self.paid[person.name] else "-"
             print(
-                f"{person.name:<8} {person.about:<28} {found.stage if found else '-':<12} {self.said[person.name]:>5} "
+                f"{person.name:<8} {person.about:<28} {found.stage if found else '-':<15} {self.said[person.name]:>5} "
                 f"{self.heard[person.name]:>7} {paid:>6}"
             )
         print(
