@@ -36,9 +36,10 @@ from close_engine.web.console import Role
 from close_engine.web.console.accounts import account_line
 from examples.agency.play.__main__ import CAUTIOUS, leave_drafts
 from examples.agency.play.servers import HERE, Place
-from tests.command_line import COMMAND
+from tests.command_line import as_user, postgres_role, run
 from tests.crm import query
-from tests.servers import PrivateServer
+from tests.prose import PRISMA, ROOT, grants
+from tests.servers import PrivateServer, execute
 from tests.waiting import LIMIT, until
 
 TEXTS, PAYMENTS = "/webhooks/twilio/texts", "/webhooks/stripe"
@@ -81,13 +82,23 @@ def looked_into(url: str) -> Iterator[None]:
         database.close()
 
 
+@pytest.fixture
+def worker_url(server: str, postgres_url: str) -> Iterator[str]:
+    """The database, for a role that has no more than the rights that the pages grant."""
+    with postgres_role(server) as (role, password):
+        rights = [*grants(PRISMA, "close_worker"), *grants(ROOT / "docs/serve.md", "close_worker")]
+        execute(postgres_url, *(right.format(role=role) for right in rights))
+        yield as_user(postgres_url, role, password)
+        execute(postgres_url, f"DROP OWNED BY {role}")
+
+
 # -- one lead ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_lead_is_closed_from_the_first_text_to_the_payment_over_http_only(
-    make_place: Callable[..., Place], postgres_url: str
+    make_place: Callable[..., Place], worker_url: str
 ) -> None:
-    place = make_place(postgres_url)
+    place = make_place(worker_url)
 
     def says(words: str, answer: str) -> str:
         """Text it, and return the agency's text that is the answer."""
@@ -128,21 +139,18 @@ def counting(request: dict[str, Any]) -> list[dict[str, Any]]:
     return [calls("reply", text=f"I have seen {len(set(said))} texts, the last of them {said[-1]}.")]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        return str(request.getfixturevalue("postgres_url"))
-    shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "agency.db")
-    return f"sqlite:///{tmp_path}/agency.db"
-
-
-def test_two_hundred_texts_each_twice_against_two_servers_and_two_workers(
-    make_place: Callable[..., Place], migrated_url: str
+@pytest.mark.parametrize(("kind", "leads", "each"), [("sqlite", 5, 4), ("postgresql", 20, 10)])
+def test_many_texts_each_twice_against_two_servers_and_two_workers(
+    make_place: Callable[..., Place], request: pytest.FixtureRequest, tmp_path: Path, kind: str, leads: int, each: int
 ) -> None:
-    place = make_place(migrated_url, think=counting)
-    numbers = [f"+155501000{number:02}" for number in range(20)]
+    if kind == "postgresql":
+        url = str(request.getfixturevalue("postgres_url"))
+    else:
+        url = f"sqlite:///{shutil.copy(request.getfixturevalue('sqlite_template'), tmp_path / 'agency.db')}"
+    place = make_place(url, think=counting)
+    numbers = [f"+155501000{number:02}" for number in range(leads)]
     texts = [
-        (number, f"text {rank} of {number}", f"SM{rank:03}{number[1:]}") for number in numbers for rank in range(10)
+        (number, f"text {rank} of {number}", f"SM{rank:03}{number[1:]}") for number in numbers for rank in range(each)
     ]
 
     with place.running("serve", "serve-2", "worker", "worker-2"), ThreadPoolExecutor(8) as pool:
@@ -152,18 +160,18 @@ def test_two_hundred_texts_each_twice_against_two_servers_and_two_workers(
             return place.twilio.text_from(number, body, server + TEXTS, sid=sid, signed_as=place.url + TEXTS).status
 
         posts = [pool.submit(post, server, *text) for text in texts for server in (place.url, second)]
-        statuses = {each.result(LIMIT) for each in posts}
-        with looked_into(migrated_url):
+        statuses = {answer.result(LIMIT) for answer in posts}
+        with looked_into(url):
             waiting = OutboxMessage.select().where(OutboxMessage.status == MessageStatus.PENDING)
             until(lambda: not waiting.exists(), "everything is answered")
 
     assert statuses == {200}
     assert place.complaints() == []
     assert set(place.statuses.values()) == {0}
-    with looked_into(migrated_url):
+    with looked_into(url):
         assert sorted(entry.key for entry in InboxEntry.select()) == sorted(sid for _, _, sid in texts)
         assert sorted(str(lead.phone) for lead in Lead.select()) == numbers
-        assert CloseEngineConversation.select().count() == 20
+        assert CloseEngineConversation.select().count() == leads
         topics = [str(type) for type in ActionType]
         sent = OutboxMessage.select().where((OutboxMessage.status == "SENT") & OutboxMessage.topic.in_(topics))
         assert sorted(str(message.provider_id) for message in sent) == sorted(text.sid for text in place.twilio.texts)
@@ -171,7 +179,7 @@ def test_two_hundred_texts_each_twice_against_two_servers_and_two_workers(
     for number in numbers:
         heard = place.twilio.delivered_to(number)
         assert len(heard) == len(set(heard))
-        assert heard[-1].startswith("I have seen 10 texts")
+        assert heard[-1].startswith(f"I have seen {each} texts")
 
 
 # -- a worker that is killed -------------------------------------------------------------------------------------------
@@ -275,16 +283,11 @@ def test_a_database_that_goes_away_is_waited_for(make_place: Callable[..., Place
 
 def served(place: Place, *options: str, **environment: str) -> tuple[int, str]:
     """The exit status and the error of a server that cannot start."""
-    done = subprocess.run(
-        [COMMAND, "serve", "--port", "0", *options],
-        env=place.environment | environment,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LIMIT,
-    )
-    return done.returncode, done.stderr
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {**place.environment, "CLOSE_ENGINE_AGENCY": "tests.test_agency:AGENCY"}.items():
+            patched.setenv(name, environment.get(name, value))
+        result = run("serve", "--port", "0", *options)
+    return result.code, result.err
 
 
 def test_a_server_that_cannot_start_says_why(make_place: Callable[..., Place], empty_url: str, tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ Found = TypeVar("Found")
 #: Seconds. On the slowest machine, everything that is waited for is there by then; only what never comes takes so long.
 LIMIT = 120
 
+#: Seconds between two looks, which leave the processor to those who bring the state about.
+PAUSE = 0.002
+
 
 def until(condition: Callable[[], Found], what: str) -> Found:
     """Return what the condition gives, as soon as that is true.
@@ -25,6 +28,7 @@ def until(condition: Callable[[], Found], what: str) -> Found:
     end = time.monotonic() + LIMIT
     while not (found := condition()):
         assert time.monotonic() < end, f"After {LIMIT} seconds it is still not true that {what}."
+        time.sleep(PAUSE)
     return found
 
 
