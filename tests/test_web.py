@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import anyio
 import peewee
 import pytest
 from fastapi import FastAPI
@@ -147,6 +148,27 @@ def test_a_body_has_a_limit(client: TestClient, receiver: Receiver, path: str, m
         assert (answer.status_code, answer.text) == (413, "The request has more than 100 bytes.")
     assert receiver.seen == []
     assert client.post(PAYMENTS, content=b"x" * 100).status_code == 403
+
+
+@pytest.mark.parametrize(("ending", "status"), [(None, 408), ({"type": "http.disconnect"}, 400)], ids=["late", "cut"])
+def test_of_a_body_that_does_not_end_nothing_is_taken(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, ending: dict[str, Any] | None, status: int
+) -> None:
+    monkeypatch.setattr(web, "BODY_TIMEOUT", timedelta(milliseconds=50).total_seconds())
+    parts, sent = [{"type": "http.request", "body": b"Body=I%27d+pay+you", "more_body": True}], []
+
+    async def next_part() -> Any:
+        if parts:
+            return parts.pop()
+        return ending or await anyio.sleep_forever()  # type: ignore[func-returns-value]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": TEXTS, "query_string": b"", "headers": []}
+    anyio.run(create_app(texts=receiver), scope, next_part, send)
+
+    assert (sent[0]["status"], receiver.seen) == (status, [])
 
 
 @pytest.mark.parametrize("path", [TEXTS, STATUS, PAYMENTS])
