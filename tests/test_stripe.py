@@ -463,10 +463,16 @@ def test_a_forged_truncated_or_old_request_changes_nothing(
 
 @pytest.mark.parametrize("body", ["", "[]", "7", '"event"', "{", "{}", '{"type": 7, "data": null}', "[" * 50000])
 def test_what_is_signed_and_no_event_is_refused(
-    database: peewee.Database, stand_in: StripeStandIn, webhook: StripeWebhook, body: str
+    database: peewee.Database,
+    stand_in: StripeStandIn,
+    webhook: StripeWebhook,
+    body: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     signature = stripe.WebhookSignature.generate_signature_header(body, stand_in.secret, int(time.time()))
-    assert webhook(body.encode(), signature).status == 400
+    refusal = webhook(body.encode(), signature)
+    assert refusal.status == 400
+    assert caplog.messages == [f"refused a request to Stripe's webhook: {refusal.text}"]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

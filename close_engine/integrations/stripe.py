@@ -239,15 +239,15 @@ class StripeWebhook:
         try:
             stripe.Webhook.construct_event(body, signature, self._secret, self._tolerance)
         except stripe.SignatureVerificationError:
-            return WebhookResponse(400, "The signature is missing, wrong or too old.")
+            return _refused("The signature is missing, wrong or too old.")
         except (ValueError, TypeError, AttributeError, RecursionError):
-            return WebhookResponse(400, "The body is not an event of Stripe.")
+            return _refused("The body is not an event of Stripe.")
         event = json.loads(body)
         try:
             told = _told(event["type"], event["data"]["object"])
             is_live, name = bool(event["livemode"]), str(event["id"])
         except (KeyError, TypeError, AttributeError):
-            return WebhookResponse(400, "The event lacks something that every event of its type has.")
+            return _refused("The event lacks something that every event of its type has.")
         if told is None:
             return WebhookResponse(200, "ignored")
         details = {"event": name, "type": event["type"], "livemode": is_live, **told.metadata}
@@ -312,6 +312,11 @@ def _kept(
         return WebhookResponse(200, "duplicate")
     logger.warning("payment %s: %s", told.key, issue.value)
     return WebhookResponse(200, "kept")
+
+
+def _refused(why: str) -> WebhookResponse:
+    logger.warning("refused a request to Stripe's webhook: %s", why)
+    return WebhookResponse(400, why)
 
 
 def _lead_of(metadata: Mapping[str, Any]) -> tuple[str | None, str]:
