@@ -127,7 +127,7 @@ def postgres_database(server: str, template: str = "template0") -> Iterator[str]
 
 @cache
 def _administrator(server: str) -> Any:
-    """One connection for all databases of this process: most tests need one, and connecting takes longer than a test."""
+    """One connection for all databases of this process: many tests are quicker than connecting."""
     connection = psycopg2.connect(server)
     connection.autocommit = True
     return connection
