@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 import close_engine
-from close_engine import CloseEngineConversation, EntryPoint, InboxEntry, atomic, receive
+from close_engine import CloseEngineConversation, ConfigurationError, EntryPoint, InboxEntry, atomic, receive
 from close_engine.database.binding import current
 from close_engine.integrations.webhooks import WebhookResponse
 from close_engine.testing import new_lead
@@ -182,6 +183,14 @@ def test_what_is_not_configured_is_not_there(database: peewee.Database) -> None:
     assert {client.post(path).status_code for path in (TEXTS, STATUS, PAYMENTS)} == {404}
     assert client.get("/metrics").status_code == 404
     assert client.get("/healthz").status_code == 200
+
+
+def test_metrics_say_which_package_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "close_engine.metrics", raising=False)
+
+    with pytest.raises(ConfigurationError, match="close-engine\\[metrics\\]"):
+        create_app()
 
 
 def open_connections() -> int:

@@ -231,9 +231,10 @@ class _Health:
 
 
 def _metrics() -> Callable[[Request], Response]:
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from close_engine.metrics import register  # first, because it says which package is missing
 
-    from close_engine.metrics import register  # it says which package is missing
+    # isort: split
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
     register(registry)
