@@ -426,8 +426,7 @@ def _build(build_site: BuildSite, message: OutboxMessage) -> None:
         # If the lead has asked for more meanwhile, another message builds that.
         if now.edit_rounds == conversation.edit_rounds:
             now.record(data={"preview": {"url": url, "edit_round": now.edit_rounds}})
-            because = {"because": "the preview is ready"}
-            outbox.enqueue(now, DRAFT, payload=because, key=f"preview:{message.send_key}")
+            outbox.enqueue(now, DRAFT, key=f"preview:{message.send_key}")
         message.sent()
 
 

@@ -514,7 +514,7 @@ def _reasons(
         yield "The lead has written, and waits for an answer."
     if because := payload.get("because") or message.body:
         yield f"{str(because).rstrip('.')}."
-    elif _preview_state(conversation, said) == _READY:
+    if _preview_state(conversation, said) == _READY:
         yield "The preview is ready, and the lead has not seen it."
     is_silent = not any(text.direction is Direction.OUTBOUND and (text.is_said or _waits(text)) for text in said)
     if Event.STAGE_ENTERED in names and conversation.stage is Stage.INITIATED and is_silent and not last_text:
@@ -579,6 +579,9 @@ def _another_waits(message: OutboxMessage) -> bool:
 
 _READY = "ready, and not sent: send it with send_preview"
 
+#: The stages in which the lead may not have seen the preview: whatever sent it led to another one.
+_UNSHOWN = (Stage.BUILDING, Stage.EDIT_LOOP, Stage.STALLED)
+
 
 def _preview_state(conversation: CloseEngineConversation, said: Sequence[Text]) -> str:
     url = preview_url(conversation)
@@ -587,7 +590,9 @@ def _preview_state(conversation: CloseEngineConversation, said: Sequence[Text]) 
     sent = [text for text in said if text.kind is TextKind.PREVIEW and url in str(text.payload)]
     if any(_waits(text) for text in sent):
         return "it waits to be sent, or to be approved"
-    return _READY if conversation.stage in (Stage.BUILDING, Stage.EDIT_LOOP) else "the lead has it"
+    if any(text.is_said for text in sent) or conversation.stage not in _UNSHOWN:
+        return "the lead has it"
+    return _READY
 
 
 def _waits(text: Text) -> bool:

@@ -300,6 +300,8 @@ def _send_preview(desk: Desk, given: dict[str, Any]) -> None:
         raise Refusal("There is no preview of the present round yet: it comes by itself. Do not promise a time.")
     if TextKind.PREVIEW in desk.waiting:
         raise Refusal("The preview is on its way already, or waits for approval: send it only once.")
+    if desk.conversation.stage is Stage.STALLED:
+        desk.conversation.resume(actor=ACTOR, reason="the preview is ready", key=f"{desk.key}:resume")
     desk.submit(ActionType.SEND_PREVIEW, given["text"], {"previewUrl": url}, url)
 
 

@@ -283,7 +283,7 @@ class Player:
     def _preview(self, url: str) -> None:
         conversation = self.conversation
         conversation.record(data={"preview": {"url": url, "edit_round": conversation.edit_rounds}})
-        outbox.enqueue(conversation, DRAFT, payload={"because": "the preview is ready"})
+        outbox.enqueue(conversation, DRAFT)
 
     def _silence(self, days: int) -> None:
         for _ in range(days):

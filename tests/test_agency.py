@@ -310,7 +310,7 @@ def test_a_site_is_built_and_then_a_draft_asked_for(texts: Texts, building: Clos
     }
     assert the_build().status is MessageStatus.SENT
     (draft,) = [draft for draft in drafts() if draft.status is MessageStatus.PENDING]
-    assert draft.payload == {"because": "the preview is ready"}
+    assert draft.key == f"preview:{the_build().send_key}"
 
 
 def test_edits_are_passed_on_and_the_last_round_is_built(texts: Texts, building: CloseEngineConversation) -> None:

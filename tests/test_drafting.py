@@ -82,7 +82,7 @@ def drafts(conversation: CloseEngineConversation | None = None) -> list[OutboxMe
 def built(conversation: CloseEngineConversation) -> None:
     """The site of the present round is there, as whoever builds it says it."""
     conversation.record(data={"preview": {"url": PREVIEW, "edit_round": conversation.edit_rounds}})
-    outbox.enqueue(conversation, DRAFT, payload={"because": "the preview is ready"})
+    outbox.enqueue(conversation, DRAFT)
 
 
 def stage_of(conversation: CloseEngineConversation) -> Stage:
@@ -121,7 +121,7 @@ def test_from_the_first_text_to_the_payment_link(close_engine_database: peewee.D
     built(conversation)
     drafter = Scripted([call("send_preview", text="Here it is:")])
     assert work(drafter).texts == [f"Here it is:\n{PREVIEW}"]
-    assert "the preview is ready" in drafter.told
+    assert "The preview is ready, and the lead has not seen it." in drafter.told
     assert stage_of(conversation) is Stage.PREVIEW_SENT
 
     wrote(conversation, "A bigger logo, please", "SM4")
@@ -339,6 +339,26 @@ def test_a_preview_that_waits_is_not_sent_twice(conversation_in: ConversationIn)
     work(drafter)
     assert drafter.results == ["The preview is on its way already, or waits for approval: send it only once."]
     assert "Preview: it waits to be sent, or to be approved." in drafter.asked[0][1][0].text
+
+
+@BOTH
+def test_a_preview_that_has_left_with_another_draft_is_not_asked_about_again(conversation_in: ConversationIn) -> None:
+    """The lead wrote while the site was built: two messages ask, and the first answer has the preview."""
+    conversation = conversation_in(Stage.BUILDING)
+    wrote(conversation, "Is it ready?")
+    built(conversation)
+    drafter = Scripted([call("send_preview", text="Here it is")])
+    assert work(drafter).texts == [f"Here it is\n{PREVIEW}"]
+    assert len(drafter.asked) == 1
+    assert [draft.status for draft in drafts(conversation)] == [MessageStatus.SENT, MessageStatus.SENT]
+
+
+def test_a_preview_is_sent_to_a_lead_who_fell_silent_meanwhile(conversation_in: ConversationIn) -> None:
+    conversation = conversation_in(Stage.BUILDING)
+    conversation.stall()
+    built(conversation)
+    assert work(Scripted([call("send_preview", text="Here it is")])).texts == [f"Here it is\n{PREVIEW}"]
+    assert stage_of(conversation) is Stage.PREVIEW_SENT
 
 
 def test_a_link_that_was_sent_is_sent_again(conversation_in: ConversationIn) -> None:

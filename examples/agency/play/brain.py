@@ -43,6 +43,8 @@ def _answer(seen: _Situation) -> list[dict[str, Any]]:
     """Return the tool calls."""
     if seen.has_preview and not seen.words:
         return [calls("send_preview", text="Here is your website. How do you like it?")]
+    if not seen.words and seen.stage != "INITIATED":
+        return [calls("no_reply_needed", reason="the lead waits for nothing")]
     if not seen.words:
         return [calls("reply", text=f"Hi, this is Mia of Sunny Sites! {QUESTIONS['business']}", asks=["business"])]
     if seen.says("no more texts|leave me alone|lass.* in ruhe"):
