@@ -510,7 +510,8 @@ def _reasons(
     burst = payload.get("events")
     events = [event for event in (burst if isinstance(burst, list) else [payload]) if isinstance(event, Mapping)]
     names = {str(event.get("event")) for event in events}
-    if _is_our_turn(conversation) and not _is_answered(conversation, last_text):
+    # In this order: an answer that is sent in between ends our turn.
+    if not _is_answered(conversation, last_text) and _is_our_turn(conversation):
         yield "The lead has written, and waits for an answer."
     if because := payload.get("because") or message.body:
         yield f"{str(because).rstrip('.')}."
@@ -549,17 +550,16 @@ def _is_our_turn(conversation: CloseEngineConversation) -> bool:
 
 def _is_answered(conversation: CloseEngineConversation, last_text: int) -> bool:
     """Whether a text that was written after the lead's last words waits to be sent, or to be approved."""
-    ours = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.status == MessageStatus.PENDING)
-    # One that is to leave some day, such as a reminder, answers nothing. One that was put off once began as an answer.
-    is_now = (OutboxMessage.available_at <= moment()) | (OutboxMessage.claims > 0)
-    if OutboxMessage.select().where(ours & (OutboxMessage.after_text >= last_text) & is_now).exists():
-        return True
     waiting = (PendingAction.conversation_id == conversation.id) & (PendingAction.status == ActionStatus.PENDING)
     drafts = PendingAction.select().readable().where(waiting)
     # What the lead's words have not superseded is marked: see `inbox.receive`.
-    return any(
-        action.status is ActionStatus.PENDING and "leadWroteSince" not in (action.metadata or {}) for action in drafts
-    )
+    if any(a.status is ActionStatus.PENDING and "leadWroteSince" not in (a.metadata or {}) for a in drafts):
+        return True
+    # After the actions: one that is approved in between is a message then.
+    ours = (OutboxMessage.conversation_id == conversation.id) & (OutboxMessage.status == MessageStatus.PENDING)
+    # One that is to leave some day, such as a reminder, answers nothing. One that was put off once began as an answer.
+    is_now = (OutboxMessage.available_at <= moment()) | (OutboxMessage.claims > 0)
+    return bool(OutboxMessage.select().where(ours & (OutboxMessage.after_text >= last_text) & is_now).exists())
 
 
 def _last_text(conversation_id: str) -> int:

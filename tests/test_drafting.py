@@ -32,6 +32,7 @@ from close_engine import (
     Stage,
     Worker,
     after_commit,
+    drafting,
     on_enter,
     open_conversation,
     opted_out,
@@ -418,6 +419,27 @@ def test_two_texts_at_once_are_answered_once(conversation_in: ConversationIn) ->
     assert work(drafter).texts == ["900 dollars"]
     assert "<lead>\nHi\nHow much is it?\n</lead>" in drafter.told
     assert len(drafts()) == 2
+
+
+def test_an_answer_that_is_sent_while_the_drafter_looks_is_not_missed(
+    conversation_in: ConversationIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = conversation_in(Stage.QUALIFYING)
+    wrote(conversation)
+    conversation.reload()
+    submit(conversation, ActionType.SEND_MESSAGE, "Hello", actor="ai")
+    sending = outbox.claim(topics=["SEND_MESSAGE"])
+
+    def then_it_is_sent(look: Callable[..., bool], *given: Any) -> bool:
+        found = look(*given)
+        while sending:
+            sending.pop().sent("p1")
+        return found
+
+    for name in ("_is_our_turn", "_is_answered"):
+        monkeypatch.setattr(drafting, name, partial(then_it_is_sent, getattr(drafting, name)))
+    assert work(Scripted()).texts == []  # nobody is asked
+    assert drafts()[-1].status is MessageStatus.SENT
 
 
 def test_what_is_to_leave_some_day_does_not_answer_the_lead(
