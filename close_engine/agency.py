@@ -272,14 +272,23 @@ class Agency:
 
     def __post_init__(self) -> None:
         for name in ("persona", "product", "hand_to"):
-            if not str(getattr(self, name)).strip():
-                raise InvalidValue(name, getattr(self, name), "it must say something")
-        if isinstance(self.amount, bool) or not isinstance(self.amount, int) or self.amount <= 0:
-            raise InvalidValue("amount", self.amount, "it must be a whole number of the currency's smallest unit")
-        if not re.fullmatch("[A-Za-z]{3}", self.currency):
-            raise InvalidValue("currency", self.currency, "it must be a code of three letters, such as USD")
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise InvalidValue(name, value, "it must say something")
+        if not isinstance(self.questions, Sequence) or not all(isinstance(each, Question) for each in self.questions):
+            raise InvalidValue("questions", self.questions, "it must be a list of Question")
         if not callable(self.build_site):
             raise InvalidValue("build_site", self.build_site, "it must be a function of a conversation and a list")
+        if isinstance(self.amount, bool) or not isinstance(self.amount, int) or self.amount <= 0:
+            raise InvalidValue("amount", self.amount, "it must be a whole number of the currency's smallest unit")
+        if not isinstance(self.currency, str) or not re.fullmatch("[A-Za-z]{3}", self.currency):
+            raise InvalidValue("currency", self.currency, "it must be a code of three letters, such as USD")
+        if self.unknown not in ("create", "ignore") and not callable(self.unknown):
+            raise InvalidValue("unknown", self.unknown, 'it must be "create", "ignore" or a function that makes a lead')
+        if not isinstance(self.debounce, timedelta):
+            raise InvalidValue("debounce", self.debounce, "it must be a timedelta, such as timedelta(seconds=8)")
+        if wrong := [topic for topic, effect in self.effects.items() if not callable(effect)]:
+            raise InvalidValue("effects", wrong[0], "its effect must be a function of a message")
         if taken := sorted({*_TEXTS, DRAFT, BUILD}.intersection(self.effects)):
             raise InvalidValue("effects", taken[0], "the agency does that itself; name your own effect")
 
