@@ -36,7 +36,7 @@ from close_engine.outbox import TEXT_TOPICS
 from close_engine.stages import CLOSED_STAGES, Event
 from close_engine.subscriptions import publish
 
-__all__ = ["REASON", "heard", "hold", "opt_in", "opt_out", "opted_out", "word"]
+__all__ = ["REASON", "heard", "heard_from", "hold", "opt_in", "opt_out", "opted_out", "word"]
 
 #: What `closed_lost_reason` says of a conversation that an opt-out closed.
 REASON = "opted out"
@@ -126,6 +126,23 @@ def heard(keyword: Keyword, lead_id: str, provenance: Provenance) -> bool:
     return keyword is Keyword.HELP or _opt_in(lead_id, "text", provenance.key)
 
 
+def heard_from(number: str, keyword: Keyword, *, source: str, key: str) -> None:
+    """Do what a text asks for whose number no lead has: a lead that gets this number later cannot be texted.
+
+    The same key again changes nothing.
+    """
+    with atomic():
+        mine = OptOut.number == number
+        if OptOut.select().where(mine & ((OptOut.key == key) | (OptOut.lifted_key == key))).exists():
+            return
+        if keyword is Keyword.OPT_OUT:
+            _record(None, number, source, key)
+        elif keyword is Keyword.OPT_IN:
+            lifted = OptOut.update(_lifting(source, key)).where(mine & OptOut.lifted_at.is_null()).execute()
+            if not lifted:
+                current().execute(_REMEMBER, (None, number, source, source, key))
+
+
 def _opt_out(lead_id: str, source: str, key: str | None, actor: str | None) -> OptOut:
     with atomic():
         conversations = hold(lead_id)
@@ -181,8 +198,8 @@ def _record(lead_id: str | None, number: str | None, source: str, key: str | Non
 
 
 #: A row that bans nothing: it remembers the key of an opt-in that had nothing to lift.
-_REMEMBER = """INSERT INTO {optouts} (lead_id, source, created_at, lifted_at, lifted_by, lifted_key)
-    VALUES (%s, %s, {moment}, {moment}, %s, %s)"""
+_REMEMBER = """INSERT INTO {optouts} (lead_id, number, source, created_at, lifted_at, lifted_by, lifted_key)
+    VALUES (%s, %s, %s, {moment}, {moment}, %s, %s)"""
 
 
 def _opt_in(lead_id: str, source: str, key: str | None) -> bool:
@@ -193,14 +210,17 @@ def _opt_in(lead_id: str, source: str, key: str | None) -> bool:
             about |= OptOut.number == number
         if key is not None and OptOut.select().where(about & (OptOut.lifted_key == key)).exists():
             return False
-        lifting = {"lifted_at": peewee.SQL(current().sql("{moment}")), "lifted_by": source, "lifted_key": key}
-        update = OptOut.update(lifting).where(about & OptOut.lifted_at.is_null())
+        update = OptOut.update(_lifting(source, key)).where(about & OptOut.lifted_at.is_null())
         lifted = sorted(row_id for (row_id,) in update.returning(OptOut.id).tuples().execute())
         if lifted:
             _publish(Event.LEAD_OPTED_IN, lead_id, lifted[0], source)
         if key is not None and not lifted:
-            current().execute(_REMEMBER, (lead_id, source, source, key))
+            current().execute(_REMEMBER, (lead_id, None, source, source, key))
         return bool(lifted)
+
+
+def _lifting(source: str, key: str | None) -> dict[str, Any]:
+    return {"lifted_at": peewee.SQL(current().sql("{moment}")), "lifted_by": source, "lifted_key": key}
 
 
 def _publish(event: Event, lead_id: str, row_id: int, source: str) -> None:

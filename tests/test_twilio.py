@@ -29,7 +29,9 @@ from close_engine import (
     EntryPoint,
     InboxEntry,
     Lead,
+    LeadOptedOut,
     MessageStatus,
+    OptOut,
     OutboxMessage,
     Stage,
     Worker,
@@ -773,6 +775,41 @@ def test_an_unknown_sender_is_ignored_and_that_is_logged(
         assert ask(twilio, webhooks.text, NUMBER, "hi there", sid="SM1").status == 200
     assert (entries(), Lead.select().count()) == ([], 0)
     assert caplog.messages == ["ignored text=SM1 from=+15550100: no lead has this number"] * 2
+
+
+@pytest.mark.parametrize(("body", "kind_of"), [("Stop.", ""), ("ARRET", "STOP")])
+def test_a_stop_of_a_number_that_no_lead_has_is_kept_for_the_lead_that_gets_it(
+    twilio: TwilioStandIn, database: peewee.Database, body: str, kind_of: str
+) -> None:
+    """The CRM makes the lead a minute later, and would text it."""
+    webhooks = TwilioWebhooks(twilio.auth_token)
+    for _ in range(2):  # Twilio's retry
+        ask(twilio, webhooks.text, NUMBER, body, sid="SM1", OptOutType=kind_of)
+    lead = new_lead(NUMBER)
+    with pytest.raises(LeadOptedOut):
+        open_conversation(lead, EntryPoint.REP_CLOSE)
+    assert (opted_out(lead).number, OptOut.select().count()) == (NUMBER, 1)
+
+
+def test_a_start_of_a_number_that_no_lead_has_lifts_its_stop_once(
+    twilio: TwilioStandIn, database: peewee.Database
+) -> None:
+    webhooks = TwilioWebhooks(twilio.auth_token)
+    ask(twilio, webhooks.text, NUMBER, "STOP", sid="SM1")
+    for body, sid in (("START", "SM2"), ("STOP", "SM1"), ("hello", "SM3")):
+        ask(twilio, webhooks.text, NUMBER, body, sid=sid)
+    assert OptOut.get().lifted_at is not None
+    ask(twilio, webhooks.text, NUMBER, "STOP", sid="SM4")
+    ask(twilio, webhooks.text, NUMBER, "START", sid="SM2")
+    assert opted_out(new_lead(NUMBER)).key == "twilio:SM4"
+
+
+@on_one_database
+def test_a_start_that_comes_again_after_a_stop_lifts_nothing(twilio: TwilioStandIn, database: peewee.Database) -> None:
+    webhooks = TwilioWebhooks(twilio.auth_token)
+    for body, sid in (("START", "SM1"), ("STOP", "SM2"), ("START", "SM1")):
+        ask(twilio, webhooks.text, NUMBER, body, sid=sid)
+    assert opted_out(new_lead(NUMBER)) is not None
 
 
 @on_one_database

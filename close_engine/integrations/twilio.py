@@ -27,6 +27,7 @@ from twilio.request_validator import RequestValidator
 from twilio.rest import Client
 
 from close_engine import numbers, optouts
+from close_engine.carriers import Keyword
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, moment
 from close_engine.database.fields import clean_words, storable_text
@@ -85,6 +86,9 @@ _MOST_LISTED, _PAGE = 1000, 200
 
 #: Twilio's ids have 34 characters, our send keys 36.
 _LONGEST_ID = 200
+
+#: What Twilio's own opt-out says of a text.
+_OPT_OUT_TYPES = {"STOP": Keyword.OPT_OUT, "START": Keyword.OPT_IN}
 
 #: What a trial account puts in front of every text.
 _TRIAL = "Sent from your Twilio trial account - "
@@ -488,6 +492,7 @@ class TwilioWebhooks:
         leads = self._leads(text)
         if not leads:
             logger.warning("ignored text=%s from=%s: %s", text.sid, text.sender, text.why_ignored)
+            _heed(text)
             return
         lead_id, *others = leads
         details = text.details
@@ -558,6 +563,14 @@ def _committed(act: Callable[[], object], what: str) -> WebhookResponse:
     except AfterCommitError as error:  # it IS committed
         logger.error("recorded %s: %s", what, error)
     return _DONE
+
+
+def _heed(text: _Inbound) -> None:
+    """Opt a number out or in that no lead has: the CRM may make its lead in a minute."""
+    said = optouts.word(text.words)
+    keyword = said or _OPT_OUT_TYPES.get(text.opt_out_type or "")
+    if text.number is not None and keyword is not None:
+        optouts.heard_from(text.number, keyword, source="text" if said else "provider", key=f"twilio:{text.sid}")
 
 
 def _follow(text: _Inbound, lead_id: str) -> None:
