@@ -37,6 +37,7 @@ from close_engine.subscriptions import publish
 __all__ = [
     "Money",
     "Payment",
+    "clean_money",
     "note_payment",
     "payment_issues",
     "record_payment",
@@ -133,8 +134,8 @@ def record_payment(
     """
     lead_id = lead.id if isinstance(lead, Lead) else lead
     provenance = Provenance(actor, None, metadata, key)
-    amount, currency = _money(amount, currency)
-    to_pay = None if price is None else Money(*_money(*price))  # type: ignore[arg-type]
+    amount, currency = clean_money(amount, currency)
+    to_pay = None if price is None else Money(*clean_money(*price))  # type: ignore[arg-type]
     with atomic():
         conversation = lock_conversation(lead_id)
         if conversation is None:
@@ -212,7 +213,7 @@ def note_payment(
         raise InvalidValue("issue", issue, "it must be unmatched or test: the others come from what is recorded")
     lead_id = lead.id if isinstance(lead, Lead) else lead
     details = None if metadata is None else clean_json("metadata", dict(metadata))
-    amount, currency = _money(amount, currency)
+    amount, currency = clean_money(amount, currency)
     clean_words("key", key, "give the provider's id of the payment")
     clean_words("sentence", sentence, "it must say why the payment cannot be recorded")
     entry = Entry("payment", key, lead_id, None, amount, currency, noted, sentence, details)
@@ -245,7 +246,7 @@ def record_refund(
     Raises:
         InvalidValue: an argument makes no sense or cannot be stored.
     """
-    amount, currency = _money(amount, currency)  # type: ignore[assignment]
+    amount, currency = clean_money(amount, currency)  # type: ignore[assignment]
     clean_words("key", key, "give the provider's id of the payment")
     details = None if metadata is None else clean_json("metadata", dict(metadata))
     lead_id = lead.id if isinstance(lead, Lead) else lead
@@ -408,7 +409,7 @@ def _conversation_id(lead_id: str | None) -> str | None:
     return found
 
 
-def _money(amount: int | None, currency: str | None) -> tuple[int | None, str | None]:
+def clean_money(amount: int | None, currency: str | None) -> tuple[int | None, str | None]:
     """Check what was paid.
 
     Raises:

@@ -475,6 +475,34 @@ def test_what_is_signed_and_no_event_is_refused(
     assert caplog.messages == [f"refused a request to Stripe's webhook: {refusal.text}"]
 
 
+def test_a_payment_that_makes_no_sense_is_refused(
+    database: peewee.Database, stand_in: StripeStandIn, webhook: StripeWebhook
+) -> None:
+    found = {"id": "pi_1", "amount_received": 5, "currency": "usd", "metadata": {}}
+    changes = [
+        ("id", None),
+        ("amount_received", None),
+        ("amount_received", 2**70),
+        ("currency", "?"),
+        ("metadata", [1]),
+    ]
+    for name, wrong in changes:
+        (answer,) = said([stand_in.tell(stand_in.event(INTENT, {**found, name: wrong}), webhook)])
+        assert answer == (400, "The event lacks something that every event of its type has.")
+    assert shown() == []
+
+
+def test_no_money_is_lost_because_of_what_its_metadata_say(
+    database: peewee.Database, stand_in: StripeStandIn, webhook: StripeWebhook
+) -> None:
+    """The account sells other things, too, and somebody else wrote their metadata."""
+    metadata = {"note": "a\x00b\ud800", "close_engine_conversation": "\x00"}
+    found = {"id": "pi_1", "amount_received": 5, "currency": "usd", "metadata": metadata}
+    assert said([stand_in.tell(stand_in.event(INTENT, found), webhook)]) == [(200, "kept")]
+    (entry,) = payment_issues()
+    assert (entry.amount, entry.metadata["note"]) == (5, "ab?")
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=80), signature=st.none() | st.text(max_size=80))
 def test_no_request_makes_the_webhook_fail(body: bytes, signature: str | None) -> None:

@@ -27,11 +27,12 @@ import stripe
 
 from close_engine.approvals import PendingAction
 from close_engine.conversations import CloseEngineConversation
+from close_engine.database.fields import clean_words, storable_text
 from close_engine.database.transaction import atomic
 from close_engine.errors import ConfigurationError, ConversationNotFound, PaymentUnmatched, UnreadableRow
 from close_engine.integrations.webhooks import WebhookResponse
 from close_engine.outbox import OutboxMessage
-from close_engine.payments import Money, links_of, note_payment, record_payment, record_refund
+from close_engine.payments import Money, clean_money, links_of, note_payment, record_payment, record_refund
 from close_engine.printable import get_logger
 from close_engine.stages import ActionStatus, ActionType, MessageStatus, PaymentIssue
 
@@ -188,6 +189,10 @@ class _Told:
     metadata: Mapping[str, Any]
     is_refund: bool = False
 
+    def __post_init__(self) -> None:
+        clean_words("key", self.key, "Stripe always gives it")
+        clean_money(self.amount, self.currency)
+
     @property
     def price(self) -> tuple[int, str] | None:
         """What was to be paid; None if it does not say."""
@@ -246,7 +251,7 @@ class StripeWebhook:
         try:
             told = _told(event["type"], event["data"]["object"])
             is_live, name = bool(event["livemode"]), str(event["id"])
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             return _refused("The event lacks something that every event of its type has.")
         if told is None:
             return WebhookResponse(200, "ignored")
@@ -338,7 +343,8 @@ def _told(kind: str, found: Mapping[str, Any]) -> _Told | None:
     A payment is known by its payment intent, which every event of it names. A session that costs nothing has none, and
     is known by itself.
     """
-    metadata = found.get("metadata") or {}
+    # Other payments of the account have metadata that somebody else wrote.
+    metadata = {storable_text(name): storable_text(value) for name, value in (found.get("metadata") or {}).items()}
     if kind in ("checkout.session.completed", "checkout.session.async_payment_succeeded"):
         if found["payment_status"] == "unpaid" or found["amount_total"] is None:
             return None  # a bank takes days: another event will tell
