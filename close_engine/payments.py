@@ -173,7 +173,7 @@ def record_payment(
         if not is_completed:
             _require_link(conversation, lead_id, key)
         if issue is None:
-            _settle_parts(conversation, f"the rest was paid: {key}", actor)
+            _settle_parts(conversation, to_pay, f"the rest was paid: {key}", actor)
         change = _completion(conversation)
         if completes:
             change = change_stage(conversation, "complete", {}, provenance.under("payment"))
@@ -322,19 +322,9 @@ def _judged(
     conversation: CloseEngineConversation, key: str, amount: int | None, currency: str | None, price: Money | None
 ) -> tuple[PaymentIssue | None, str | None]:
     """Say whether somebody should look at a new payment of a conversation that the caller holds, and why."""
-    needed = (InboxEntry.kind, InboxEntry.key, InboxEntry.amount, InboxEntry.currency, InboxEntry.issue)
-    others = [
-        entry
-        for entry in InboxEntry.select(*needed).where(
-            (InboxEntry.conversation_id == conversation.id) & (InboxEntry.kind != "text")
-        )
-        if entry.key != key and entry.issue not in _UNCOUNTED
-    ]
+    others = [entry for entry in _counted(conversation) if entry.key != key]
     payments = [entry for entry in others if entry.kind == "payment"]
-    before = 0
-    if price is not None:
-        same = [entry for entry in others if entry.amount is not None and entry.currency == price.currency]
-        before = sum(entry.amount if entry.kind == "payment" else -entry.amount for entry in same)
+    before = 0 if price is None else _balance(others, price.currency)
     if conversation.stage is Stage.COMPLETED and payments:
         is_settled = price is None or before >= price.amount or any(entry.issue is None for entry in payments)
         if is_settled:
@@ -360,10 +350,27 @@ def _taken_up(known: InboxEntry, entry: Entry, conversation_id: str) -> int | No
     return next((row[0] for row in update.tuples().execute()), None)
 
 
-def _settle_parts(conversation: CloseEngineConversation, resolution: str, by: str | None) -> None:
-    """Resolve the partial payments of a conversation: the rest was paid."""
+def _counted(conversation: CloseEngineConversation) -> list[InboxEntry]:
+    """Load the payments and refunds of a conversation."""
+    needed = (InboxEntry.kind, InboxEntry.key, InboxEntry.amount, InboxEntry.currency, InboxEntry.issue)
+    mine = (InboxEntry.conversation_id == conversation.id) & (InboxEntry.kind != "text")
+    return [entry for entry in InboxEntry.select(*needed).where(mine) if entry.issue not in _UNCOUNTED]
+
+
+def _balance(entries: list[InboxEntry], currency: str) -> int:
+    """Return how much was paid in a currency, without what was paid back."""
+    same = [entry for entry in entries if entry.amount is not None and entry.currency == currency]
+    return sum(entry.amount if entry.kind == "payment" else -entry.amount for entry in same)
+
+
+def _settle_parts(conversation: CloseEngineConversation, price: Money | None, resolution: str, by: str | None) -> None:
+    """Resolve the partial payments of a conversation, because the rest was paid. What was not needed stays shown."""
     is_part = (InboxEntry.conversation_id == conversation.id) & (InboxEntry.kind != "text")
     is_part &= (InboxEntry.issue == PaymentIssue.PARTIAL) & InboxEntry.resolved_at.is_null()
+    if price is not None:
+        if _balance(_counted(conversation), price.currency) > price.amount:
+            return
+        is_part &= InboxEntry.currency == price.currency
     resolved = {"resolved_by": by or "close_engine", "resolved_at": moment(), "resolution": resolution}
     InboxEntry.update(resolved).where(is_part).execute()
 

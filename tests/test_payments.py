@@ -156,6 +156,17 @@ def test_another_currency_is_not_the_price(conversation_in: ConversationIn) -> N
     assert payment_issues().get().sentence == "90000 JPY was paid, and the price is 900.00 USD."
 
 
+@pytest.mark.parametrize("first", [(80000, "EUR"), (50000, "USD")])
+def test_a_part_that_was_not_needed_is_still_shown(conversation_in: ConversationIn, first: tuple[int, str]) -> None:
+    """The whole price was paid after it: somebody must pay the part back."""
+    conversation = conversation_in(Stage.PAYMENT_SENT)
+    amount, currency = first
+    record_payment(conversation.lead_id, "pi_1", amount=amount, currency=currency, price=(90000, "USD"))
+    record_payment(conversation.lead_id, "pi_2", amount=90000, currency="USD", price=(90000, "USD"))
+    assert copy_of(conversation).stage is Stage.COMPLETED
+    assert [(entry.key, entry.issue) for entry in payment_issues()] == [("pi_1", "partial")]
+
+
 def test_a_part_completes_if_that_is_asked_for(conversation_in: ConversationIn) -> None:
     subscribe("see", events=["payment:partial", "payment:recorded"])
     conversation = conversation_in(Stage.PAYMENT_SENT)
