@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.routing import Mount
+from starlette.routing import Match, Mount, Route
 from starlette.types import Receive, Scope, Send
 
 import close_engine
@@ -181,6 +181,26 @@ def test_the_cookie_is_signed_kept_from_scripts_and_of_this_site(action: Pending
     assert "Hello!" not in elsewhere.look()
 
 
+def test_what_the_last_page_said_is_no_session(action: PendingAction) -> None:
+    dana = Visitor(console(accounts=Accounts.of(LINES.values())))
+    dana.sign_in("dana", WORDS)
+    answer = dana.client.post(
+        f"/approvals/{action.id}", data={"token": dana.token, "verb": "approve"}, follow_redirects=False
+    )
+    said = answer.cookies["close_engine_said"]
+    dana.client.cookies.clear()
+    dana.client.cookies.set("close_engine_console", said)
+    dana.look()
+    assert (dana.status, "Sign in" in dana.text) == (200, True)
+
+
+def test_a_secret_that_could_be_guessed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOSE_ENGINE_SECRET", "changeme")
+    with pytest.raises(ConfigurationError, match=r"openssl rand -hex 32") as caught:
+        console()
+    assert "changeme" not in str(caught.value)
+
+
 def test_a_session_ends_and_what_was_written_is_not_lost(action: PendingAction) -> None:
     app = console(accounts=Accounts.of(LINES.values()), session=timedelta(hours=1))
     at = 1_000_000.0
@@ -199,7 +219,9 @@ def test_a_session_ends_and_what_was_written_is_not_lost(action: PendingAction) 
     assert "Hello!" not in dana.look()
 
 
-def test_a_session_ends_when_the_account_or_its_password_changes(tmp_path: Path, action: PendingAction) -> None:
+def test_a_session_ends_when_the_account_its_role_or_its_password_changes(
+    tmp_path: Path, action: PendingAction
+) -> None:
     path = tmp_path / "accounts.txt"
     path.write_text("\n".join([LINES["dana"], LINES["vera"]]))
     app = console(accounts=Accounts.in_file(path))
@@ -217,6 +239,10 @@ def test_a_session_ends_when_the_account_or_its_password_changes(tmp_path: Path,
     assert "dana, viewer" in dana.text
     path.write_text(LINES["dana"])
     assert "Hello!" not in vera.look()
+    dana.sign_in("dana", WORDS)
+    assert "Hello!" in dana.page
+    path.write_text(LINES["dana"].replace(":approver:", ":admin:"))
+    assert "Hello!" not in dana.look()
 
 
 def test_whoever_is_not_signed_in_may_ask_in_any_way(action: PendingAction) -> None:
@@ -293,9 +319,15 @@ def test_a_viewer_looks_and_an_approver_decides_and_an_admin_does_all(action: Pe
         f"{conversation}/step-in": Role.APPROVER,
         f"{conversation}/write": Role.APPROVER,
         f"{conversation}/fire": Role.ADMIN,
+        "/waiting/payments": Role.APPROVER,
         "/outbox/requeue": Role.ADMIN,
         "/outbox/pause": Role.ADMIN,
+        "/health/verify": Role.ADMIN,
     }
+    there = [route for route in console().routes if isinstance(route, Route) and "POST" in (route.methods or ())]
+    asks = [{"type": "http", "path": path, "method": "POST"} for path in forms]
+    tried = [route for route in there if any(route.matches(ask)[0] is Match.FULL for ask in asks)]
+    assert {route.name for route in there if route not in tried} == {"sign_in", "sign_out"}  # none is forgotten
     for mine in Role:
         app = console(authenticate=lambda request, mine=mine: Account("somebody", mine))  # type: ignore[misc]
         somebody = Visitor(app)
@@ -379,6 +411,17 @@ def test_a_form_of_another_page_or_session_is_refused(action: PendingAction) -> 
     assert (answer.status_code, is_pending(action)) == (405, True)
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_form_of_another_site_signs_nobody_out(site: str, action: PendingAction) -> None:
+    dana = Visitor(console(accounts=Accounts.of(LINES.values())))
+    dana.sign_in("dana", WORDS)
+    for path in ("/sign-out", "/sign-in", f"/approvals/{action.id}"):
+        # A browser keeps the cookies back, but takes those of the answer.
+        answer = dana.client.post(path, headers={"Sec-Fetch-Site": site, "Cookie": ""}, follow_redirects=False)
+        assert (answer.status_code, answer.headers.get("set-cookie")) == (403, None), path
+    assert "Hello!" in dana.look()
+
+
 def test_a_form_that_is_too_long_is_refused(action: PendingAction) -> None:
     here = Visitor(console())
     here.look()
@@ -395,14 +438,14 @@ def test_a_form_that_is_too_long_is_refused(action: PendingAction) -> None:
 
 def test_every_response_keeps_a_page_to_itself(action: PendingAction) -> None:
     here = Visitor(console())
-    for path in ("/", "/sign-in", "/nothing", "/conversations/nobody", "/static/console.js"):
+    for path in ("/", "/sign-in", "/nothing", "/conversations/nobody", "/conversations/static/x", "/static/console.js"):
         here.look(path)
         policy = here.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         assert here.headers["x-content-type-options"] == "nosniff"
         assert here.headers["x-frame-options"] == "DENY"
-        assert (here.headers.get("cache-control") == "no-store") is not path.startswith("/static")
+        assert here.headers["cache-control"] == ("no-cache" if path.startswith("/static") else "no-store")
         assert " style=" not in here.page
         assert " onclick=" not in here.page
 

@@ -65,6 +65,9 @@ def console(
 
     Returns:
         the application.
+
+    Raises:
+        ConfigurationError: the secret is too short.
     """
     app = Starlette(
         routes=[
@@ -91,19 +94,33 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 class _Guarded:
-    """Gives every response the headers that keep a page to itself."""
+    """Gives every response the headers that keep a page to itself, and refuses the forms of other sites.
+
+    A token keeps those from changing anything. But a browser would take the cookies of the answer, and so whoever is
+    signed in would be signed out.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_page = "/static/" not in scope.get("path", "")
+        # A path may, or may not, have the one at its beginning that the console is mounted under.
+        is_page = not scope.get("path", "").removeprefix(scope.get("root_path", "")).startswith("/static/")
+        kept = b"no-store" if is_page else b"no-cache"  # with another version come other files
 
         async def send_guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 there = {name for name, _ in message["headers"]}
-                more = {**_HEADERS, **({b"cache-control": b"no-store"} if is_page else {})}
+                more = {**_HEADERS, b"cache-control": kept}
                 message["headers"] = [*message["headers"], *(pair for pair in more.items() if pair[0] not in there)]
             await send(message)
 
-        await self._app(scope, receive, send_guarded)
+        refused = PlainTextResponse("This form comes from another site, so nothing was changed.", 403)
+        await (refused if _is_of_another_site(scope) else self._app)(scope, receive, send_guarded)
+
+
+def _is_of_another_site(scope: Scope) -> bool:
+    """Return whether a browser says that another site makes it send a form."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    return dict(scope["headers"]).get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none")

@@ -16,12 +16,15 @@ from typing import Any
 
 from itsdangerous import BadData, URLSafeSerializer
 
+from close_engine.errors import ConfigurationError
 from close_engine.web.console.accounts import Account, Accounts
 
 __all__ = ["SECRET", "Attempts", "Session", "Sessions"]
 
 #: The environment variable with the secret that signs the cookies.
 SECRET = "CLOSE_ENGINE_SECRET"
+#: A secret is at least so long. Anybody gets a cookie that is signed with it, and can try secrets at home.
+SHORTEST = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Sessions:
         length: for how long one stays signed in.
         accounts: who may be.
         clock: the seconds since 1970.
+
+    Raises:
+        ConfigurationError: the secret is too short.
     """
 
     def __init__(
@@ -57,7 +63,14 @@ class Sessions:
         clock: Callable[[], float] = time.time,
     ) -> None:
         key = secret or os.environ.get(SECRET) or secrets.token_hex(32)
+        if len(key) < SHORTEST:
+            raise ConfigurationError(
+                f"The secret that signs the console's cookies must have at least {SHORTEST} characters, or else it "
+                f"could be guessed: set {SECRET} to what `openssl rand -hex 32` prints."
+            )
+        # With one salt for both, each cookie could stand in the other's place.
         self._serializer = URLSafeSerializer(key, salt="close_engine.console")
+        self._sayings = URLSafeSerializer(key, salt="close_engine.console.said")
         self._key, self._length, self._accounts, self.clock = key.encode(), length, accounts, clock
 
     def begin(self, account: Account | None = None) -> Session:
@@ -90,17 +103,17 @@ class Sessions:
         return hmac.new(self._key, f"form:{session.nonce}".encode(), hashlib.sha256).hexdigest()
 
     def _print(self, account: Account) -> str:
-        """Return a fingerprint of the password's hash: with another password, the sessions of before are over."""
-        return hmac.new(self._key, f"account:{account.hash}".encode(), hashlib.sha256).hexdigest()[:16]
+        """Return a fingerprint of an account: with another password or role, the sessions of before are over."""
+        return hmac.new(self._key, f"account:{account.role}:{account.hash}".encode(), hashlib.sha256).hexdigest()[:16]
 
     def signed(self, said: Any) -> str:
         """Sign something that the browser keeps until the next page."""
-        return str(self._serializer.dumps({"said": said}))
+        return str(self._sayings.dumps(said))
 
     def unsigned(self, cookie: str | None) -> Any:
         """Return what was signed so; None if it was not."""
         try:
-            return self._serializer.loads(cookie or "").get("said")
+            return self._sayings.loads(cookie or "")
         except BadData:
             return None
 
