@@ -657,5 +657,9 @@ def test_a_database_that_is_not_there_is_said(owner: Visitor, close_engine_datab
     owner.look()
 
     assert owner.status == 503
-    assert "The database refused" in owner.text
+    assert "The database refused: " in owner.text
+    assert "pending_actions" in owner.text
+    dana = somebody("dana")
+    dana.look()
+    assert (dana.status, "pending_actions" in dana.text) == (503, False)
     assert Accounts.of([]).get("nobody") is None

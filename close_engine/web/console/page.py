@@ -28,6 +28,7 @@ from starlette.routing import Route
 from close_engine.board import pulse
 from close_engine.database.binding import current
 from close_engine.errors import CloseEngineError, NotFound, first_line
+from close_engine.printable import get_logger
 from close_engine.web.console.accounts import Account, Accounts, Role
 from close_engine.web.console.sessions import Attempts, Session, Sessions
 
@@ -46,6 +47,8 @@ __all__ = [
     "read_form",
     "refusal",
 ]
+
+logger = get_logger(__name__)
 
 #: The cookie of a session, and the one with what the next page says.
 COOKIE, SAID = "close_engine_console", "close_engine_said"
@@ -328,7 +331,10 @@ def refusal(ask: Ask, error: Exception) -> Response:
     elif isinstance(error, CloseEngineError):
         status, sentence = (404 if isinstance(error, NotFound) else 409), str(error)
     elif isinstance(error, (peewee.PeeweeException, sqlite3.Error)):
-        status, sentence = 503, f"The database refused: {first_line(error)}. Nothing was changed."
+        # Its words name machines and tables.
+        why = f": {first_line(error)}" if ask.may("admin") else ""
+        status, sentence = 503, f"The database refused{why}. Nothing was changed. The log says more."
+        logger.warning("database refused path=%s: %s", ask.request.url.path, first_line(error))
     else:
         raise error
     return ask.show("refused.html", status, sentence=sentence)
