@@ -122,6 +122,15 @@ def test_what_was_changed_is_sent_as_it_was_changed(owner: Visitor, conversation
     assert "Approved with your words." in owner.text
 
 
+def test_an_empty_text_does_not_send_the_draft(owner: Visitor, conversation_in: ConversationIn) -> None:
+    action = drafted(conversation_in(Stage.QUALIFYING, MANUAL))
+    owner.look()
+    owner.send(f"/approvals/{action.id}", verb="approve", message=" \n ")
+    assert owner.status == 400
+    assert "write one, or reject the draft" in owner.text
+    assert PendingAction.get().status is ActionStatus.PENDING
+
+
 def test_rejecting_needs_a_reason_and_keeps_it(owner: Visitor, conversation_in: ConversationIn) -> None:
     action = drafted(conversation_in(Stage.QUALIFYING, MANUAL))
     owner.look()

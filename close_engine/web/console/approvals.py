@@ -106,6 +106,8 @@ def decide(ask: Ask) -> Response:
         raise Refused(400, "Say whether to approve or to reject it.")
     if verb == "reject" and not reason:
         return _page(ask, action.id, 400, "Say why: whoever drafts the next one will read it.", text)
+    if verb == "approve" and "message" in ask.form and not text:
+        return _page(ask, action.id, 400, "There is no text to send: write one, or reject the draft.")
     wanted = text if text and text != _as_sent(action.draft_message) else None
     was_pending = action.status is ActionStatus.PENDING
     try:
