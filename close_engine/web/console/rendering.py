@@ -25,6 +25,9 @@ __all__ = ["environment", "is_link", "plain", "span"]
 #: What turns the direction of the words around it. The marks that languages need are not among them.
 _TURNING = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 
+#: What people write in capitals.
+_INITIALS = {"ai", "sms"}
+
 
 def plain(value: Any) -> str:
     """Return a text without the characters that hide, move or turn others: a sign stands in their place."""
@@ -75,8 +78,9 @@ def words(value: Any) -> str:
 
 
 def human(word: Any) -> str:
-    """Format one of our words for people: PREVIEW_SENT is "Preview sent"."""
-    return "AI" if word == "ai" else str(word).replace("_", " ").capitalize()
+    """Format one of our words for people: PREVIEW_SENT is "Preview sent", SMS_REPLY is "SMS reply"."""
+    first, _, rest = str(word).lower().partition("_")
+    return " ".join([first.upper() if first in _INITIALS else first.capitalize(), *rest.split("_")]).strip()
 
 
 def environment() -> Environment:
