@@ -296,6 +296,22 @@ def test_pages_are_live_and_take_nothing_from_under_somebodys_hands(
     assert sent() == ["Hello, lead 1."]
 
 
+def test_a_page_that_nobody_sees_holds_no_connection(
+    windows: Windows, drafts: list[PendingAction], conversation_in: ConversationIn
+) -> None:
+    page = windows.open()
+    turn = """(hidden) => {
+        Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    with page.expect_event("requestfailed", lambda request: "/events" in request.url):
+        page.evaluate(turn, True)
+    conversation = conversation_in(Stage.QUALIFYING, AutonomyLevel.MANUAL, phone="+12125550109")
+    submit(conversation, ActionType.SEND_MESSAGE, "I expire first.", expires_after=timedelta(minutes=1))
+    page.evaluate(turn, False)
+    page.get_by_text("I expire first.").wait_for()
+
+
 # -- those who may not ---------------------------------------------------------------------------------------------
 
 

@@ -31,9 +31,23 @@ const refresh = async () => {
   document.getElementById("changed").hidden = true;
 };
 
+// A browser opens only a few connections to one server, so a page that nobody sees holds none.
+let events = null;
+let seen = null;
+const listen = () => {
+  events?.close();
+  if (document.hidden) return;
+  const url = new URL(document.body.dataset.events, location.href);
+  if (seen) url.searchParams.set("seen", seen);
+  events = new EventSource(url);
+  events.addEventListener("changed", (event) => {
+    seen = event.lastEventId;
+    refresh().catch(changed);
+  });
+};
 if (document.body.dataset.events) {
-  const events = new EventSource(document.body.dataset.events);
-  events.addEventListener("changed", () => refresh().catch(changed));
+  listen();
+  document.addEventListener("visibilitychange", listen);
 }
 
 document.addEventListener("input", ({ target }) => {
