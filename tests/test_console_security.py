@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+import anyio
 import peewee
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ from close_engine import (
 )
 from close_engine.database.binding import current
 from close_engine.testing import bring_to, new_lead
-from close_engine.web.console import Account, Accounts, Role, console, rendering
+from close_engine.web.console import Account, Accounts, Role, console, page, rendering
 from close_engine.web.console.accounts import account_line, add_account
 from close_engine.web.console.page import Ask
 from close_engine.web.console.sessions import Attempts
@@ -192,6 +193,16 @@ def test_what_the_last_page_said_is_no_session(action: PendingAction) -> None:
     dana.client.cookies.set("close_engine_console", said)
     dana.look()
     assert (dana.status, "Sign in" in dana.text) == (200, True)
+
+
+def test_signing_out_ends_the_session_and_not_only_the_cookie(action: PendingAction) -> None:
+    app = console(accounts=Accounts.of(LINES.values()))
+    dana, eve = Visitor(app), Visitor(app)
+    dana.sign_in("dana", WORDS)
+    eve.client.cookies.set("close_engine_console", dana.client.cookies["close_engine_console"])
+    assert "Hello!" in eve.look()
+    dana.send("/sign-out")
+    assert "Hello!" not in eve.look()
 
 
 def test_a_secret_that_could_be_guessed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +420,18 @@ def test_a_form_of_another_page_or_session_is_refused(action: PendingAction) -> 
     assert stranger.status == 403
     answer = dana.client.get(f"/approvals/{action.id}")
     assert (answer.status_code, is_pending(action)) == (405, True)
+
+
+def test_a_form_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, action: PendingAction) -> None:
+    app = console()
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, anyio.sleep_forever, send)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(page, "FORM_TIMEOUT", 0.01)
+    here = Visitor(silent)
+    here.send(f"/approvals/{action.id}", verb="approve", message="Hello!")
+    assert (here.status, is_pending(action)) == (408, True)
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])

@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+import anyio
 import peewee
 from jinja2 import Environment
 from starlette.concurrency import run_in_threadpool
@@ -59,6 +60,9 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 #: A form is at most so long.
 LONGEST_FORM = 256 * 1024
 
+#: Seconds for a form to come.
+FORM_TIMEOUT = 20
+
 Authenticate = Callable[[Request], "Account | Awaitable[Account | None] | None"]
 """Says who makes a request; None if nobody may."""
 
@@ -86,6 +90,8 @@ class Site:
     authenticate: Authenticate | None
     title: str
     attempts: Attempts = field(default_factory=Attempts)
+    #: To check a password takes much memory, on purpose: so many are checked at once.
+    checking: anyio.Semaphore = field(default_factory=lambda: anyio.Semaphore(2))
 
     def has_login(self) -> bool:
         """Whether people sign in here, and not elsewhere or not at all."""
@@ -313,7 +319,11 @@ async def read_form(ask: Ask, check: bool = True) -> None:
     length = ask.request.headers.get("content-length", "")
     if not length.isdecimal() or int(length) > LONGEST_FORM:
         raise Refused(413, "This form is too long.")
-    ask.form = await ask.request.form(max_files=0, max_fields=2000)
+    try:
+        with anyio.fail_after(FORM_TIMEOUT):
+            ask.form = await ask.request.form(max_files=0, max_fields=2000)
+    except TimeoutError:
+        raise Refused(408, "This form did not come in time.") from None
     token = ask.form.get("token", "")
     expected = ask.site.sessions.token(ask.session)
     if check and not (isinstance(token, str) and hmac.compare_digest(token.encode(), expected.encode())):

@@ -71,12 +71,21 @@ class Sessions:
         # With one salt for both, each cookie could stand in the other's place.
         self._serializer = URLSafeSerializer(key, salt="close_engine.console")
         self._sayings = URLSafeSerializer(key, salt="close_engine.console.said")
+        self._ended: dict[str, float] = {}
         self._key, self._length, self._accounts, self.clock = key.encode(), length, accounts, clock
 
     def begin(self, account: Account | None = None) -> Session:
         """Begin one, for an account or for nobody yet."""
         until = float("inf") if account is None else self.clock() + self._length.total_seconds()
         return Session(secrets.token_urlsafe(16), account, until)
+
+    def end(self, session: Session) -> None:
+        """End a session, in this process: its cookie is worth nothing, wherever a copy of it may be."""
+        now = self.clock()
+        self._ended = {
+            **{nonce: until for nonce, until in self._ended.items() if until > now},
+            session.nonce: session.until,
+        }
 
     def written(self, session: Session) -> str:
         """Return the cookie of a session."""
@@ -95,6 +104,8 @@ class Sessions:
             return Session(said["nonce"])
         account = None if self._accounts is None else self._accounts.get(said["name"])
         if account is None or said["hash"] != self._print(account) or self.clock() >= said["until"]:
+            return None
+        if said["nonce"] in self._ended:
             return None
         return Session(said["nonce"], account, said["until"])
 

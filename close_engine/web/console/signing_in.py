@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from threading import Semaphore
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -13,9 +12,6 @@ from starlette.routing import Route
 from close_engine.web.console.page import COOKIE, Ask, Refused, Site, read_form, refusal
 
 __all__ = ["ROUTES"]
-
-#: To check a password takes much memory, on purpose: so many are checked at once.
-_CHECKING = Semaphore(2)
 
 
 async def sign_in(request: Request) -> Response:
@@ -30,7 +26,9 @@ async def sign_in(request: Request) -> Response:
     else:
         try:
             await read_form(ask)
-            response = await run_in_threadpool(_sign_in, ask)
+            # Those who wait keep no thread from the pages.
+            async with site.checking:
+                response = await run_in_threadpool(_sign_in, ask)
         except Refused as error:
             response = refusal(ask, error)
     if ask.is_new:
@@ -42,11 +40,10 @@ def _sign_in(ask: Ask) -> Response:
     site, name = ask.site, ask.given("name")
     assert site.accounts is not None
     password, address = str(ask.form.get("password", "")), ask.request.client.host if ask.request.client else ""
-    with _CHECKING:
-        wait = site.attempts.wait(name, address)
-        account = None if wait else site.accounts.check(name, password)
-        if not wait and account is None:
-            site.attempts.failed(name, address)
+    wait = site.attempts.wait(name, address)
+    account = None if wait else site.accounts.check(name, password)
+    if not wait and account is None:
+        site.attempts.failed(name, address)
     if wait:
         problem = f"Too many attempts failed: try again in {math.ceil(wait / 60)} minutes."
         response = ask.show("sign_in.html", 429, next=ask.given("next"), name=name, problem=problem)
@@ -77,6 +74,7 @@ async def sign_out(request: Request) -> Response:
             await read_form(ask)
         except Refused as error:
             return refusal(ask, error)
+        site.sessions.end(session)
     response = RedirectResponse(ask.link("sign_in" if site.has_login() else "approvals"), 303)
     response.delete_cookie(COOKIE, path=ask.root or "/")
     return response
