@@ -486,10 +486,10 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         """Return a `readable()` query for the conversations that have been in this stage for longer than that.
 
         Raises:
-            InvalidValue: `duration` is less than zero or longer than a hundred years.
+            InvalidValue: `duration` is longer than a hundred years.
         """
-        if not timedelta(0) <= duration <= _LONGEST:
-            raise InvalidValue("duration", str(duration), f"it must be from 0 to {_LONGEST.days} days")
+        if abs(duration) > _LONGEST:
+            raise InvalidValue("duration", str(duration), f"it can be at most {_LONGEST.days} days")
         cutoff = moment() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)

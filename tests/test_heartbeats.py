@@ -158,7 +158,8 @@ def test_a_role_without_the_right_works_all_the_same(
     postgres_url: str, server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with postgres_role(server) as (role, password):
-        granted(postgres_url, role, WORKER)
+        without = "REVOKE INSERT, UPDATE, DELETE ON close_engine.workers FROM {role}"
+        granted(postgres_url, role, [*WORKER, without])
         database = close_engine.connect(as_user(postgres_url, role, password))
         try:
             with running():
