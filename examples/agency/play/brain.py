@@ -21,7 +21,8 @@ def brain(request: dict[str, Any]) -> list[dict[str, Any]]:
     shown = next(text for text in reversed(texts) if "<situation>" in text)
     if any(block["type"] == "tool_result" for block in _blocks(request["messages"][-1]["content"])):
         return [calls("hand_to_human", reason="the rules did not know how to go on")]
-    words = re.findall(r"<lead>\n(.*?)\n</lead>", shown, re.DOTALL)
+    # A text of ours that crossed them may stand behind the lead's words.
+    words = re.findall(r"<lead>\n(.*?)\n</lead>", "\n".join(texts), re.DOTALL)
     return _answer(_Situation(shown, words[-1] if words else ""))
 
 
