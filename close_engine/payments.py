@@ -351,10 +351,13 @@ def _taken_up(known: InboxEntry, entry: Entry, conversation_id: str) -> int | No
 
 
 def _counted(conversation: CloseEngineConversation) -> list[InboxEntry]:
-    """Load the payments and refunds of a conversation."""
+    """Load the payments of a conversation that count, and what was paid back of them."""
     needed = (InboxEntry.kind, InboxEntry.key, InboxEntry.amount, InboxEntry.currency, InboxEntry.issue)
     mine = (InboxEntry.conversation_id == conversation.id) & (InboxEntry.kind != "text")
-    return [entry for entry in InboxEntry.select(*needed).where(mine) if entry.issue not in _UNCOUNTED]
+    counted = [entry for entry in InboxEntry.select(*needed).where(mine) if entry.issue not in _UNCOUNTED]
+    # What was paid back of any other payment takes nothing away: that payment never added anything.
+    paid = {entry.key for entry in counted if entry.kind == "payment"}
+    return [entry for entry in counted if entry.key in paid]
 
 
 def _balance(entries: list[InboxEntry], currency: str) -> int:

@@ -150,6 +150,19 @@ def test_what_was_paid_back_does_not_pay_the_rest(conversation_in: ConversationI
     assert record_payment(conversation.lead_id, "pi_3", amount=40000, currency="USD", price=PRICE).completed
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_was_paid_back_of_a_payment_that_never_counted_takes_nothing_away(
+    conversation_in: ConversationIn, is_kept: bool
+) -> None:
+    """It was kept as unmatched and paid back by hand, or its own event is still to come."""
+    conversation = conversation_in(Stage.PAYMENT_SENT)
+    if is_kept:
+        note_payment("unmatched", "pi_1", "No link.", lead=conversation.lead, amount=90000, currency="USD")
+    record_refund("pi_1", 90000, "USD", lead=conversation.lead)
+    paid = record_payment(conversation.lead_id, "pi_2", amount=90000, currency="USD", price=PRICE)
+    assert (paid.partial, copy_of(conversation).stage) == (False, Stage.COMPLETED)
+
+
 def test_another_currency_is_not_the_price(conversation_in: ConversationIn) -> None:
     conversation = conversation_in(Stage.PAYMENT_SENT)
     assert record_payment(conversation.lead_id, "pi_1", amount=90000, currency="JPY", price=PRICE).partial
