@@ -135,12 +135,13 @@ def heard_from(number: str, keyword: Keyword, *, source: str, key: str) -> None:
         mine = OptOut.number == number
         if OptOut.select().where(mine & ((OptOut.key == key) | (OptOut.lifted_key == key))).exists():
             return
+        did = True
         if keyword is Keyword.OPT_OUT:
-            _record(None, number, source, key)
+            did = _record(None, number, source, key) is not None
         elif keyword is Keyword.OPT_IN:
-            lifted = OptOut.update(_lifting(source, key)).where(mine & OptOut.lifted_at.is_null()).execute()
-            if not lifted:
-                current().execute(_REMEMBER, (None, number, source, source, key))
+            did = bool(OptOut.update(_lifting(source, key)).where(mine & OptOut.lifted_at.is_null()).execute())
+        if not did:
+            current().execute(_REMEMBER, (None, number, source, source, key))
 
 
 def _opt_out(lead_id: str, source: str, key: str | None, actor: str | None) -> OptOut:
@@ -197,7 +198,7 @@ def _record(lead_id: str | None, number: str | None, source: str, key: str | Non
     return None if made is None else int(made[0])
 
 
-#: A row that bans nothing: it remembers the key of an opt-in that had nothing to lift.
+#: A row that bans nothing: it remembers the key of an opt-in or opt-out that had nothing to do.
 _REMEMBER = """INSERT INTO {optouts} (lead_id, number, source, created_at, lifted_at, lifted_by, lifted_key)
     VALUES (%s, %s, %s, {moment}, {moment}, %s, %s)"""
 

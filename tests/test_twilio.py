@@ -813,6 +813,16 @@ def test_a_start_that_comes_again_after_a_stop_lifts_nothing(twilio: TwilioStand
 
 
 @on_one_database
+def test_a_second_stop_that_comes_again_after_a_start_opts_nobody_out(
+    twilio: TwilioStandIn, database: peewee.Database
+) -> None:
+    webhooks = TwilioWebhooks(twilio.auth_token)
+    for body, sid in (("STOP", "SM1"), ("STOP", "SM2"), ("START", "SM3"), ("STOP", "SM2")):
+        ask(twilio, webhooks.text, NUMBER, body, sid=sid)
+    assert opted_out(new_lead(NUMBER)) is None
+
+
+@on_one_database
 @pytest.mark.parametrize("sender", ["24273", "AMAZON", "whatsapp:+15550100", "messenger:7", "15550100", "+", "Анна"])
 def test_who_cannot_be_texted_back_makes_no_lead(
     twilio: TwilioStandIn, webhooks: TwilioWebhooks, database: peewee.Database, sender: str
