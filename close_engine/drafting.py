@@ -47,7 +47,7 @@ from close_engine.errors import (
     one_line,
 )
 from close_engine.inbox import InboxEntry
-from close_engine.outbox import OutboxMessage
+from close_engine.outbox import TEXTS, OutboxMessage
 from close_engine.printable import get_logger
 from close_engine.stages import CLOSED_STAGES, ActionStatus, Direction, Event, MessageStatus, Stage
 from close_engine.tools import (
@@ -533,7 +533,7 @@ def _rejected(conversation: CloseEngineConversation, names: set[str]) -> str | N
         return None
     since = OutboxMessage.select().where(
         (OutboxMessage.conversation_id == conversation.id)
-        & (OutboxMessage.topic.in_(["SEND_MESSAGE", "SEND_PREVIEW", "SEND_PAYMENT_LINK"]))
+        & (OutboxMessage.topic.in_(TEXTS))
         & (OutboxMessage.created_at > newest.created_at)
     )
     if since.exists() or not (Event.ACTION_REJECTED in names or _is_our_turn(conversation)):
