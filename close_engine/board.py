@@ -28,7 +28,7 @@ import peewee
 from close_engine.approvals import PendingAction, pending_actions
 from close_engine.conversations import CloseEngineConversation, Takeover
 from close_engine.database.binding import current, moment
-from close_engine.database.fields import stored_time
+from close_engine.database.fields import LONGEST_SPAN, stored_time
 from close_engine.deliveries import undelivered
 from close_engine.errors import InvalidValue
 from close_engine.heartbeats import LOST_AFTER, lasting
@@ -56,9 +56,6 @@ __all__ = [
 
 #: How long a message is in flight before the board calls it hanging.
 HANGING_AFTER = timedelta(minutes=5)
-
-#: The longest that this can be: more is a mistake, and some dates are too early for Python.
-_LONGEST = timedelta(days=36500)
 
 #: An active stage with more conversations than this is sampled.
 EXACT = 1000
@@ -336,8 +333,8 @@ def outbox_line(hanging_after: timedelta = HANGING_AFTER) -> OutboxLine:
     Raises:
         InvalidValue: `hanging_after` is less than zero or longer than a hundred years.
     """
-    if not timedelta(0) <= hanging_after <= _LONGEST:
-        raise InvalidValue("hanging_after", str(hanging_after), f"it must be from 0 to {_LONGEST.days} days")
+    if not timedelta(0) <= hanging_after <= LONGEST_SPAN:
+        raise InvalidValue("hanging_after", str(hanging_after), f"it must be from 0 to {LONGEST_SPAN.days} days")
     message, function, at = OutboxMessage, current().dialect.function, moment()
     leased = message.leased_by.is_null(False)
     leased &= message.available_at > at

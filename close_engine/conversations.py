@@ -33,6 +33,7 @@ from close_engine.columns import StageField, VersionField, WithoutStage, is_row,
 from close_engine.database.binding import current, moment, now
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import (
+    LONGEST_SPAN,
     EnumField,
     JsonField,
     OneToOneField,
@@ -84,10 +85,6 @@ __all__ = [
     "open_under",
     "waiting_for_us",
 ]
-
-
-#: The longest that a conversation can be asked to be in a stage: some dates are too early for Python.
-_LONGEST = timedelta(days=36500)
 
 
 @dataclass(frozen=True)
@@ -488,8 +485,8 @@ class CloseEngineConversation(WithoutStage, BaseModel):
         Raises:
             InvalidValue: `duration` is longer than a hundred years.
         """
-        if abs(duration) > _LONGEST:
-            raise InvalidValue("duration", str(duration), f"it can be at most {_LONGEST.days} days")
+        if abs(duration) > LONGEST_SPAN:
+            raise InvalidValue("duration", str(duration), f"it can be at most {LONGEST_SPAN.days} days")
         cutoff = moment() - duration
         later = StageChange.select(peewee.SQL("1")).where(
             (StageChange.conversation_id == cls.id) & (StageChange.created_at >= cutoff)

@@ -33,6 +33,7 @@ from close_engine.conversations import CloseEngineConversation, locked
 from close_engine.database.binding import current, is_transient, moment, now
 from close_engine.database.dialect import Dialect
 from close_engine.database.fields import (
+    LONGEST_SPAN,
     EnumField,
     JsonField,
     TextField,
@@ -104,9 +105,6 @@ MAX_ATTEMPTS = 36
 
 #: How many leases in a row may end without a report: such a message probably kills its workers.
 MAX_UNREPORTED = 5
-
-#: The longest that a message may be allowed to wait: more is a mistake, and some dates are too late for Python.
-_LONGEST = timedelta(days=36500)
 
 #: A clock that no setting moves, and that goes on while the machine is suspended where the system has such a clock.
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -756,8 +754,8 @@ def require_order(send_after: timedelta | datetime | None, not_after: timedelta 
         InvalidValue: it could not, a datetime has no timezone, or a timedelta is too long.
     """
     for name, given in {"send_after": send_after, "not_after": not_after}.items():
-        if isinstance(given, timedelta) and abs(given) > _LONGEST:
-            raise InvalidValue(name, str(given), f"it can be at most {_LONGEST.days} days")
+        if isinstance(given, timedelta) and abs(given) > LONGEST_SPAN:
+            raise InvalidValue(name, str(given), f"it can be at most {LONGEST_SPAN.days} days")
     if isinstance(not_after, timedelta):
         is_before = isinstance(send_after, timedelta) and not_after < send_after
     elif not_after is not None:

@@ -15,16 +15,13 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from close_engine.database.binding import current, moment
-from close_engine.database.fields import clean_words, stored_time
+from close_engine.database.fields import LONGEST_SPAN, clean_words, stored_time
 from close_engine.database.provenance import Provenance, Write
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue, LeadNotFound
 from close_engine.models import Lead
 
 __all__ = ["Forgotten", "Pruned", "forget", "prune"]
-
-#: The longest that something can be kept: more is a mistake, and some dates are too early for Python.
-_LONGEST = timedelta(days=36500)
 
 #: A statement names the rows of a batch one by one, and SQLite takes only so many values.
 LARGEST_BATCH = 10_000
@@ -120,8 +117,10 @@ def prune(older_than: timedelta, *, batch: int = 1000) -> Pruned:
     Raises:
         InvalidValue: `older_than` is not greater than zero or too long, or the batch is too small or too large.
     """
-    if not timedelta(0) < older_than <= _LONGEST:
-        raise InvalidValue("older_than", str(older_than), f"it must be more than 0 and at most {_LONGEST.days} days")
+    if not timedelta(0) < older_than <= LONGEST_SPAN:
+        raise InvalidValue(
+            "older_than", str(older_than), f"it must be more than 0 and at most {LONGEST_SPAN.days} days"
+        )
     if not 1 <= batch <= LARGEST_BATCH:
         raise InvalidValue("batch", batch, f"it must be from 1 to {LARGEST_BATCH}")
     before = stored_time(moment() - older_than)

@@ -23,7 +23,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from close_engine.database.binding import current
-from close_engine.database.fields import clean_json, clean_text, clean_words, dump_json
+from close_engine.database.fields import LONGEST_SPAN, clean_json, clean_text, clean_words, dump_json
 from close_engine.database.transaction import atomic
 from close_engine.errors import InvalidValue
 from close_engine.stages import ActionType, Event, Stage
@@ -34,9 +34,6 @@ __all__ = ["Subscription", "publish", "subscribe", "subscriptions", "unsubscribe
 WARN_BEFORE = timedelta(hours=1)
 
 _MILLISECOND = timedelta(milliseconds=1)
-
-#: The longest that an effect can wait: more is a mistake, and some dates are too late for Python.
-_LONGEST = timedelta(days=36500)
 
 _Word = TypeVar("_Word", bound=Enum)
 
@@ -115,13 +112,13 @@ def subscribe(
         chosen.append((event, ""))
     if not chosen:
         raise InvalidValue("events", [], "name at least one stage or one event")
-    if not timedelta(0) <= (send_after or timedelta(0)) <= _LONGEST:
-        raise InvalidValue("send_after", str(send_after), f"it must be from 0 to {_LONGEST.days} days")
+    if not timedelta(0) <= (send_after or timedelta(0)) <= LONGEST_SPAN:
+        raise InvalidValue("send_after", str(send_after), f"it must be from 0 to {LONGEST_SPAN.days} days")
     debounce, at_most = _burst(debounce, at_most, send_after)
     if before is not None and (Event.ACTION_EXPIRING, "") not in chosen:
         raise InvalidValue("before", str(before), f"it is for the event {Event.ACTION_EXPIRING}")
-    if before is not None and not _MILLISECOND <= before <= _LONGEST:
-        raise InvalidValue("before", str(before), f"it must be from a millisecond to {_LONGEST.days} days")
+    if before is not None and not _MILLISECOND <= before <= LONGEST_SPAN:
+        raise InvalidValue("before", str(before), f"it must be from a millisecond to {LONGEST_SPAN.days} days")
     stored = dump_json(clean_json("payload", dict(payload or {})))
     waits = [_milliseconds(wait or timedelta(0)) for wait in (send_after, debounce, at_most)]
     with atomic():
@@ -146,14 +143,14 @@ def _burst(
         if at_most is not None:
             raise InvalidValue("at_most", str(at_most), "it bounds a debounce; give that, too")
         return None, None
-    if not _MILLISECOND <= debounce <= _LONGEST:
-        raise InvalidValue("debounce", str(debounce), f"it must be from a millisecond to {_LONGEST.days} days")
+    if not _MILLISECOND <= debounce <= LONGEST_SPAN:
+        raise InvalidValue("debounce", str(debounce), f"it must be from a millisecond to {LONGEST_SPAN.days} days")
     if send_after:
         raise InvalidValue("send_after", str(send_after), "a debounced message waits already; give one of the two")
     if at_most is None:
-        return debounce, min(10 * debounce, _LONGEST)
-    if not debounce <= at_most <= _LONGEST:
-        raise InvalidValue("at_most", str(at_most), f"it must be from the debounce to {_LONGEST.days} days")
+        return debounce, min(10 * debounce, LONGEST_SPAN)
+    if not debounce <= at_most <= LONGEST_SPAN:
+        raise InvalidValue("at_most", str(at_most), f"it must be from the debounce to {LONGEST_SPAN.days} days")
     return debounce, at_most
 
 

@@ -26,7 +26,7 @@ from close_engine import hooks
 from close_engine.approvals import expire_superseded, if_lead_writes
 from close_engine.conversations import CloseEngineConversation
 from close_engine.database.binding import current, is_transient, moment
-from close_engine.database.fields import clean_words, stored_time
+from close_engine.database.fields import LONGEST_SPAN, clean_words, stored_time
 from close_engine.database.provenance import Provenance, Write, own_key
 from close_engine.database.transaction import atomic
 from close_engine.errors import AfterCommitError, CloseEngineError, GuardMissing, InvalidValue, one_line
@@ -58,9 +58,6 @@ LOSE_AFTER = timedelta(days=7)
 
 #: How long the lead waits for our answer before the conversation is lost, if that is wanted at all.
 LOSE_UNANSWERED_AFTER = timedelta(days=30)
-
-#: The longest that any of them can be: more is a mistake, and some dates are too early for Python.
-_LONGEST = timedelta(days=36500)
 
 #: As many as there are.
 _ALL = 2**63 - 1
@@ -320,8 +317,8 @@ def _given(reason: str) -> str:
 
 def _before_and_now(after: timedelta) -> tuple[str, str]:
     """Return the moment this long ago and the moment now, as they are stored."""
-    if not timedelta(0) <= after <= _LONGEST:
-        raise InvalidValue("after", str(after), f"it must be from 0 to {_LONGEST.days} days")
+    if not timedelta(0) <= after <= LONGEST_SPAN:
+        raise InvalidValue("after", str(after), f"it must be from 0 to {LONGEST_SPAN.days} days")
     present = moment()
     return stored_time(present - after), stored_time(present)
 

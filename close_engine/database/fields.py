@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -26,6 +26,7 @@ from cuid2 import Cuid
 from close_engine.errors import InvalidValue
 
 __all__ = [
+    "LONGEST_SPAN",
     "EnumField",
     "JsonField",
     "OneToOneField",
@@ -40,6 +41,9 @@ __all__ = [
     "stored_time",
     "why_unreadable",
 ]
+
+#: The longest span of time that an argument can be: more is a mistake, and Python knows no date so early or so late.
+LONGEST_SPAN = timedelta(days=36500)
 
 _cuid = Cuid()
 
