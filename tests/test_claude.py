@@ -16,7 +16,7 @@ import pytest
 from close_engine import CloseEngineConversation, MessageStatus, Snooze, Stage, receive, subscribe
 from close_engine.database.binding import current
 from close_engine.drafting import DRAFT, ModelReply, Turn
-from close_engine.integrations.anthropic import LATER, ClaudeDrafter, _retry_after
+from close_engine.integrations.anthropic import LATER, ClaudeDrafter
 from close_engine.testing.anthropic import AnthropicStandIn, Brain, ModelError, calls, says
 from tests.models import PERSONA, QUESTIONS, work
 from tests.workers import messages
@@ -152,19 +152,6 @@ def test_what_claude_refuses_is_an_attempt_and_then_for_a_human(
     (message,) = messages()
     assert message.status is MessageStatus.DEAD
     assert "no server knows" not in (message.last_error or "")  # the key
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [("7", 7), ("0", 1), ("1e9", 86400), ("nan", 30), ("soon", 30), ("", 30), (None, 30), ("-5", 1)],
-)
-def test_retry_after_is_read(header: str | None, seconds: float) -> None:
-    assert _retry_after(header) == timedelta(seconds=seconds)
-
-
-def test_retry_after_may_be_a_date() -> None:
-    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == timedelta(seconds=1)
-    assert _retry_after("Wed, 21 Oct 2899 07:28:00 -0000") == timedelta(days=1)
 
 
 def test_arguments_that_are_none_go_back_to_claude(asked: CloseEngineConversation, stand_in: StandIn) -> None:

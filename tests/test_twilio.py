@@ -258,7 +258,7 @@ def test_another_refusal_without_a_code_is_dead(
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(
     ("retry_after", "seconds"),
-    [("90", 90), ("date", 90), ("0", 1), ("past", 1), ("99999999999999999999", 3600), ("century", 3600)],
+    [("90", 90), ("1.5", 1.5), ("date", 90), ("0", 1), ("past", 1), ("99999999999999999999", 3600), ("century", 3600)],
 )
 def test_retry_after_is_kept_by_the_databases_clock(
     twilio: TwilioStandIn,
@@ -267,7 +267,7 @@ def test_retry_after_is_kept_by_the_databases_clock(
     close_engine_clock: MovableClock,
     status: int,
     retry_after: str,
-    seconds: int,
+    seconds: float,
 ) -> None:
     # The database's clock is far from this machine's.
     close_engine_clock.now = datetime(2031, 5, 6, 7, 8, 9, tzinfo=timezone.utc)
@@ -284,7 +284,7 @@ def test_retry_after_is_kept_by_the_databases_clock(
 
 
 @on_one_database
-@pytest.mark.parametrize("retry_after", ["soon", "", "-5", "1e9", "Thu, 99 Foo 2031 00:00:00 GMT", "１x"])
+@pytest.mark.parametrize("retry_after", ["soon", "", "-5", "nan", "1e9", "Thu, 99 Foo 2031 00:00:00 GMT", "１x"])
 def test_a_retry_after_that_says_nothing_is_a_failure_like_any_other(
     twilio: TwilioStandIn, sender: TwilioSender, conversation: CloseEngineConversation, retry_after: str
 ) -> None:

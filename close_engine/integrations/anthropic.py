@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anthropic
@@ -21,6 +20,7 @@ import anthropic
 from close_engine.conversations import CloseEngineConversation
 from close_engine.drafting import Drafter, Limits, ModelReply, Question, Tool, ToolCall, Turn
 from close_engine.errors import Snooze
+from close_engine.integrations.retry_after import retry_after
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,6 +32,9 @@ MODEL = "claude-sonnet-5-5"
 
 #: When to ask again if Claude does not say.
 LATER = timedelta(seconds=30)
+
+#: The longest that Retry-After is believed.
+LONGEST_WAIT = timedelta(days=1)
 
 #: Answers that will be others later, besides those from 500 on: a timeout, a lock, and too many requests.
 _LATER = (408, 409, 429)
@@ -96,7 +99,9 @@ class ClaudeDrafter(Drafter):
             raise Snooze(LATER) from error
         except anthropic.APIStatusError as error:
             if error.status_code in _LATER or error.status_code >= 500:
-                raise Snooze(_retry_after(error.response.headers.get("retry-after"))) from error
+                raise Snooze(
+                    retry_after(error.response.headers.get("retry-after"), most=LONGEST_WAIT) or LATER
+                ) from error
             raise
         usage = answer.usage
         return ModelReply(
@@ -132,17 +137,3 @@ def _content(turn: Turn) -> Any:
         for result in turn.results
     ]
     return [*results, *([{"type": "text", "text": turn.text}] if turn.text else [])]
-
-
-def _retry_after(header: str | None) -> timedelta:
-    """Read Retry-After: seconds, or a date. What nobody can read is as if it were not there."""
-    try:
-        seconds = float(header or "")
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(header or "")
-        except ValueError:
-            return LATER
-        at = at if at.tzinfo else at.replace(tzinfo=timezone.utc)
-        seconds = (at - datetime.now(timezone.utc)).total_seconds()
-    return timedelta(seconds=min(max(seconds, 1.0), 86400.0)) if seconds == seconds else LATER

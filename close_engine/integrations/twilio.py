@@ -29,7 +29,7 @@ from twilio.rest import Client
 from close_engine import numbers, optouts
 from close_engine.carriers import Keyword
 from close_engine.conversations import CloseEngineConversation
-from close_engine.database.binding import current, moment
+from close_engine.database.binding import current
 from close_engine.database.fields import clean_words, storable_text
 from close_engine.database.transaction import atomic
 from close_engine.deliveries import DELIVERY_WORDS, Delivery, of_sending, record_delivery
@@ -48,6 +48,7 @@ from close_engine.errors import (
     UnreadableRow,
 )
 from close_engine.inbox import Received, receive
+from close_engine.integrations.retry_after import retry_after
 from close_engine.integrations.webhooks import WebhookResponse
 from close_engine.models import Lead
 from close_engine.outbox import TEXTS, OutboxMessage
@@ -276,7 +277,10 @@ def _refused(response: Response, answer: Mapping[str, Any]) -> Exception:
 
 def _failed(response: Response, answer: Mapping[str, Any]) -> Exception:
     """Return what to raise because Twilio is to be asked again, when it says so or else later."""
-    wait = _wait(response) if response.status_code == 429 or response.status_code >= 500 else None
+    wait = None
+    if response.status_code == 429 or response.status_code >= 500:
+        headers = {str(name).lower(): str(value) for name, value in (response.headers or {}).items()}
+        wait = retry_after(headers.get("retry-after"), most=_LONGEST_WAIT)
     return RuntimeError(_sentence("Twilio failed", response, answer)) if wait is None else Snooze(wait)
 
 
@@ -284,20 +288,6 @@ def _sentence(what: str, response: Response, answer: Mapping[str, Any]) -> str:
     """Say what happened, and what Twilio says of it."""
     code = f"error {answer['code']}, " if answer.get("code") else ""
     return f"{what} ({code}HTTP {response.status_code}): {answer.get('message') or 'it did not say why'}"
-
-
-def _wait(response: Response) -> timedelta | None:
-    """Return how long Retry-After asks to wait, by the database's clock if it is a date; None if it does not say."""
-    headers = {str(name).lower(): value for name, value in (response.headers or {}).items()}
-    said = str(headers.get("retry-after", "")).strip()
-    try:
-        if said.isdecimal():
-            wait = timedelta(seconds=min(int(said), _LONGEST_WAIT.total_seconds()))
-        else:
-            wait = _utc(parsedate_to_datetime(said)) - moment()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return min(max(wait, timedelta(seconds=1)), _LONGEST_WAIT)
 
 
 def _utc(date: datetime) -> datetime:
