@@ -53,25 +53,10 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
     filled = (each.format(count=count, drafts=drafts, dead=drafts // 10) for each in statements)
     server.execute(WITHOUT_TRIGGERS, *filled, "VACUUM ANALYZE", database=name)
     database = close_engine.connect(server.url(name))
-    browser = TestClient(console(), base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
-    pages = {
-        "approvals": "/",
-        "waiting for us": "/waiting",
-        "pipeline": "/pipeline",
-        "conversations": "/conversations",
-        "… in a stage": "/conversations?stage=COMPLETED",
-        "… of a phone number": "/conversations?text=%2B12120000042",
-        "… of a name": "/conversations?text=lead 42",
-        "… of a name that nobody has": "/conversations?text=nobody",
-        "… in which a lead is waited for": "/conversations?waiting_for=lead",
-        "one conversation": f"/conversations/{conversation_id(1)}",
-        "outbox": "/outbox",
-        "health": "/health",
-    }
     rows = []
-    with browser:
-        for page, path in pages.items():
-            times = _times(lambda path=path: _ask(browser, path), rounds)  # type: ignore[misc]
+    with browser() as visitor:
+        for page, path in pages(conversation_id(1)).items():
+            times = _times(lambda path=path: ask(visitor, path), rounds)  # type: ignore[misc]
             rows.append([page, milliseconds(median(times)), milliseconds(max(times))])
     beats = _times(pulse, rounds)
     rows.append(["the pulse of the board", milliseconds(median(beats)), milliseconds(max(beats))])
@@ -85,8 +70,31 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
     server.drop(name)
 
 
-def _ask(browser: TestClient, path: str) -> None:
-    response = browser.get(path)
+def pages(conversation: str) -> dict[str, str]:
+    """Return the path of each page, by what to call it."""
+    return {
+        "approvals": "/",
+        "waiting for us": "/waiting",
+        "pipeline": "/pipeline",
+        "conversations": "/conversations",
+        "… in a stage": "/conversations?stage=COMPLETED",
+        "… of a phone number": "/conversations?text=%2B12120000042",
+        "… of a name": "/conversations?text=lead 42",
+        "… of a name that nobody has": "/conversations?text=nobody",
+        "… in which a lead is waited for": "/conversations?waiting_for=lead",
+        "one conversation": f"/conversations/{conversation}",
+        "outbox": "/outbox",
+        "health": "/health",
+    }
+
+
+def browser() -> TestClient:
+    """Return what asks the console for its pages, to be entered. It shows the database that is bound then."""
+    return TestClient(console(), base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
+
+
+def ask(visitor: TestClient, path: str) -> None:
+    response = visitor.get(path)
     assert response.status_code == 200, path
 
 

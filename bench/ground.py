@@ -7,6 +7,7 @@ cuid, so that an index on it behaves as in production.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime, timezone
 
 from bench.server import Server
@@ -20,7 +21,7 @@ EDITS = {"PREVIEW_SENT": 1, "EDIT_LOOP": 0}
 ID = "('c' || left(md5(n::text), 24))"
 LEAD_ID = "('l' || left(md5(n::text), 24))"
 
-#: Stages by n % 20. As for a real agency, most conversations are closed.
+#: Stages by n % 20. Half of the conversations are closed.
 STAGES = (
     ["QUALIFYING"] * 3
     + ["COLLECTING_INFO", "BUILDING", "PREVIEW_SENT", "EDIT_LOOP", "PAYMENT_SENT"]
@@ -28,6 +29,7 @@ STAGES = (
     + ["STALLED"] * 2
     + ["CLOSED_LOST"] * 5
 )
+CLOSED = ["COMPLETED", "CLOSED_LOST"]
 
 LEADS = f"INSERT INTO leads (id, phone) SELECT {LEAD_ID}, '+15550100' FROM generate_series(1, {{count}}) n"
 CONVERSATIONS = f"""
@@ -37,8 +39,10 @@ CONVERSATIONS = f"""
         CASE WHEN stage IN ('PAYMENT_SENT', 'COMPLETED') THEN moment END, CASE stage WHEN 'COMPLETED' THEN moment END,
         CASE stage WHEN 'STALLED' THEN moment END, CASE stage WHEN 'CLOSED_LOST' THEN moment END,
         CASE stage WHEN 'CLOSED_LOST' THEN 'generated' END
-    FROM (SELECT n, ({{stages}})[n % array_length({{stages}}, 1) + 1] AS stage,
-            date_trunc('milliseconds', localtimestamp - (n % 86400) * interval '1 second') AS moment
+    FROM (SELECT n, CASE WHEN n <= {{past}} THEN ({{closed}})[n % 2 + 1]
+                ELSE ({{stages}})[n % array_length({{stages}}, 1) + 1] END AS stage,
+            date_trunc('milliseconds', localtimestamp - CASE WHEN {{past}} > 0
+                THEN ({{count}} - n) * interval '2 minutes' ELSE (n % 86400) * interval '1 second' END) AS moment
         FROM generate_series(1, {{count}}) n) AS numbered
 """
 HISTORY = f"""
@@ -102,6 +106,8 @@ def fill(
     spare_leads: int = 0,
     sent: int = 0,
     pending: int = 0,
+    past: int = 0,
+    more: Sequence[str] = (),
 ) -> None:
     """Fill an empty database.
 
@@ -112,16 +118,20 @@ def fill(
         spare_leads: int, additional leads without a conversation, with the next numbers.
         sent: int, sent messages per conversation.
         pending: int, number of conversations, from the first, that have one waiting message.
+        past: int, number of conversations, from the first, that are closed; the others are the newest then, and there
+            is one every two minutes.
+        more: what else to insert; it may name `{count}`.
     """
-    array = "ARRAY[" + ", ".join(f"'{stage}'" for stage in stages or STAGES) + "]"
+    array, closed = ("ARRAY[" + ", ".join(f"'{stage}'" for stage in each) + "]" for each in (stages or STAGES, CLOSED))
     statements = [
         LEADS.format(count=count + spare_leads),
-        CONVERSATIONS.format(count=count, stages=array),
+        CONVERSATIONS.format(count=count, stages=array, past=past, closed=closed),
         HISTORY.format(count=count, steps=history - 1),
         LAST_CHANGE,
         DEADLINES,
         MESSAGES.format(count=count, each=sent, status="SENT"),
         MESSAGES.format(count=pending, each=1, status="PENDING"),
+        *(statement.format(count=count) for statement in more),
     ]
     indexes = server.rows(SECONDARY_INDEXES, database=database)
     server.execute(
