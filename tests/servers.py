@@ -6,10 +6,12 @@ import itertools
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -85,6 +87,26 @@ class PrivateServer:
         """Start it again at the same URL; after a crash, it recovers from its log."""
         self._server.ensure_postgres_running()
         self.crashed = False
+
+    @contextmanager
+    def standby(self) -> Iterator[str]:
+        """Yield the URL of a hot standby: a copy of this server that follows it, and can only be read."""
+        place = Path(tempfile.mkdtemp(prefix="close_engine_pg_standby_", dir=self.place))
+        copy = place / "data"
+        if self._server.system_user:
+            shutil.chown(place, self._server.system_user)
+        there = f"{self.url}&" if "?" in self.url else f"{self.url}?"
+        self._run("pg_basebackup", f"--dbname={there}replication=true", f"--pgdata={copy}", "--checkpoint=fast", "-R")
+        self._run("pg_ctl", "-w", "-D", copy, "-l", place / "log", "-o", f"-h '' -k {place}", "start")
+        try:
+            yield f"postgresql://postgres@/postgres?host={place}"
+        finally:
+            self._run("pg_ctl", "-w", "-D", copy, "-m", "immediate", "stop")
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _run(self, program: str, *arguments: str | Path) -> None:
+        command = [self._server.bin_path / program, *arguments]
+        subprocess.run(command, user=self._server.system_user, check=True, stdout=subprocess.DEVNULL)
 
 
 def execute(url: str, *statements: str) -> None:
