@@ -74,7 +74,8 @@ def find_conversations(
     Args:
         stages: only those in one of these stages.
         phone: only those of leads with this number, however it is written.
-        text: only those that this is the id of, or that are of leads with this id, phone number or part of a name.
+        text: only those that this is the id of, or that are of leads with this id, with this phone number or, if it is
+            no lead's number, with it as part of a name.
         waiting_for: only those in which `us`, the `lead` or a `human` is waited for.
         since: datetime with a timezone, only those that were opened then or later.
         limit: int, the most to return; None for all.
@@ -94,7 +95,8 @@ def find_conversations(
     if phone is not None:
         query = query.where(model.lead.in_(numbers.leads_with(phone)))
     if text is not None:
-        leads = [*(numbers.leads_with(text) if numbers.is_like_a_number(text) else ()), *names.leads_named(text)]
+        # A name has no index, so names are read only if the text is nobody's number.
+        leads = (numbers.leads_with(text) if numbers.is_like_a_number(text) else []) or names.leads_named(text)
         query = query.where((model.id == text) | (model.lead == text) | model.lead.in_(leads))
     if since is not None:
         query = query.where(model.created_at >= since)

@@ -274,6 +274,21 @@ def test_no_statement_reads_a_table_on_postgresql(filled: str, monkeypatch: pyte
         database.close()
 
 
+def test_a_phone_number_is_looked_for_by_an_index_on_postgresql(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = close_engine.connect(filled)
+    try:
+        close_engine.Lead.update(phone="+12125550142").where(close_engine.Lead.id == "lead 42").execute()
+        database.execute_sql("UPDATE close_engine.numbers SET number = '+12125550142' WHERE lead_id = 'lead 42'")
+        with explained(monkeypatch, "EXPLAIN") as plans:
+            (line,) = close_engine.find_conversations(text="+1 212 555-0142")
+        assert line.conversation.lead_id == "lead 42"
+        assert_among(plans, ["SELECT .*numbers", f"SELECT .* FROM {CONVERSATIONS}"])
+        for sql, plan in plans.items():
+            assert "LIMIT 0" in sql or "Seq Scan" not in plan, f"{sql}\n{plan}"
+    finally:
+        database.close()
+
+
 #: The two statements that claim, as the function has them: of what is urgent, and of the rest.
 CLAIMS = ({"anyway": "pass = 2"}, {"urgency": "urgency"})
 
