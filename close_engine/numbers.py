@@ -6,7 +6,6 @@ A lead's number is kept with the text that it was read from. Where the CRM has a
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -169,10 +168,15 @@ def is_like_a_number(text: str) -> bool:
 #: So many of the last digits are the subscriber's own nearly everywhere: they are in any way to write a number.
 _LAST_DIGITS = 7
 
-#: Leads with a conversation whose number in the CRM is not the one that was read.
-_UNREAD = """SELECT l.id, CAST(l.phone AS TEXT) FROM close_engine_conversations c JOIN {leads} l ON l.id = c.lead_id
-    LEFT JOIN {numbers} n ON n.lead_id = l.id
-    WHERE l.phone IS NOT NULL AND COALESCE(n.phone, '') <> CAST(l.phone AS TEXT)"""
+#: Leads whose number in the CRM may be one that has these digits.
+_ALIKE = """SELECT l.id, CAST(l.phone AS TEXT) AS phone FROM {leads} l
+    WHERE CAST(l.phone AS TEXT) LIKE %s OR HAS_OTHER_DIGITS"""
+
+#: Of those, the ones with a conversation whose number in the CRM is not the one that was read. They are few, so each is
+#: looked up; without MATERIALIZED, PostgreSQL reckons with a look-up for every lead.
+_UNREAD = f"""WITH alike AS MATERIALIZED ({_ALIKE}) SELECT a.id, a.phone FROM alike a
+    WHERE a.phone <> COALESCE((SELECT n.phone FROM {{numbers}} n WHERE n.lead_id = a.id), '')
+        AND (SELECT c.id FROM close_engine_conversations c WHERE c.lead_id = a.id) IS NOT NULL"""
 
 
 def leads_with(phone: str) -> list[str]:
@@ -186,11 +190,8 @@ def leads_with(phone: str) -> list[str]:
         return []
     kept = [lead.id for lead in LeadNumber.select(LeadNumber.id).where(LeadNumber.number == number)]
     current_phones: Any = Lead.select(Lead.id, Lead.phone.cast("TEXT").alias("text")).where(Lead.id.in_(kept)).tuples()
-    found = {lead_id for lead_id, text in current_phones if number_of(text) == number}
-    if not found:
-        unread = current().execute(_UNREAD).fetchall()
-        found = {lead_id for lead_id, text in unread if _ends_alike(text, number) and number_of(text) == number}
-    return sorted(found)
+    found = sorted(lead_id for lead_id, text in current_phones if number_of(text) == number)
+    return found or _having(number, _UNREAD)
 
 
 def anybody_with(phone: str) -> list[str]:
@@ -199,19 +200,16 @@ def anybody_with(phone: str) -> list[str]:
     It is for a number that `leads_with` does not know, for example because its lead has no conversation yet.
     """
     number = number_of(phone)
-    if number is None:
-        return []
-    # The last digits in their order, whatever stands between them; the rest is compared here.
+    return [] if number is None else _having(number, _ALIKE)
+
+
+def _having(number: str, query: str) -> list[str]:
+    """Return the ids of those leads that have a number: the database compares digits, and Python reads what is left."""
+    # In their order, whatever stands between them. There are other digits than those of ASCII.
     alike = f"%{'%'.join(number[-_LAST_DIGITS:].removeprefix('+'))}%"
-    query = "SELECT l.id, CAST(l.phone AS TEXT) FROM {leads} l WHERE CAST(l.phone AS TEXT) LIKE %s"
+    query = query.replace("HAS_OTHER_DIGITS", current().dialect.has_more_than_ascii("CAST(l.phone AS TEXT)"))
     found = current().execute(query, (alike,)).fetchall()
     return sorted(lead_id for lead_id, text in found if number_of(text) == number)
-
-
-def _ends_alike(phone: str, number: str) -> bool:
-    """Return whether the last digits are the same, which is quick to tell."""
-    digits = "".join(str(unicodedata.digit(each)) for each in phone if each.isdecimal())
-    return digits[-4:] == number[-4:]
 
 
 def find(lead_id: str, number: str | None) -> OptOut | None:

@@ -21,6 +21,7 @@ from close_engine import (
     Stage,
     conversations_of,
     find_conversations,
+    numbers,
     outbox,
     receive,
     record_sent,
@@ -136,12 +137,20 @@ def test_a_phone_number_is_found_however_it_is_written(conversation_in: Conversa
     assert conversations_of("+1 212 555 0199") == []
 
 
-def test_a_number_that_was_never_read_is_found(conversation_in: ConversationIn, foreign: ForeignWriter) -> None:
+@pytest.mark.parametrize(
+    "phone", ["001 (212) 555 0100", "tel:+1-212-555-0100", "+1 ٢١٢ ٥٥٥ ٠١٠٠", "+１ ２１２ ５５５ ０１００"]
+)
+def test_a_number_that_was_never_read_is_found(
+    conversation_in: ConversationIn, foreign: ForeignWriter, phone: str
+) -> None:
     conversation = conversation_in(Stage.QUALIFYING)
+    conversation_in(Stage.QUALIFYING, phone="+12125550101")
     foreign.run("DELETE FROM close_engine.numbers")
-    foreign.run("UPDATE leads SET phone = '001 (212) 555 0100' WHERE id = %s", conversation.lead_id)
+    foreign.run("UPDATE leads SET phone = %s WHERE id = %s", phone, conversation.lead_id)
 
     assert [each.id for each in conversations_of("+12125550100")] == [conversation.id]
+    assert numbers.anybody_with("+12125550100") == [conversation.lead_id]
+    assert conversations_of("+12125550109") == []
 
 
 def test_a_number_that_the_lead_has_no_more_is_not(conversation_in: ConversationIn, foreign: ForeignWriter) -> None:

@@ -58,6 +58,10 @@ class Dialect:
         """Return the SQL that says of a column, given by its quoted name, whether Python cannot read the time in it."""
         raise NotImplementedError
 
+    def has_more_than_ascii(self, text: str) -> str:
+        """Return the SQL that says of a text whether it has characters that are not in ASCII."""
+        raise NotImplementedError
+
     def suspect_json(self, text: str) -> str:
         """Return the SQL that says of JSON, given as text, whether it may be too deep or have too long a number."""
         raise NotImplementedError

@@ -388,6 +388,10 @@ class Postgres(Dialect):
     def unreadable_time(self, column: str) -> str:
         return f"({column} < '0001-01-01' OR {column} >= '9999-01-01')"
 
+    def has_more_than_ascii(self, text: str) -> str:
+        # Quicker than a regular expression. An equation, because the planner believes one to hold for few rows.
+        return f"(pg_catalog.octet_length({text}) > pg_catalog.length({text}))::integer = 1"
+
     def suspect_json(self, text: str) -> str:
         # chr(123) is {, which `sql` would translate.
         outside = f"pg_catalog.translate({text}, '['::text || pg_catalog.chr(123), ''::text)"

@@ -103,6 +103,9 @@ class Sqlite(Dialect):
             f"AND substr({column}, 1, 4) BETWEEN '0001' AND '9998'))"
         )
 
+    def has_more_than_ascii(self, text: str) -> str:
+        return f"{text} GLOB '*[^ -~]*'"
+
     def suspect_json(self, text: str) -> str:
         # char(123) is {, which `sql` would translate.
         outside = f"replace(replace({text}, '[', ''), char(123), '')"
