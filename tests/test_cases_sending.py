@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 import peewee
 import psycopg2
 import pytest
-from playhouse.pool import MaxConnectionsExceeded
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
 import close_engine
 from close_engine import (
@@ -646,6 +647,42 @@ def test_g6_a_fork_within_a_transaction_on_sqlite(tmp_path: Path) -> None:
     assert database.execute_sql("PRAGMA integrity_check").fetchone() == ("ok",)
     assert close_engine.verify() == []
     database.close()
+
+
+@pytest.mark.parametrize("kind", [peewee.PostgresqlDatabase, PooledPostgresqlDatabase])
+def test_g6_a_fork_while_another_thread_connects(kind: type[peewee.PostgresqlDatabase]) -> None:
+    """Celery replaces a process of its pool while a thread waits for a database that is away: that one can connect."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(LIMIT)
+        host, port = silent.getsockname()
+        database = close_engine.bind(kind("crm", host=host, port=port, user="nobody", sslmode="disable"))
+
+        def try_to_connect() -> None:
+            with pytest.raises(peewee.OperationalError):
+                database.connect()
+
+        first = threading.Thread(target=try_to_connect)
+        first.start()
+        of_the_thread, _ = silent.accept()
+        child = os.fork()
+        if not child:
+            try:
+                silent.close()
+                of_the_thread.close()
+                signal.alarm(10)  # it ends one that hangs
+                try_to_connect()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        try:
+            silent.settimeout(15)
+            of_the_child, _ = silent.accept()
+            of_the_child.close()
+        finally:
+            of_the_thread.close()
+            first.join(LIMIT)
+            status = os.waitpid(child, 0)[1]
+        assert os.waitstatus_to_exitcode(status) == 0
 
 
 # -- B2, G2: trouble is told apart by its code -----------------------------------------------------------------------

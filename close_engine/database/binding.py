@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -151,9 +152,13 @@ def _forget_connections() -> None:
         state = database._state  # type: ignore[attr-defined]
         _inherited.append(state.conn)
         state.reset()
+        # A thread that is not there any more may hold them, for example one that was just connecting.
+        database._lock = threading.Lock()  # type: ignore[attr-defined]
         if isinstance(database, PooledDatabase):
             _inherited.append((database._connections, database._in_use))
             database._connections, database._in_use = [], {}
+            database._pool_lock = threading.RLock()
+            database._pool_available = threading.Condition(database._pool_lock)
 
 
 if hasattr(os, "register_at_fork"):
