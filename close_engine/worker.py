@@ -37,18 +37,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from types import ModuleType, NoneType
 from typing import Any, Protocol
 
 import peewee
-from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
+from playhouse.pool import PooledDatabase
 
 from close_engine import deliveries, heartbeats, optouts, outbox, pauses, policies, sweeps, tally
 from close_engine.database.binding import current, is_transient, now
-from close_engine.database.notices import LISTEN, Notices, listening_database
+from close_engine.database.notices import Listener
 from close_engine.errors import (
     CannotBeSent,
     ConfigurationError,
@@ -75,9 +75,6 @@ logger = get_logger(__name__)
 Sender = Callable[[OutboxMessage], "str | None"]
 """A function that sends a message and returns the provider's id for it, or None if it has none."""
 
-
-#: Why a worker polls, though the database has notices.
-_UNHEARD = f"it does not hear its own notice, as through PgBouncer: name a URL of the server itself in {LISTEN}"
 
 #: The most senders of one worker: each has a thread and a connection.
 MOST_SENDERS = 1000
@@ -316,8 +313,7 @@ class _Shift:
         self._is_said: bool | None = None  # whether the database knows that this worker runs; None until it was told
         self._failure: BaseException | None = None
         self._over = threading.Event()
-        self._listens_on = listening_database() if patient else None
-        self._notices: Notices | None = None
+        self._ears = Listener(self._announce, self._note_wakes, worker.idle.total_seconds()) if patient else None
         self._wakes: str | None = None  # as the log says it; None until the first line
         self._look_at = 0.0  # when to look for messages in any case, by time.monotonic()
         #: Guards everything below. `_turn` is notified when a sender may claim again, `_work` when one should look.
@@ -352,11 +348,12 @@ class _Shift:
         name = self.worker.name
         sweeper = self._thread(f"{name} sweep", self._sweep)
         heartbeat = self._thread(f"{name} heartbeat", self._beat)
-        listener = self._thread(f"{name} listener", self._listen)
         senders = [self._thread(f"{name} sender {n}", self._send) for n in range(1, self.worker.concurrency + 1)]
-        background = [heartbeat, listener] if self.patient else [heartbeat]
+        background = [heartbeat]
         self._waits = self.patient
-        if self.patient:
+        if self._ears is not None:
+            listener = self._thread(f"{name} listener", self._ears.run)
+            background.append(listener)
             listener.start()
         while self.patient and self._wakes is None and not self._ending:
             self.worker.pause()
@@ -379,8 +376,8 @@ class _Shift:
                 thread.join()
         finally:
             self._over.set()
-            if self._notices is not None:
-                self._notices.interrupt()
+            if self._ears is not None:
+                self._ears.stop()
         for thread in background:
             thread.join()
         if self._failure is not None:
@@ -475,37 +472,7 @@ class _Shift:
 
     # -- when to look for messages
 
-    def _listen(self) -> None:
-        """Have a sender look as soon as PostgreSQL tells that there is something, until the end."""
-        if self._listens_on is None:
-            self._note_wakes("this database tells nobody of a new message")
-            return
-        was_heard = False
-        while not self._over.is_set():
-            is_new = True
-            try:
-                with closing(Notices(self._listens_on)) as notices:
-                    self._notices = notices
-                    _connect()
-                    are_heard = notices.are_heard()
-                    _disconnect()  # others may need it
-                    if not are_heard and not was_heard:
-                        self._note_wakes(_UNHEARD)
-                        return
-                    was_heard = True
-                    self._note_wakes()
-                    self._announce()  # what came before this
-                    is_new = False
-                    while not self._over.is_set():
-                        if notices.wait():
-                            self._announce()
-            except (peewee.PeeweeException, MaxConnectionsExceeded) as error:
-                self._note_wakes(first_line(error))
-                _drop_connection()
-                if is_new:
-                    self._over.wait(self.worker.idle.total_seconds())
-
-    def _note_wakes(self, why_it_polls: str | None = None) -> None:
+    def _note_wakes(self, why_it_polls: str | None) -> None:
         """Log what wakes the senders, if that is news. The first time, they wait for it."""
         worker, before = self.worker, self._wakes
         self._wakes = "notices" if why_it_polls is None else "polling"

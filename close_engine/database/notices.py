@@ -11,19 +11,21 @@ import os
 import secrets
 import selectors
 import socket
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from typing import Any
 
 import peewee
 import psycopg2.extensions
-from playhouse.pool import PooledDatabase
+from playhouse.pool import MaxConnectionsExceeded, PooledDatabase
 
 from close_engine.database.binding import current
 from close_engine.database.url import database_from
-from close_engine.errors import ConfigurationError
+from close_engine.errors import ConfigurationError, first_line
 
-__all__ = ["LISTEN", "Notices", "listening_database"]
+__all__ = ["LISTEN", "Listener", "Notices", "listening_database"]
 
 #: The environment variable.
 LISTEN = "CLOSE_ENGINE_LISTEN"
@@ -33,6 +35,9 @@ _CHANNEL = "close_engine_outbox"
 
 #: Seconds without a notice, after which the connection is tried: it may be dead without a word.
 _QUIET = 60.0
+
+#: Why nobody is told, though the database has notices.
+_UNHEARD = f"it does not hear its own notice, as through PgBouncer: name a URL of the server itself in {LISTEN}"
 
 #: Turns the driver's errors into Peewee's.
 _peewees_errors = peewee.__exception_wrapper__  # type: ignore[attr-defined]
@@ -149,3 +154,58 @@ class Notices:
         self._connection.pgconn.consume_input()
         while notice := self._connection.pgconn.notifies():
             self._heard.append(notice.extra.decode())
+
+
+class Listener:
+    """Listens until it is stopped, on a new connection if one is lost.
+
+    Args:
+        heard: is called when something was put in, and when listening begins: something may have come before.
+        changed: is called with None when it listens, and with a sentence that says why it does not.
+        pause: float, how many seconds to wait for a database that is away.
+
+    Raises:
+        ConfigurationError: the environment names no PostgreSQL database.
+    """
+
+    def __init__(self, heard: Callable[[], None], changed: Callable[[str | None], None], pause: float) -> None:
+        self._heard = heard
+        self._changed = changed
+        self._pause = pause
+        self._database = listening_database()
+        self._over = threading.Event()
+        self._notices: Notices | None = None
+
+    def run(self) -> None:
+        """Listen until `stop` is called, or if it turns out that nothing can be heard."""
+        if self._database is None:
+            self._changed("this database tells nobody of a new message")
+            return
+        was_heard = False
+        while not self._over.is_set():
+            is_new = True
+            try:
+                with closing(Notices(self._database)) as notices:
+                    self._notices = notices
+                    with current().database.connection_context():  # only for this: others may need it
+                        are_heard = notices.are_heard()
+                    if not are_heard and not was_heard:
+                        self._changed(_UNHEARD)
+                        return
+                    was_heard = True
+                    self._changed(None)
+                    self._heard()
+                    is_new = False
+                    while not self._over.is_set():
+                        if notices.wait():
+                            self._heard()
+            except (peewee.PeeweeException, MaxConnectionsExceeded) as error:
+                self._changed(first_line(error))
+                if is_new:
+                    self._over.wait(self._pause)
+
+    def stop(self) -> None:
+        """End `run`, from any thread."""
+        self._over.set()
+        if self._notices is not None:
+            self._notices.interrupt()
