@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,51 +75,6 @@ def test_huey_delivers_with_several_workers(run_page: RunPage) -> None:
         consumer.stop(graceful=True)
 
     assert_everything_is_sent_once(names)
-
-
-@pytest.fixture
-def new_to_celery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery shares the tasks of an app with later apps; here, each app has only its own."""
-    from celery import _state
-    from celery.app import builtins
-
-    its_own = {add for add in _state._on_app_finalizers if add.__module__ == builtins.__name__}
-    monkeypatch.setattr(_state, "_on_app_finalizers", its_own)
-
-
-def test_celery_delivers_from_several_workers(new_to_celery: None, run_page: RunPage) -> None:
-    from celery import signals
-    from celery.contrib.testing.worker import start_worker
-
-    names = run_page('name="agency.sweep"')
-    app, done = names["app"], threading.Semaphore(0)
-
-    def count(**signal: object) -> None:
-        done.release()
-
-    submitted(20)
-    signals.task_postrun.connect(count)
-    try:
-        with ExitStack() as machines:
-            for number in range(2):
-                machine = start_worker(
-                    app, pool="solo", perform_ping_check=False, hostname=f"machine-{number}", shutdown_timeout=LIMIT
-                )
-                machines.enter_context(machine)
-            for _ in range(4):
-                names["deliver_all"].delay()
-            names["sweep_all"].delay()
-            assert all([done.acquire(timeout=LIMIT) for _ in range(5)])
-    finally:
-        signals.task_postrun.disconnect(count)
-
-    assert_everything_is_sent_once(names)
-
-
-def test_celerys_beat_knows_its_tasks(run_page: RunPage) -> None:
-    app = run_page('name="agency.sweep"')["app"]
-
-    assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
 
 
 def test_cron_runs_a_script(database_url: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ mkdir "$place/elsewhere"
 cd "$place/elsewhere"
 # Without extras, none of the providers' SDKs is installed, nor imported by what needs none.
 pip list --format=freeze >installed
-for package in twilio stripe anthropic starlette uvicorn phonenumbers prometheus_client jinja2; do
+for package in twilio stripe anthropic celery starlette uvicorn phonenumbers prometheus_client jinja2; do
     if grep --quiet -i "^$package==" installed; then
         echo "the wheel without extras installs $package" >&2
         exit 1
@@ -47,7 +47,7 @@ for command in ("", *typer.main.get_command(app).commands):
         main([*command.split(), "--help"])
     except SystemExit as end:
         assert end.code == 0, command
-sdks = {"twilio", "stripe", "anthropic", "starlette", "uvicorn", "phonenumbers", "prometheus_client"}
+sdks = {"twilio", "stripe", "anthropic", "celery", "starlette", "uvicorn", "phonenumbers", "prometheus_client"}
 assert not sdks & {name.partition(".")[0] for name in sys.modules}, sdks & set(sys.modules)
 END
 # What needs them says how to get them.
