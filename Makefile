@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo agency test check format lint types coverage storm dialogues judge matrix browser screenshots docs wheel bench clean
+.PHONY: demo agency test check format lint types coverage storm cluster dialogues judge matrix browser screenshots docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -40,6 +40,11 @@ coverage: judge browser
 # The chaos test at its full size: the check runs it with a tenth. It prints what happened.
 storm: $(INSTALLED)
 	$(BIN)/pytest -q -rP --storm tests/test_chaos.py
+
+# Failover: servers, workers and clients on hosts of their own, on this machine. It needs Debian and root, and installs
+# what it needs. `make cluster CHANGES=1000000` goes on until so many changes are acknowledged.
+cluster: $(INSTALLED)
+	@$(BIN)/python -m tests.cluster $(if $(CHANGES),--changes $(CHANGES))
 
 # The dialogues of tests/dialogues with Claude itself, which ANTHROPIC_API_KEY pays for.
 dialogues: $(INSTALLED)

@@ -55,7 +55,8 @@ class Host:
             user: whose rights it has; the default is root.
             options: as for `subprocess.Popen`.
         """
-        return subprocess.Popen(self._command(command, user), **options)
+        # In a session of its own, Ctrl-C ends the run and not all of them at once.
+        return subprocess.Popen(self._command(command, user), start_new_session=True, **options)
 
     def run(
         self, command: Sequence[str | Path], *, user: str | None = None, timeout: float = 60, **options: Any
