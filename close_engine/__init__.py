@@ -24,7 +24,7 @@ from close_engine.conversations import (
     open_conversation,
     waiting_for_us,
 )
-from close_engine.database.binding import Tables, bind
+from close_engine.database.binding import Tables, bind, is_transient
 from close_engine.database.provenance import ProvenanceArguments
 from close_engine.database.transaction import atomic
 from close_engine.database.url import connect
@@ -183,6 +183,7 @@ __all__ = [
     "Imported",
     "InboxEntry",
     "InvalidValue",
+    "is_transient",
     "KeyReused",
     "Keyword",
     "KEYWORDS",

@@ -248,9 +248,14 @@ _SQLITE_PASSING = ("database is locked", "database table is locked", "database s
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether an error passes by waiting: the database is away, busy or full. It is told by the error's code.
+    """Return whether an error passes by waiting: the database is away, fails over, is busy or full.
 
-    An error about one statement (a missing table, a wrong value, its time limit) does not pass, whatever its class.
+    It is told by the error's code. Whether the statement was committed, nobody knows then: close the connection, and do
+    the same thing again, with the same key. An error about one statement (a missing table, a wrong value, its time
+    limit) does not pass, whatever its class.
+
+    Args:
+        error: what Peewee or this library raised.
     """
     error = unhidden(error)
     if isinstance(error, MaxConnectionsExceeded) or (isinstance(error, StageConflict) and error.found is None):

@@ -26,11 +26,11 @@ from close_engine import (
     Stage,
     StageChange,
     StageConflict,
+    is_transient,
     open_conversation,
     receive,
     submit,
 )
-from close_engine.database.binding import is_transient
 from tests.cluster.record import Record
 
 __all__ = ["lead_id"]
