@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo agency test check format lint types coverage storm cluster dialogues judge matrix browser screenshots docs wheel bench clean
+.PHONY: demo agency test check format lint types coverage storm cluster cluster-is-possible dialogues judge matrix browser screenshots docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -43,8 +43,11 @@ storm: $(INSTALLED)
 
 # Failover: servers, workers and clients on hosts of their own, on this machine. It needs Debian and root, and installs
 # what it needs. `make cluster CHANGES=1000000` goes on until so many changes are acknowledged.
-cluster: $(INSTALLED)
+cluster: cluster-is-possible $(INSTALLED)
 	@$(BIN)/python -m tests.cluster $(if $(CHANGES),--changes $(CHANGES))
+
+cluster-is-possible:
+	@$(PYTHON) -m tests.debian "make cluster"
 
 # The dialogues of tests/dialogues with Claude itself, which ANTHROPIC_API_KEY pays for.
 dialogues: $(INSTALLED)

@@ -4,6 +4,10 @@
 
 None of the servers that come with the packages is started, and Debian's PostgreSQL makes no cluster of its own: a run
 makes and removes its own. What was installed stays.
+
+    python3 -m tests.debian "make cluster"
+
+says whether such a run is possible here at all, before anything else is installed for it.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ def require(packages: Sequence[str], run: str) -> None:
         run: what needs them, as one types it: `make cluster`.
     """
     if not sys.platform.startswith("linux") or not shutil.which("apt-get") or not shutil.which("dpkg-query"):
-        sys.exit(f"`{run}` needs Debian, because it installs servers with apt-get: {', '.join(packages)}.")
+        sys.exit(f"`{run}` needs Debian, because it installs servers with apt-get.")
     if os.geteuid() != 0:
         sys.exit(f"`{run}` must run as root, because it installs Debian's packages and makes hosts on a network.")
     lacking = missing(packages)
@@ -58,7 +62,7 @@ def require(packages: Sequence[str], run: str) -> None:
 def missing(packages: Sequence[str]) -> list[str]:
     """Return those of the packages that are not installed."""
     asked = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *packages]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines() if packages else []
     return [package for package in packages if f"{package} installed" not in said]
 
 
@@ -81,3 +85,7 @@ def _nothing_starts() -> Iterator[None]:
     finally:
         for path in written:
             path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    require((), sys.argv[1])

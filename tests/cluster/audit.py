@@ -8,13 +8,23 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from close_engine.machine import pairs
 from close_engine.stages import Stage
-from tests.cluster.postgres import Node
 from tests.cluster.record import Reader
 
-__all__ = ["Audit", "audit"]
+__all__ = ["NOTING", "Audit", "Server", "audit"]
+
+#: Made before anything is sent: what notes each time that a message is recorded as sent.
+NOTING = (
+    "CREATE TABLE noted (message_id bigint)",
+    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$ BEGIN INSERT INTO noted VALUES (NEW.id); RETURN NULL; END $$",
+    "CREATE TRIGGER noting AFTER UPDATE ON close_engine.outbox FOR EACH ROW "
+    "WHEN (NEW.status = 'SENT') EXECUTE FUNCTION note()",
+    "GRANT INSERT ON noted TO PUBLIC",
+)
 
 #: What has a token: stage changes, texts that are to leave, texts that came in.
 _TOKENS = {
@@ -28,6 +38,13 @@ _OUTBOX = "SELECT id, key, send_key, status, provider_id FROM close_engine.outbo
 _SENT_TWICE = "SELECT message_id FROM noted GROUP BY message_id HAVING count(*) > 1"
 #: A worker logs this when a text is recorded as sent.
 _TOLD_AS_SENT = re.compile(r" sent worker=\S+ message=(\d+)")
+
+
+class Server(Protocol):
+    """What is audited."""
+
+    def session(self) -> Any:
+        """Open a session of psycopg2's."""
 
 
 @dataclass
@@ -49,7 +66,7 @@ class Audit:
             self.wrong.append(f"{len(listed)} {what}: {shown}")
 
 
-def audit(primary: Node, clients: Path, workers: Path) -> Audit:
+def audit(primary: Server, clients: Path, workers: Path) -> Audit:
     """Compare what the processes noted with what the database has.
 
     Args:
@@ -80,7 +97,7 @@ def audit(primary: Node, clients: Path, workers: Path) -> Audit:
     return found
 
 
-def _replay(primary: Node, found: Audit) -> None:
+def _replay(primary: Server, found: Audit) -> None:
     """Each conversation's history leads, by changes that the table allows, to the stage in its row."""
     allowed = {(trigger, str(source), str(dest)) for trigger, source, dest in pairs()}
     reached: dict[str, str | None] = {}
@@ -99,7 +116,7 @@ def _replay(primary: Node, found: Audit) -> None:
     )
 
 
-def _compare_deliveries(primary: Node, workers: Path, found: Audit) -> None:
+def _compare_deliveries(primary: Server, workers: Path, found: Audit) -> None:
     """Each text left, under one key of its own; it was recorded once, however often it left."""
     rows = list(_rows(primary, _OUTBOX))
     by_key = {send_key: key for _, key, send_key, _, _ in rows}
@@ -124,9 +141,9 @@ def _compare_deliveries(primary: Node, workers: Path, found: Audit) -> None:
     found.require_none(delivered.keys() - texts, "deliveries are of no text, or under another key than its own")
 
 
-def _rows(node: Node, statement: str) -> Iterator[tuple[str, ...]]:
+def _rows(server: Server, statement: str) -> Iterator[tuple[str, ...]]:
     """The rows of a query, one after the other, without having all of them in memory."""
-    with closing(node.session()) as session:
+    with closing(server.session()) as session:
         session.autocommit = False
         with session.cursor("audit") as cursor:
             cursor.itersize = 50_000

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.cluster.audit import Audit, audit
+from tests.cluster.audit import NOTING, Audit, audit
 from tests.cluster.bouncer import PORT, Bouncer
 from tests.cluster.fleet import AT_WORK, DONE, Fleet, Member
 from tests.cluster.hosts import Network
@@ -43,15 +43,7 @@ BOUNCED = f"postgresql://{USER}@app:{PORT}/{DATABASE}?pgbouncer=true"
 #: Seconds within which everybody must be at work again.
 PATIENCE = 60
 
-_SETUP = (
-    f"INSERT INTO leads (id, phone) SELECT 'lead-' || n, '+1' FROM generate_series(0, {CLIENTS * EACH - 1}) n",
-    "CREATE TABLE noted (message_id bigint)",
-    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS "
-    "$$ BEGIN INSERT INTO noted VALUES (NEW.id); RETURN NULL; END $$",
-    "CREATE TRIGGER noting AFTER UPDATE ON close_engine.outbox FOR EACH ROW "
-    "WHEN (NEW.status = 'SENT') EXECUTE FUNCTION note()",
-    f"GRANT INSERT ON noted TO {USER}",
-)
+_LEADS = f"INSERT INTO leads (id, phone) SELECT 'lead-' || n, '+1' FROM generate_series(0, {CLIENTS * EACH - 1}) n"
 
 #: A change past the library, on a row that nobody else changes at that moment.
 _STRANDED = """
@@ -111,7 +103,7 @@ class Play:
         self.bouncer.start(self.primary.name)
         app = self.network["app"]
         app.run([_COMMAND, "migrate", "--standalone", "--database", DIRECT])
-        for statement in _SETUP:
+        for statement in (_LEADS, *NOTING):
             self.primary.query(statement)
         self.say(f"{self.primary.name} is the primary, {self.standby.name} its synchronous standby.")
         (self.place / "clients").mkdir()
