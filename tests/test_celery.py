@@ -362,6 +362,27 @@ def test_many_commits_ask_for_few_deliveries(postgres: peewee.Database) -> None:
     assert len(received) < 10
 
 
+def test_a_task_that_went_with_the_brokers_connection_is_not_waited_for(postgres: peewee.Database) -> None:
+    """Celery forgets that it has reserved it, but not the task itself."""
+    app = new_app()
+    add_tasks(app, FakeSender())
+    received: list[Any] = []
+
+    def note(request: Any, **signal: object) -> None:
+        received.append(request)
+
+    signals.task_received.connect(note)
+    try:
+        with working(app):
+            until(lambda: received and not state.requests, "the first one is done")
+            state.requests["lost"] = received[0]
+            submitted()
+            until(lambda: statuses() == [MessageStatus.SENT], "another one is asked for")
+    finally:
+        signals.task_received.disconnect(note)
+        state.requests.pop("lost", None)
+
+
 def test_a_worker_that_lost_its_ear_listens_again(postgres_url: str, postgres: peewee.Database, log: list[str]) -> None:
     app = new_app()
     add_tasks(app, FakeSender())

@@ -16,6 +16,7 @@ It needs the extra `close-engine[celery]`. docs/celery.md is the whole page.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -205,7 +206,8 @@ class _Ears(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _ask(self) -> None:
         """Ask for a delivery, unless one waits here. After that one has begun, another may still be needed."""
-        while _one_waits() and not self._over.is_set():
+        end = time.monotonic() + _EXPIRES
+        while _one_waits() and time.monotonic() < end and not self._over.is_set():
             self._over.wait(_BETWEEN_TASKS)
         if not self._over.is_set():
             _ask_for(self._task)
@@ -222,5 +224,7 @@ class _Ears(bootsteps.StartStopStep):  # type: ignore[misc]
 
 def _one_waits() -> bool:
     """Whether this worker has got a delivery from the broker, and has not begun it."""
-    requests = list(state.requests.values())  # at one go: another thread changes them
-    return any(one.name == _DELIVER and one not in state.active_requests for one in requests)
+    # Another thread changes it, so all are taken at one go. Celery leaves those in it that went with a connection.
+    known = list(state.requests.values())
+    waiting = (one for one in known if one in state.reserved_requests and one not in state.active_requests)
+    return any(one.name == _DELIVER for one in waiting)
