@@ -42,9 +42,10 @@ storm: $(INSTALLED)
 	$(BIN)/pytest -q -rP --storm tests/test_chaos.py
 
 # Failover: servers, workers and clients on hosts of their own, on this machine. It needs Debian and root, and installs
-# what it needs. `make cluster CHANGES=1000000` goes on until so many changes are acknowledged.
+# what it needs. `make cluster CHANGES=1000000` goes on until so many changes are acknowledged. Then Celery, on two brokers.
 cluster: cluster-is-possible $(INSTALLED)
 	@$(BIN)/python -m tests.cluster $(if $(CHANGES),--changes $(CHANGES))
+	@$(BIN)/python -m tests.cluster.queues
 
 cluster-is-possible:
 	@$(PYTHON) -m tests.debian "make cluster"
