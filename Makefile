@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo agency test check format lint types coverage storm cluster cluster-is-possible dialogues judge matrix browser screenshots docs wheel bench clean
+.PHONY: demo agency test check format lint types coverage storm cluster cluster-is-possible dialogues judge writer matrix browser screenshots docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -13,8 +13,8 @@ demo: $(INSTALLED)
 agency: $(INSTALLED)
 	@cd examples/agency && ../../$(BIN)/python -m play
 
-# Without Node, this leaves out the tests in which Prisma is the judge, and without Chromium those in which a browser
-# visits the console. It says so. The check leaves out nothing.
+# Without Node, this leaves out the tests in which Prisma is the judge, without `make writer` those in which it writes, and
+# without Chromium those in which a browser visits the console. It says so. The check leaves out nothing.
 test: $(INSTALLED)
 	@$(BIN)/python -m tests.judge try
 	$(BIN)/pytest -q -n 2
@@ -34,7 +34,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy --strict tests
 	MYPYPATH=examples/agency $(BIN)/mypy --strict examples/agency/agency.py examples/agency/play
 
-coverage: judge browser
+coverage: judge writer browser
 	$(BIN)/pytest -q -n 2 --prisma --browser --cov --cov-report=term --cov-fail-under=95
 
 # The chaos test at its full size: the check runs it with a tenth. It prints what happened.
@@ -59,6 +59,10 @@ judge: $(INSTALLED)
 	@$(BIN)/python -m tests.judge node || \
 		$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[judge]'
 	@$(BIN)/python -m tests.judge install
+
+# Prisma's clients, generated from the models in docs/prisma.md: half a gigabyte, so only the check installs them.
+writer: judge
+	@$(BIN)/python -m tests.writer
 
 # What Prisma judges, as the table in docs/prisma.md.
 matrix: judge
@@ -98,4 +102,4 @@ $(VENV)/.bench-installed: $(INSTALLED)
 	touch $(VENV)/.bench-installed
 
 clean:
-	rm -rf $(VENV) build dist site tests/prisma/node_modules *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site tests/prisma/node_modules tests/prisma/clients/node_modules *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis

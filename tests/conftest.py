@@ -35,7 +35,7 @@ SERVER = "CLOSE_ENGINE_TEST_SERVER"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("close-engine")
-    group.addoption("--prisma", action="store_true", help="fail if Prisma cannot judge, instead of leaving it out")
+    group.addoption("--prisma", action="store_true", help="fail if Prisma is not here, instead of leaving it out")
     group.addoption("--browser", action="store_true", help="fail if no browser can visit, instead of leaving it out")
     group.addoption("--screenshots", action="store_true", help="keep the pictures for docs/console.md")
     group.addoption("--storm", action="store_true", help="run the chaos test with ten times as many conversations")

@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PLACE = Path(__file__).parent / "prisma"
-LOCK = PLACE / "package-lock.json"
-#: What `npm ci` writes last.
-INSTALLED = PLACE / "node_modules" / ".package-lock.json"
 OLDEST_NODE = 20
 
 #: Before Prisma dropped partial indexes without a word; when it did; and now.
@@ -118,10 +115,7 @@ class Prisma:
         return str(action.get("reason", ""))
 
     def _files(self, schema: str) -> dict[str, list[dict[str, str]]]:
-        """Return a schema as this version wants it: 6 asks for the database's URL in it, and 7 refuses that."""
-        if not self.version.startswith("6."):
-            schema = re.sub(r"^ *url *=.*\n", "", schema, flags=re.MULTILINE)
-        return {"files": [{"path": "schema.prisma", "content": schema}]}
+        return {"files": [{"path": "schema.prisma", "content": schema_for(self.version, schema)}]}
 
     def _ask(self, method: str, url: str, schema: str, params: dict[str, Any]) -> Any:
         question = {"engine": self.version, "url": url, "method": method, "params": params, **self._files(schema)}
@@ -172,6 +166,11 @@ def with_models(schema: str, models: str) -> str:
     return schema
 
 
+def schema_for(version: str, schema: str) -> str:
+    """Return a schema as this version wants it: 6 asks for the database's URL in it, and 7 refuses that."""
+    return schema if version.startswith("6.") else re.sub(r"^ *url *=.*\n", "", schema, flags=re.MULTILINE)
+
+
 def find_node() -> Path | None:
     """Return the machine's Node, or else the one that the extra `judge` installs from PyPI."""
     machine = shutil.which("node")
@@ -190,18 +189,19 @@ def major_version(node: str) -> int:
     return int(found[1]) if found else 0
 
 
-def is_installed() -> bool:
-    """Say whether the engines are those of the lock file."""
-    return INSTALLED.exists() and INSTALLED.stat().st_mtime >= LOCK.stat().st_mtime
+def is_installed(place: Path = PLACE) -> bool:
+    """Say whether the packages in a directory are those of its lock file; the default is the engines."""
+    done = place / "node_modules" / ".package-lock.json"  # npm writes it last
+    return done.exists() and done.stat().st_mtime >= (place / "package-lock.json").stat().st_mtime
 
 
-def install(node: Path) -> None:
-    """Install the engines with this Node's npm, unless they are there."""
-    if not is_installed():
+def install(node: Path, place: Path = PLACE, *options: str) -> None:
+    """Install the packages in a directory with this Node's npm, unless they are there."""
+    if not is_installed(place):
         # The script `npm` of the package from PyPI does not start.
         script = node.parent.parent / "lib/node_modules/npm/bin/npm-cli.js"
         npm = [str(node), str(script)] if script.exists() else ["npm"]
-        subprocess.run([*npm, "ci", "--no-audit", "--no-fund", "--loglevel=error"], cwd=PLACE, check=False)
+        subprocess.run([*npm, "ci", "--no-audit", "--no-fund", "--loglevel=error", *options], cwd=place, check=False)
 
 
 def what_is_missing() -> str:
