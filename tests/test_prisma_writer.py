@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import peewee
 import pytest
 
 import close_engine
@@ -35,10 +39,12 @@ from close_engine.testing import FakeSender, bring_to
 from tests.crm import BEFORE, query, restore
 from tests.design import TRIGGER_BETWEEN
 from tests.foreign import Change
-from tests.prose import PRISMA, block, grants
+from tests.judge import find_node
+from tests.prose import PRISMA, block, blocks, grants, section
 from tests.rows import copy_of, replayed, triggers
 from tests.servers import execute, new_name, postgres_database
-from tests.writer import VERSIONS, Client, Refused, Writer, client, what_is_missing
+from tests.waiting import LIMIT, until
+from tests.writer import PLACE, VERSIONS, Client, Refused, Writer, client, page, what_is_missing
 
 APPROVE = block(PRISMA, "ts", "status: 'PENDING' }")
 CATCH = block(PRISMA, "ts", "const sentence = refusal(error)")
@@ -199,6 +205,37 @@ def test_create_many_writes_all_or_nothing(prisma: Writer, actor: str) -> None:
     assert {conversation.stage for conversation in CloseEngineConversation.select()} == set(Stage)
     for conversation in CloseEngineConversation.select():
         assert changes(conversation) == [Change("open", None, conversation.stage, actor)]
+
+
+def test_create_many_writes_all_or_nothing_where_prisma_cuts_it_in_pieces(prisma: Writer) -> None:
+    """PostgreSQL takes 65,535 parameters of a statement, and Prisma half of them: these rows have 34,000."""
+    rows = 2000
+    query(
+        prisma.url,
+        "INSERT INTO leads (id, first_name, company_name, phone, updated_at)"
+        f" SELECT 'lead ' || n, 'Ana', 'Bakery', '+15550100', now() FROM generate_series(1, {rows}) n",
+    )
+    create = """
+        const columns = { repId: null, questionsAsked: {}, collectedData: {}, paymentLinkUrl: null, editRounds: 0,
+          paymentLinkSentAt: null, stalledAt: null, completedAt: null, closedLostAt: null, closedLostReason: null,
+          createdAt: new Date(), updatedAt: new Date(), autonomyLevel: 'MANUAL', entryPoint: 'SMS_REPLY' }
+        const data = Array.from({ length: rows }, (_, n) => ({
+          ...columns, leadId: `lead ${n + 1}`, stage: n + 1 < rows ? 'BUILDING' : 'SOLD' }))
+        return await prisma.closeEngineConversation.createMany({ data })
+    """
+    with pytest.raises(Refused) as refused:
+        prisma.run(create, rows=rows)
+    assert refused.value.sentence == "close_engine: SOLD is not a stage"
+    assert CloseEngineConversation.select().count() == StageChange.select().count() == 0
+
+
+def test_what_create_many_skips_has_no_history(prisma: Writer) -> None:
+    conversation, other = opened(prisma, Stage.BUILDING), new_lead(prisma)
+    rows = [{"leadId": lead, "entryPoint": "REP_CLOSE"} for lead in (conversation.lead_id, other)]
+    create = "return await prisma.closeEngineConversation.createMany({ data: rows, skipDuplicates: true })"
+    assert prisma.run(create, rows=rows) == {"count": 1}
+    assert triggers(conversation) == triggers(CloseEngineConversation.get(lead=other)) == ["open"]
+    assert copy_of(conversation).updated_at == conversation.updated_at
 
 
 def test_a_lead_and_its_conversation_are_created_together(prisma: Writer, actor: str) -> None:
@@ -527,6 +564,43 @@ def test_whoever_comes_second_in_a_strict_transaction_begins_again(level: str, p
     assert triggers(conversation) == ["open", "stall"]
 
 
+def test_of_two_who_lock_in_different_orders_one_begins_again(prisma: Writer) -> None:
+    """The library locks the conversation before its lead; docs/prisma.md asks Prisma to do so, too."""
+    conversation = opened(prisma, Stage.BUILDING)
+    theirs = """
+        await prisma.$transaction(async (tx) => {
+          await tx.lead.update({ where: { id: leadId }, data: { autonomyLevel: 'MANUAL' } })
+          await tx.closeEngineConversation.update({ where: { leadId }, data: { stage: 'PREVIEW_SENT' } })
+        })
+    """
+    waiting = (
+        "SELECT 1 FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_stat_activity WHERE datname = %s)"
+    )
+    name = urlsplit(prisma.url).path.removeprefix("/")
+    lost = None
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            with close_engine.locked(conversation.id) as held:
+                running = pool.submit(prisma.run, theirs, leadId=conversation.lead_id)
+                until(lambda: query(prisma.url, waiting, (name,)), "Prisma waits for the conversation")
+                held.record(data={"budget": 900})
+        except peewee.OperationalError as error:
+            lost = error
+        refused = running.exception()
+    # PostgreSQL chooses who of the two begins again.
+    if lost:
+        assert "deadlock detected" in str(lost)
+        assert refused is None
+        copy_of(conversation).record(data={"budget": 900})
+    else:
+        assert isinstance(refused, Refused)
+        assert refused.code == "P2034" or str(refused) == "deadlock detected"
+        prisma.run(theirs, leadId=conversation.lead_id)
+    conversation.reload()
+    assert (conversation.stage, conversation.collected_data) == (Stage.PREVIEW_SENT, {"budget": 900})
+    assert (conversation.lead.autonomy_level, conversation.lead.qualification_data) == ("MANUAL", {"budget": 900})
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 WRITES = {
@@ -576,13 +650,28 @@ WRITES = {
 }
 
 
+SOLD = "{ leadId: lead, entryPoint: 'SMS_REPLY', stage: 'SOLD' }"
+CREATES = {
+    "create": f"await prisma.closeEngineConversation.create({{ data: {SOLD} }})",
+    "createMany": f"await prisma.closeEngineConversation.createMany({{ data: [{SOLD}] }})",
+    "createManyAndReturn": f"await prisma.closeEngineConversation.createManyAndReturn({{ data: [{SOLD}] }})",
+    "upsert that creates": (
+        f"await prisma.closeEngineConversation.upsert({{ where: {{ leadId: lead }}, update: {{}}, create: {SOLD} }})"
+    ),
+    "nested create": (
+        "await prisma.lead.create({ data: { firstName: 'Ana', companyName: 'Bakery', phone: '+15550100',"
+        " closeConversation: { create: { entryPoint: 'SMS_REPLY', stage: 'SOLD' } } } })"
+    ),
+}
+
+
 def test_the_page_finds_the_sentence_in_each_refusal(prisma: Writer) -> None:
-    conversation = opened(prisma, Stage.COMPLETED)
+    conversation, lead = opened(prisma, Stage.COMPLETED), new_lead(prisma)
     sentence = f"close_engine: conversation {conversation.id} cannot go from COMPLETED to STALLED"
-    for name, write in WRITES.items():
+    for name, write in {**WRITES, **CREATES}.items():
         with pytest.raises(Refused) as refused:
-            prisma.run(write, id=conversation.id, leadId=conversation.lead_id, stage="STALLED")
-        assert refused.value.sentence == sentence, name
+            prisma.run(write, id=conversation.id, leadId=conversation.lead_id, lead=lead, stage="STALLED")
+        assert refused.value.sentence == (sentence if name in WRITES else "close_engine: SOLD is not a stage"), name
         raised = (refused.value.name, refused.value.code)
         if "Raw" in write:
             assert raised == ("PrismaClientKnownRequestError", "P2010"), name
@@ -607,6 +696,30 @@ def test_what_is_no_refusal_of_ours_has_no_sentence(prisma: Writer) -> None:
     with pytest.raises(Refused) as refused:
         prisma.run(CATCH, leadId="nobody")
     assert refused.value.code == "P2025"
+
+
+def test_the_typescript_of_the_page_is_correct(node: Client, tmp_path: Path) -> None:
+    file = tmp_path / "page.ts"
+    known = "prisma: PrismaClient, id: string, leadId: string, user: { id: string }"
+    code = [f"import type {{ PrismaClient }} from '{PLACE}/{node.version}/generated/client'", page()]
+    for number, (language, _, text) in enumerate(blocks(PRISMA)):
+        if language == "ts" and "export " not in text:
+            code.append(f"export async function block{number}({known}) {{\n{text}}}")
+    file.write_text("\n".join(code))
+    compiler = [
+        str(find_node()),
+        str(PLACE / "node_modules/typescript/bin/tsc"),
+        "--noEmit",
+        "--strict",
+        "--skipLibCheck",
+    ]
+    options = ["--target", "es2022", "--module", "esnext", "--moduleResolution", "bundler"]
+    done = subprocess.run([*compiler, *options, str(file)], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_page_names_the_versions_that_write_here() -> None:
+    assert f"Prisma Client {' and '.join(VERSIONS)}" in section(PRISMA, "What your code may do")
 
 
 CONVERSATION = "await prisma.closeEngineConversation.update({ where: { id }, data: %s })"
