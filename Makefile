@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo agency test check format lint types coverage storm cluster cluster-is-possible dialogues judge writer matrix browser screenshots docs wheel bench clean
+.PHONY: demo agency test check format lint types coverage storm soak cluster cluster-is-possible dialogues judge writer matrix browser screenshots docs wheel bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/close-engine demo
@@ -49,6 +49,12 @@ cluster: cluster-is-possible $(INSTALLED)
 
 cluster-is-possible:
 	@$(PYTHON) -m tests.debian "make cluster"
+
+# An agency works for days of simulated time, is hurt, and must end as it began. It needs neither root nor a package of
+# the system. One minute is a smoke run; from five on, it judges whether anything grows.
+MINUTES ?= 30
+soak: $(INSTALLED)
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # The dialogues of tests/dialogues with Claude itself, which ANTHROPIC_API_KEY pays for.
 dialogues: $(INSTALLED)
