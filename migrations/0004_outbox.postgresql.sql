@@ -68,6 +68,12 @@ CREATE UNIQUE INDEX IF NOT EXISTS outbox_key_key
 CREATE UNIQUE INDEX IF NOT EXISTS outbox_provider_id_key
     ON close_engine.outbox (provider_id) WHERE provider_id IS NOT NULL;
 
+-- Each claim passes over the index entries of what was claimed and sent since the last vacuum. By default, autovacuum
+-- waits for a fifth of all that was ever sent, and leaves the indexes as they are if few pages have dead rows.
+ALTER TABLE close_engine.outbox SET (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, vacuum_index_cleanup = on
+);
+
 -- The phone number of each lead that is texted: the text that the CRM had, and what was read from it.
 CREATE TABLE IF NOT EXISTS close_engine.numbers (
     lead_id text PRIMARY KEY,
