@@ -16,11 +16,17 @@ from tests.soak.gauges import sizes
 if TYPE_CHECKING:
     from tests.soak.course import Run
 
+#: With what autovacuum goes by: the table's own options, or else the server's settings.
 _TABLES = """
-    SELECT schemaname, relname FROM pg_stat_user_tables WHERE schemaname IN ('close_engine', 'public')
-        AND n_tup_ins > 100 ORDER BY relname
+    SELECT schemaname, s.relname,
+        coalesce(substring(o.own FROM 'vacuum_threshold=([0-9.]+)'), current_setting('autovacuum_vacuum_threshold')),
+        coalesce(substring(o.own FROM 'vacuum_scale_factor=([0-9.]+)'),
+            current_setting('autovacuum_vacuum_scale_factor')),
+        (SELECT setting FROM pg_settings WHERE name = 'autovacuum_naptime')
+    FROM pg_stat_user_tables s JOIN pg_class c ON c.oid = s.relid
+        CROSS JOIN array_to_string(c.reloptions, ' ') AS o (own)
+    WHERE schemaname IN ('close_engine', 'public') AND n_tup_ins > 100 ORDER BY s.relname
 """
-_SETTING = "SELECT setting::float FROM pg_settings WHERE name = %s"
 _STAGES = "SELECT stage, count(*) FROM close_engine_conversations GROUP BY 1 ORDER BY 2 DESC"
 _MESSAGES = "SELECT status, count(*) FROM close_engine.outbox GROUP BY 1 ORDER BY 2 DESC"
 _TRIGGERS = "SELECT trigger, count(*) FROM close_engine.history GROUP BY 1 ORDER BY 2 DESC"
@@ -53,11 +59,11 @@ class Report:
             name: (figures.memory(samples, name, early), figures.memory(samples, name, late))
             for name in ("worker 1", "webhooks", "approvals")
         }
-        names = [f"autovacuum_{name}" for name in ("vacuum_threshold", "vacuum_scale_factor", "naptime")]
-        rules = Autovacuum(*(database.execute_sql(_SETTING, (name,)).fetchone()[0] for name in names))
         tables = database.execute_sql(_TABLES).fetchall()
-        self.dead = {name: figures.dead_rows(samples, name, rules) for _, name in tables}
-        self.sizes = sizes(database, tables)
+        self.dead = {
+            name: figures.dead_rows(samples, name, Autovacuum(*map(float, rules))) for _, name, *rules in tables
+        }
+        self.sizes = sizes(database, [(schema, name) for schema, name, *_ in tables])
         self.idle = max(sample.idle_in_transaction for sample in samples)
         self.connections = [median(s.connections for s in samples if part.has(s.at)) for part in (early, late)]
         self.load = [median(sample.load for sample in samples if part.has(sample.at)) for part in (early, late)]
