@@ -12,7 +12,18 @@ from bench import page
 from bench.report import Results, show
 from bench.server import private_server
 
-QUESTIONS = ("stage_change", "sweeps", "claims", "latency", "transcript", "growth", "contention", "sqlite", "console")
+QUESTIONS = (
+    "stage_change",
+    "sweeps",
+    "claims",
+    "latency",
+    "transcript",
+    "growth",
+    "contention",
+    "carries",
+    "sqlite",
+    "console",
+)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from bench.ground import ID, LEAD_ID, WITHOUT_TRIGGERS, conversation_id, fill, l
 from bench.report import Table, milliseconds, times
 from bench.rounds import Times, interleave, median, ratio
 from bench.server import Server
+from close_engine import numbers
 from close_engine.board import pipeline, pulse
 from close_engine.metrics import MetricsCollector
 
@@ -182,6 +183,10 @@ class Grown:
     def scrape(self) -> None:
         list(MetricsCollector().collect())
 
+    def look_for_a_stranger(self) -> None:
+        assert not numbers.leads_with("+13105550100")
+        assert not numbers.anybody_with("+13105550100")
+
     def prune(self) -> None:
         close_engine.prune(timedelta(days=36_500))
 
@@ -228,6 +233,7 @@ def past(server: Server, sizes: Sequence[int], rounds: int) -> Table:
     counting = [
         Operation("the board", Grown.board, Grown.bind, rounds),
         Operation("scrape of the metrics", Grown.scrape, Grown.bind, rounds),
+        Operation("whose is a number that nobody has", Grown.look_for_a_stranger, Grown.bind, rounds),
         Operation("prune that finds nothing", Grown.prune, Grown.bind, min(rounds, 2)),
     ]
     with console.browser() as visitor:
