@@ -45,10 +45,10 @@ def measure(server: Server, *, quick: bool) -> Iterator[Table]:
     database = server.migrated("carries")
     fill(server, database, count, stages=list(TRIGGER), history=10, sent=3)
     work: dict[str, tuple[Work, int]] = {
-        "stage changes": (change_a_stage, 40 if quick else 2_000),
-        "texts received": (receive_a_text, 40 if quick else 1_000),
-        "texts submitted, claimed and marked sent": (send_a_text, 40 if quick else 1_000),
-        "whole conversations": (converse, 4 if quick else 100),
+        "stage changes": (change_a_stage, 40 if quick else 800),
+        "texts received": (receive_a_text, 40 if quick else 400),
+        "texts submitted, claimed and marked sent": (send_a_text, 40 if quick else 200),
+        "whole conversations": (converse, 4 if quick else 20),
     }
     rows = []
     for name, (do, times) in work.items():
