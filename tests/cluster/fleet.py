@@ -96,7 +96,7 @@ class Fleet:
     def replace(self, member: Member, name: str) -> Member:
         """Kill a process with SIGKILL, and start another one in its place, as whoever watches over them does."""
         member.process.kill()
-        member.process.wait()
+        member.process.wait(60)
         self.killed[member.module] += 1
         member.read()
         self._gone.update(member.counted)
