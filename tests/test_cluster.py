@@ -1,4 +1,7 @@
-"""The audit of `make cluster` finds what it is there to find: each is done to a database that was right before."""
+"""What `make cluster` is built of: it does as the page says, and its audit finds what it is there to find.
+
+For the audit, each wrong is done to a database that was right before.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,31 @@ import psycopg2
 import pytest
 
 from close_engine import ActionType, EntryPoint, Lead, OutboxMessage, Worker, open_conversation, receive, submit
+from close_engine.database.url import database_from
 from tests.cluster.audit import NOTING, audit
+from tests.cluster.bouncer import TIMEOUTS
 from tests.cluster.record import Record
+from tests.cluster.run import DIRECT, OPTIONS
+from tests.prose import ROOT
 from tests.servers import execute
 
+PAGE = ROOT / "docs" / "operations.md"
+
 Wrong = Callable[[], list[str]]
+
+
+def test_the_run_uses_what_the_page_tells_everybody_to_use() -> None:
+    page = PAGE.read_text()
+
+    assert f"@db1,db2/crm?{OPTIONS}\n" in page
+    assert f"```ini\n{TIMEOUTS}```" in page
+
+
+def test_a_url_passes_all_hosts_and_timeouts_on_to_the_driver() -> None:
+    passed = database_from(DIRECT).connect_params
+
+    assert passed["host"] == "db1,db2"
+    assert {f"{name}={passed[name]}" for name in passed} >= set(OPTIONS.split("&"))
 
 
 class _Server:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.cluster.hosts import Host
 from tests.cluster.postgres import DATABASE, USER, until
 
-__all__ = ["PORT", "Bouncer"]
+__all__ = ["PORT", "TIMEOUTS", "Bouncer"]
 
 PORT = 6432
 
@@ -31,14 +31,19 @@ auth_file = {place}/users
 pool_mode = transaction
 default_pool_size = 20
 max_client_conn = 200
+log_connections = 0
+log_disconnections = 0
+{timeouts}
+"""
+
+#: What docs/operations.md tells everybody to set, so that PgBouncer notices a server that is silent.
+TIMEOUTS = """\
 server_connect_timeout = 3
 server_login_retry = 1
 tcp_keepidle = 3
 tcp_keepintvl = 1
 tcp_keepcnt = 3
 tcp_user_timeout = 5000
-log_connections = 0
-log_disconnections = 0
 """
 
 
@@ -72,7 +77,7 @@ class Bouncer:
         self._process.send_signal(signal.SIGHUP)
 
     def _write(self, primary: str) -> None:
-        values = {"primary": primary, "place": self._place, "port": PORT, "database": DATABASE}
+        values = {"primary": primary, "place": self._place, "port": PORT, "database": DATABASE, "timeouts": TIMEOUTS}
         self._file.write_text(_CONFIGURATION.format(**values))
 
     def _listens(self) -> bool:

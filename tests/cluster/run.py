@@ -32,11 +32,11 @@ EACH = 250
 _COMMAND = Path(sys.executable).parent / "close-engine"
 
 #: What docs/operations.md tells everybody to use.
-_OPTIONS = (
+OPTIONS = (
     "target_session_attrs=read-write&connect_timeout=3&keepalives_idle=3&keepalives_interval=1&keepalives_count=3"
     "&tcp_user_timeout=5000"
 )
-DIRECT = f"postgresql://{USER}@db1,db2/{DATABASE}?{_OPTIONS}"
+DIRECT = f"postgresql://{USER}@db1,db2/{DATABASE}?{OPTIONS}"
 POOLED = DIRECT.replace("postgresql:", "postgresql+pool:") + "&max_connections=10"
 BOUNCED = f"postgresql://{USER}@app:{PORT}/{DATABASE}?pgbouncer=true"
 
