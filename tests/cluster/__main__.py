@@ -23,7 +23,7 @@ def main() -> int:
     changes = parser.parse_args().changes
     # A run that hangs says where, and ends.
     signal.signal(signal.SIGALRM, _takes_too_long)
-    signal.alarm(900 + changes // 100)
+    signal.alarm(600 + changes // 100)
     # Whatever ends the run, its hosts are removed.
     signal.signal(signal.SIGTERM, lambda *signalled: sys.exit(1))
     try:
