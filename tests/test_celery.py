@@ -35,6 +35,7 @@ from close_engine import (
     MessageStatus,
     OutboxMessage,
     PendingAction,
+    SchemaError,
     Stage,
     open_conversation,
     outbox,
@@ -446,7 +447,29 @@ def test_a_worker_of_another_queue_does_not_listen(
     assert log == []
 
 
-# -- the broker is away ------------------------------------------------------------------------------------------------
+# -- the database is away, or the broker -------------------------------------------------------------------------------
+
+
+def test_a_database_that_is_away_is_one_line_for_each_task(nobody_listens: str, log: list[str]) -> None:
+    close_engine.connect(f"postgresql://worker:s3cret@{nobody_listens}/crm")
+    tasks = add_tasks(new_app(), FakeSender())
+
+    assert tasks.deliver() == 0
+    tasks.sweep()
+
+    assert [line.partition(": ")[0] for line in log] == [
+        "database unreachable task=close_engine.deliver",
+        "database unreachable task=close_engine.sweep",
+    ]
+    assert not [line for line in log if "s3cret" in line or "\n" in line]
+
+
+def test_a_database_that_is_not_migrated_fails_the_task(tmp_path: Path) -> None:
+    close_engine.connect(f"sqlite:///{tmp_path}/empty.db")
+    tasks = add_tasks(new_app(), FakeSender())
+
+    with pytest.raises(SchemaError, match="close-engine migrate"):
+        tasks.deliver()
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from celery import Celery, Task, bootsteps
 from celery.worker import state
 
 from close_engine import sweeps
-from close_engine.database.binding import current
+from close_engine.database.binding import current, is_transient
 from close_engine.database.notices import Listener
 from close_engine.errors import ConfigurationError, InvalidValue, first_line
 from close_engine.policies import DailyCap, QuietHours
@@ -112,10 +112,13 @@ def add_tasks(
         )
 
     def deliver(task: Task) -> int:
-        return _deliver(task, worker())
+        with _unless_the_database_is_away(task):
+            return _deliver(task, worker())
+        return 0
 
     def sweep_once(task: Task) -> None:
-        _sweep(task, worker())
+        with _unless_the_database_is_away(task):
+            _sweep(task, worker())
 
     def put_on_beat(sender: Celery, **signal: Any) -> None:
         sender.add_periodic_task(deliver_every, tasks.deliver.s(), name=_DELIVER)
@@ -156,6 +159,17 @@ def _sweep(task: Task, worker: Worker) -> None:
     is_the_callers = task.request.called_directly or task.request.is_eager
     with nullcontext() if is_the_callers else current().database.connection_context():
         worker.sweep_if_due()
+
+
+@contextmanager
+def _unless_the_database_is_away(task: Task) -> Iterator[None]:
+    """Say so in one line, as a worker does that waits for it. The task is not tried again: the next one is."""
+    try:
+        yield
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        logger.warning("database unreachable task=%s: %s", task.name, first_line(error))
 
 
 def _ask_for(task: Task) -> None:
