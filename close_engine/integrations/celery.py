@@ -156,18 +156,22 @@ def _deliver(task: Task, worker: Worker) -> int:
 
 
 def _sweep(task: Task, worker: Worker) -> None:
-    is_the_callers = task.request.called_directly or task.request.is_eager
-    with nullcontext() if is_the_callers else current().database.connection_context():
+    with nullcontext() if _is_the_callers(task) else current().database.connection_context():
         worker.sweep_if_due()
+
+
+def _is_the_callers(task: Task) -> bool:
+    """Whether it runs where it was called, and not in a worker: then the connection is the caller's."""
+    return bool(task.request.called_directly or task.request.is_eager)
 
 
 @contextmanager
 def _unless_the_database_is_away(task: Task) -> Iterator[None]:
-    """Say so in one line, as a worker does that waits for it. The task is not tried again: the next one is."""
+    """Log one line, as a worker of the library's own does. The next task tries again."""
     try:
         yield
     except Exception as error:
-        if not is_transient(error):
+        if _is_the_callers(task) or not is_transient(error):
             raise
         logger.warning("database unreachable task=%s: %s", task.name, first_line(error))
 

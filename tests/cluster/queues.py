@@ -273,6 +273,7 @@ class Play:
         time.sleep(5)
         gone = time.monotonic()
         self.broker.start()
+        self.say(f"{self.broker.name} is started again, and up after {time.monotonic() - gone:.1f} s.")
         self._measure("the broker is killed, and started again after 5 s", began, gone)
 
     def kill_the_database(self) -> None:
