@@ -66,3 +66,4 @@ for await (const line of createInterface({ input: process.stdin })) {
   }
   process.stdout.write(`${JSON.stringify(answer, plain)}\n`)
 }
+process.exit() // a test that failed may have left connections
