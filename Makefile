@@ -108,4 +108,5 @@ $(VENV)/.bench-installed: $(INSTALLED)
 	touch $(VENV)/.bench-installed
 
 clean:
-	rm -rf $(VENV) build dist site tests/prisma/node_modules tests/prisma/clients/node_modules *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site tests/prisma/node_modules *.egg-info .coverage* .mypy_cache .ruff_cache .hypothesis
+	cd tests/prisma/clients && rm -rf node_modules */node_modules */generated */schema.prisma
