@@ -32,8 +32,8 @@ _MESSAGES = "SELECT status, count(*) FROM close_engine.outbox GROUP BY 1 ORDER B
 _TRIGGERS = "SELECT trigger, count(*) FROM close_engine.history GROUP BY 1 ORDER BY 2 DESC"
 
 
-#: Sessions: where a worker has just been killed, those of the old one may be seen beside the new one's.
-ONE_MORE = 2
+#: Sessions of one worker: those of one that was just killed may be seen beside those of its successor.
+ONE_WORKERS = 8
 
 
 class Report:
@@ -65,7 +65,7 @@ class Report:
         }
         self.sizes = sizes(database, [(schema, name) for schema, name, *_ in tables])
         self.idle = max(sample.idle_in_transaction for sample in samples)
-        self.connections = [median(s.connections for s in samples if part.has(s.at)) for part in (early, late)]
+        self.connections = [max(s.connections for s in samples if part.has(s.at)) for part in (early, late)]
         self.load = [median(sample.load for sample in samples if part.has(sample.at)) for part in (early, late)]
         self.most_connections = max(sample.connections for sample in samples)
         self.xmin_age = max(sample.xmin_age for sample in samples)
@@ -84,7 +84,7 @@ class Report:
                 problems.append(f"{name} had {dead.most} dead rows, and autovacuum keeps up with {dead.allowed:.0f}")
         if self.idle > figures.LONGEST_IDLE:
             problems.append(f"a session was idle in a transaction for {self.idle:.0f} seconds")
-        if self.connections[1] > self.connections[0] + ONE_MORE:
+        if self.connections[1] > self.connections[0] + ONE_WORKERS:
             problems.append("the sessions went from {} to {}".format(*self.connections))
         return problems
 
