@@ -74,21 +74,23 @@ def audit(primary: Server, clients: Path, workers: Path) -> Audit:
         clients, workers: the directories of their records.
     """
     found = Audit()
-    words: dict[str, set[str]] = {"try": set(), "done": set(), "refused": set()}
+    words: dict[str, set[str]] = {word: set() for word in ("try", "changed", "done", "refused")}
     for path in clients.glob("*.record"):
         for line in Reader(path).news():
             words[line.word].add(line.about)
+    acknowledged = words["done"] | words["changed"]
     stored: Counter[str] = Counter()
     for kind, statement in _TOKENS.items():
         tokens = [token for (token,) in _rows(primary, statement)]
         stored.update(tokens)
         found.figures[f"{kind} in the database"] = len(tokens)
-    found.figures["acknowledged"] = len(words["done"])
+    found.figures["stage changes acknowledged"] = len(words["changed"])
+    found.figures["acknowledged"] = len(acknowledged)
     found.figures["refused, because another client was quicker"] = len(words["refused"])
-    in_doubt = words["try"] - words["done"] - words["refused"]
+    in_doubt = words["try"] - acknowledged - words["refused"]
     found.figures["unknown to a client that was killed"] = len(in_doubt)
     found.figures["of these in the database"] = len(in_doubt & stored.keys())
-    found.require_none(words["done"] - stored.keys(), "were acknowledged and are lost")
+    found.require_none(acknowledged - stored.keys(), "were acknowledged and are lost")
     found.require_none((token for token, count in stored.items() if count > 1), "are recorded twice")
     found.require_none(words["refused"] & stored.keys(), "were refused and are recorded")
     found.require_none(stored.keys() - words["try"], "are recorded and nobody tried them")

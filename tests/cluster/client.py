@@ -89,7 +89,7 @@ class Client:
         if conversation is None:
             return  # its own client has not opened it yet
         dice = self._chance.random()
-        act: Callable[[bool], None] = partial(self._change, conversation, _NEXT[conversation.stage], token)
+        act: partial[None] = partial(self._change, conversation, _NEXT[conversation.stage], token)
         if conversation.stage in _BACK_AND_FORTH and dice < 0.05:
             act = partial(self._text if dice < 0.03 else self._hear, conversation, token)
         self._record.note("try", token)
@@ -99,7 +99,7 @@ class Client:
             self._forget(conversation)
             self._record.note("refused", token)
         else:
-            self._record.note("done", token)
+            self._record.note("changed" if act.func == self._change else "done", token)
 
     def _loaded(self, number: int) -> CloseEngineConversation | None:
         lead = lead_id(number)

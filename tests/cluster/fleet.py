@@ -20,7 +20,7 @@ __all__ = ["Fleet", "Member"]
 _CHECKOUT = Path(__file__).parent.parent.parent
 
 #: What shows that a member is at work again: of a client, and of a worker.
-DONE, AT_WORK = ("done",), ("pinged", "swept")
+DONE, AT_WORK = ("changed",), ("pinged", "swept")
 
 
 @dataclass

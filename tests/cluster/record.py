@@ -18,9 +18,9 @@ class Line(NamedTuple):
     """A line.
 
     Attributes:
-        word: what happened. A client *tries* a thing with a token, and then it is *done*, or *refused* because somebody
-            else was quicker. A worker *swept*; its provider *delivered* a text, by its key; and it was *pinged* by what
-            no other worker may send.
+        word: what happened. A client *tries* a thing with a token; then it is *done*, or a stage is *changed*, or it is
+            *refused* because somebody else was quicker. A worker *swept*; its provider *delivered* a text, by its key;
+            and it was *pinged* by what no other worker may send.
         about: the token or the key; empty if there is none.
         at: when, in seconds of `time.monotonic()`.
     """

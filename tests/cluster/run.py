@@ -246,7 +246,7 @@ class Play:
         self._ping()
         self._wait_for_all()
         times = [at - began for member in self.fleet.members for at in member.seen.values()]
-        changes = [member.seen["done"] - began for member in self.fleet.of(DONE)]
+        changes = [member.seen["changed"] - began for member in self.fleet.of(DONE)]
         first, last = min(changes), max(times)
         self.outages.append(Outage(what, first, last))
         self.say(f"All are at work again: the first change came {first:.1f} s later, the last of all {last:.1f} s.")
@@ -275,10 +275,10 @@ class Play:
         acts = self._acts(changes)
         share = changes // (len(acts) + 1)
         for number, act in enumerate(acts, start=1):
-            self._wait_for_changes(max(share * number, self.fleet.count("done") + share // 2))
+            self._wait_for_changes(max(share * number, self.fleet.count("changed") + share // 2))
             self.kill_clients()
             act()
-        self._wait_for_changes(max(changes, self.fleet.count("done") + share // 2))
+        self._wait_for_changes(max(changes, self.fleet.count("changed") + share // 2))
 
     def _acts(self, changes: int) -> list[Callable[[], None]]:
         once = [
@@ -293,18 +293,18 @@ class Play:
 
     def _wait_for_changes(self, changes: int) -> None:
         said = time.monotonic()
-        while self.fleet.count("done") < changes:
+        while self.fleet.count("changed") < changes:
             self.fleet.look()
             if time.monotonic() > said + 30:
                 said = time.monotonic()
-                self.say(f"{self.fleet.count('done'):,} acknowledged.")
+                self.say(f"{self.fleet.count('changed'):,} stage changes acknowledged.")
             time.sleep(0.1)
 
     # -- afterwards
 
     def finish(self) -> Audit:
         self.fleet.stop(DONE)
-        self.say(f"The clients are stopped: {self.fleet.count('done'):,} acknowledged.")
+        self.say(f"The clients are stopped: {self.fleet.count('changed'):,} stage changes acknowledged.")
         waiting = "SELECT count(*) FROM close_engine.outbox WHERE status = 'PENDING'"
         until(lambda: self.primary.query(waiting) == [(0,)], "the workers have sent all that waits")
         self.fleet.look()
@@ -375,8 +375,8 @@ def run(changes: int) -> int:
         print("\n".join(f"  {sentence}" for sentence in found.wrong))
         return 1
     print(
-        f"\nIn {minutes:.1f} minutes, {found.figures['acknowledged']:,} were acknowledged over {play.promotions} "
-        "promotions: 0 lost, 0 doubled, and the history replays to every stage."
+        f"\nIn {minutes:.1f} minutes, {found.figures['stage changes acknowledged']:,} stage changes were acknowledged "
+        f"over {play.promotions} promotions: 0 lost, 0 doubled, and the history replays to every stage."
     )
     return 0
 
