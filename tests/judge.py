@@ -119,16 +119,22 @@ class Prisma:
 
     def _ask(self, method: str, url: str, schema: str, params: dict[str, Any]) -> Any:
         question = {"engine": self.version, "url": url, "method": method, "params": params, **self._files(schema)}
-        assert self._node.stdin
-        assert self._node.stdout
-        self._node.stdin.write(json.dumps(question) + "\n")
-        self._node.stdin.flush()
-        line = self._node.stdout.readline()
-        assert line, f"Prisma {self.version} ended at {method}; what it said is above."
-        answer = json.loads(line)
+        answer = ask(self._node, question)
         if "error" in answer:
             raise Refused(answer["error"])
         return answer["answer"]
+
+
+def ask(node: subprocess.Popen[str], question: dict[str, Any]) -> dict[str, Any]:
+    """Ask a process of Node in a line of JSON, and return the line that it answers with."""
+    assert node.stdin
+    assert node.stdout
+    node.stdin.write(json.dumps(question) + "\n")
+    node.stdin.flush()
+    line = node.stdout.readline()
+    assert line, f"{node.args!r} ended at {question}; what it said is above."
+    answer: dict[str, Any] = json.loads(line)
+    return answer
 
 
 def listed(migrations: tuple[Migration, ...]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ that a test gives it (`tests/prisma/clients/writer.ts`). `make writer` installs 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -52,13 +51,7 @@ class Client:
         return Writer(self, url)
 
     def ask(self, question: dict[str, Any]) -> Any:
-        assert self._node.stdin
-        assert self._node.stdout
-        self._node.stdin.write(json.dumps(question) + "\n")
-        self._node.stdin.flush()
-        line = self._node.stdout.readline()
-        assert line, f"Prisma Client {self.version} ended; what it said is above."
-        answer = json.loads(line)
+        answer = judge.ask(self._node, question)
         if "error" in answer:
             raise Refused(answer["error"])
         return answer["answer"]
