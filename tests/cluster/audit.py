@@ -14,7 +14,7 @@ from close_engine.machine import pairs
 from close_engine.stages import Stage
 from tests.cluster.record import Reader
 
-__all__ = ["NOTING", "Audit", "Server", "audit"]
+__all__ = ["NOTING", "SENT_TWICE", "Audit", "Server", "audit"]
 
 #: Made before anything is sent: what notes each time that a message is recorded as sent.
 NOTING = (
@@ -35,7 +35,7 @@ _TOKENS = {
 _HISTORY = "SELECT conversation_id, trigger, source, dest FROM close_engine.history ORDER BY conversation_id, id"
 _STAGES = "SELECT id, stage FROM close_engine_conversations"
 _OUTBOX = "SELECT id, key, send_key, status, provider_id FROM close_engine.outbox"
-_SENT_TWICE = "SELECT message_id FROM noted GROUP BY message_id HAVING count(*) > 1"
+SENT_TWICE = "SELECT message_id FROM noted GROUP BY message_id HAVING count(*) > 1"
 #: A worker logs this when a text is recorded as sent.
 _TOLD_AS_SENT = re.compile(r" sent worker=\S+ message=(\d+)")
 
@@ -127,7 +127,7 @@ def _compare_deliveries(primary: Server, workers: Path, found: Audit) -> None:
     found.require_none((row[0] for row in rows if row[4] != f"SM-{row[2]}"), "texts have another provider id")
     if len(by_key) < len(rows):
         found.wrong.append(f"{len(rows) - len(by_key)} texts have a send_key that another one has")
-    found.require_none((id_ for (id_,) in _rows(primary, _SENT_TWICE)), "texts were recorded as sent twice")
+    found.require_none((id_ for (id_,) in _rows(primary, SENT_TWICE)), "texts were recorded as sent twice")
     told = Counter(id_ for path in workers.glob("*.log") for id_ in _TOLD_AS_SENT.findall(path.read_text()))
     found.require_none((id_ for id_, count in told.items() if count > 1), "texts were told to a worker as sent twice")
     delivered: Counter[str] = Counter()

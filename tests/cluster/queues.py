@@ -6,6 +6,7 @@ application's host. Meanwhile a host is killed, another one's network is cut, th
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -21,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.audit import NOTING, SENT_TWICE
+from tests.cluster.bounded import bounded
 from tests.cluster.hosts import Host, Network
 from tests.cluster.postgres import DATABASE, USER, Node, until
 from tests.cluster.record import Line, Reader
+from tests.cluster.run import OPTIONS
 from tests.debian import require
 
 __all__ = ["run"]
@@ -33,27 +37,14 @@ PACKAGES = ("iproute2", "postgresql", "redis-server", "rabbitmq-server")
 #: Conversations, and seconds between two texts.
 CONVERSATIONS, PAUSE = 100, 0.02
 
-#: What docs/operations.md tells everybody to use.
-URL = (
-    f"postgresql://{USER}@db/{DATABASE}?connect_timeout=3&keepalives_idle=3&keepalives_interval=1&keepalives_count=3"
-    "&tcp_user_timeout=5000"
-)
+URL = f"postgresql://{USER}@db/{DATABASE}?{OPTIONS}"
 
 #: Seconds within which everything must be well again.
 PATIENCE = 90
 
 _CHECKOUT = Path(__file__).parent.parent.parent
 
-_SETUP = (
-    "CREATE TABLE noted (message_id bigint)",
-    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS "
-    "$$ BEGIN INSERT INTO noted VALUES (NEW.id); RETURN NULL; END $$",
-    "CREATE TRIGGER noting AFTER UPDATE ON close_engine.outbox FOR EACH ROW "
-    "WHEN (NEW.status = 'SENT') EXECUTE FUNCTION note()",
-    f"GRANT INSERT ON noted TO {USER}",
-)
 _OUTBOX = "SELECT body, send_key, status, provider_id, conversation_id FROM close_engine.outbox ORDER BY id"
-_SENT_TWICE = "SELECT message_id FROM noted GROUP BY message_id HAVING count(*) > 1"
 _LATE = """
     SELECT count(*) FROM close_engine.outbox
     WHERE status = 'PENDING' AND created_at < close_engine.moment() - interval '1 s'
@@ -211,7 +202,7 @@ class Play:
         self.broker.start()
         app = self.network["app"]
         app.run([Path(sys.executable).parent / "close-engine", "migrate", "--standalone", "--database", URL])
-        for statement in _SETUP:
+        for statement in NOTING:
             self.database.query(statement)
         self.workers = [self._worker("worker1", 1), self._worker("worker2", 1)]
         beat = ("beat", "--loglevel", "INFO", "--pidfile", "")
@@ -343,7 +334,7 @@ class Play:
         self._none([body for body, count in Counter(row[0] for row in rows).items() if count > 1], "are there twice")
         self._none([row[0] for row in rows if row[2] != "SENT"], "texts are not sent")
         self._none([row[0] for row in rows if row[3] != f"SM-{row[1]}"], "texts have another provider id")
-        self._none(self.database.query(_SENT_TWICE), "texts were recorded as sent twice")
+        self._none(self.database.query(SENT_TWICE), "texts were recorded as sent twice")
         self._none([key for key, count in Counter(row[1] for row in rows).items() if count > 1], "send_keys repeat")
         self._none(set(texts) - first.keys(), "texts are recorded as sent and never were")
         self._none(first.keys() - set(texts), "deliveries are of no text, or under another key")
@@ -429,13 +420,13 @@ def run(kinds: tuple[type[Broker], ...] = (Redis, RabbitMQ)) -> int:
 
 
 def main() -> int:
-    chosen = {kind.__name__.lower(): kind for kind in (Redis, RabbitMQ)}
-    kinds = tuple(chosen[name] for name in sys.argv[1:]) or (Redis, RabbitMQ)
-    signal.signal(signal.SIGTERM, lambda *signalled: sys.exit(1))
-    try:
-        return run(kinds)
-    except KeyboardInterrupt:
-        return 1
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.queues", description=__doc__)
+    brokers: dict[str, type[Broker]] = {kind.__name__.lower(): kind for kind in (Redis, RabbitMQ)}
+    parser.add_argument("brokers", nargs="*", help=f"only these, of {' and '.join(brokers)}; by default each of them")
+    names = parser.parse_args().brokers or list(brokers)
+    if unknown := [name for name in names if name not in brokers]:
+        parser.error(f"there is no broker {unknown[0]!r}: choose from {', '.join(brokers)}")
+    return bounded(lambda: run(tuple(brokers[name] for name in names)), seconds=900)
 
 
 if __name__ == "__main__":
