@@ -59,6 +59,8 @@ YEAR = 365 * DAY
 DOCS = Path(__file__).parent.parent / "docs"
 ON_DISK = pytest.mark.parametrize("kind", ["sqlite-file", "postgresql"], indirect=True)
 TOLD = "I'd rather not say; call me at +1 555 0199"
+#: However it is written, and long enough to be in no random id.
+NUMBER = re.compile("555 ?0199")
 
 
 def ask(level: AutonomyLevel, type: ActionType) -> bool:
@@ -319,7 +321,7 @@ def test_nothing_that_was_said_is_left_and_every_row_is(
     before, stages = kept(), [(change.source, change.dest) for change in told.history()]
     assert TOLD in words()
     gone = forget(told.lead_id)
-    assert "0199" not in words()
+    assert not NUMBER.search(words())
     assert "rather" not in words()
     assert (gone.received, gone.recorded, gone.drafts, gone.withdrawn, gone.in_flight) == (2, 1, 2, [], [])
     assert kept() == before
@@ -341,7 +343,7 @@ def test_a_lead_that_is_deleted_already(gone: str, told: CloseEngineConversation
     table, row = ("leads", told.lead_id) if gone == "lead" else ("close_engine_conversations", told.id)
     foreign.run(f"DELETE FROM {table} WHERE id = %s", row)
     assert forget(told.lead_id).received == 2
-    assert "0199" not in words()
+    assert not NUMBER.search(words())
     assert forget(told.lead_id) == Forgotten(0, 0, 0, 0, 0, [], [])
     assert kept() == before
 
@@ -426,7 +428,7 @@ def test_after_a_merge_the_conversation_is_that_of_the_lead_who_was_kept(
         foreign.run("DELETE FROM leads WHERE id = %s", was)
         assert forget(new).recorded == 1
         assert "rather" not in words()
-        assert "0199" not in words(), "nor is the number of the lead that is gone"
+        assert not NUMBER.search(words()), "nor is the number of the lead that is gone"
         return
     forget(was)
     assert {message.body for message in messages() if message.topic == "SEND_MESSAGE"} >= {TOLD}
