@@ -32,6 +32,9 @@ pytest_plugins = ["close_engine.testing", "tests.foreign"]
 
 SERVER = "CLOSE_ENGINE_TEST_SERVER"
 
+#: Apps for processes of their own, which read the environment when they are imported.
+collect_ignore = ["celery_app.py", "cluster/celery_app.py"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("close-engine")

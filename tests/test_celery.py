@@ -113,6 +113,18 @@ def working(app: Celery, **options: Any) -> Iterator[None]:
     nudging.join()
 
 
+@pytest.fixture(autouse=True)
+def others_log_as_before() -> Iterator[None]:
+    """A Celery worker sets the level of all loggers in the process, unless somebody else sets up logging."""
+
+    def leave(**signal: object) -> None:
+        """Do nothing."""
+
+    signals.setup_logging.connect(leave)
+    yield
+    signals.setup_logging.disconnect(leave)
+
+
 # -- the tasks ---------------------------------------------------------------------------------------------------------
 
 
