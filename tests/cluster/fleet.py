@@ -14,10 +14,9 @@ from pathlib import Path
 
 from tests.cluster.hosts import Host
 from tests.cluster.record import Reader
+from tests.prose import ROOT
 
 __all__ = ["Fleet", "Member"]
-
-_CHECKOUT = Path(__file__).parent.parent.parent
 
 #: What shows that a member is at work again: of a client, and of a worker.
 DONE, AT_WORK = ("changed",), ("pinged", "swept")
@@ -52,7 +51,7 @@ class Member:
             self.process = self.host.popen(
                 command,
                 env={**os.environ, **self.environment},
-                cwd=_CHECKOUT,
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

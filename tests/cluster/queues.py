@@ -29,6 +29,7 @@ from tests.cluster.postgres import DATABASE, USER, Node, until
 from tests.cluster.record import Line, Reader
 from tests.cluster.run import OPTIONS
 from tests.debian import require
+from tests.prose import ROOT
 
 __all__ = ["run"]
 
@@ -41,8 +42,6 @@ URL = f"postgresql://{USER}@db/{DATABASE}?{OPTIONS}"
 
 #: Seconds within which everything must be well again.
 PATIENCE = 90
-
-_CHECKOUT = Path(__file__).parent.parent.parent
 
 _OUTBOX = "SELECT body, send_key, status, provider_id, conversation_id FROM close_engine.outbox ORDER BY id"
 _LATE = """
@@ -144,7 +143,7 @@ class Celery:
         command = [sys.executable, "-W", "ignore", "-m", "celery", "--app", "tests.cluster.celery_app", *self.arguments]
         with self.log.open("ab") as log:
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = self.host.popen(command, env=environment, cwd=_CHECKOUT, **options)
+            self.process = self.host.popen(command, env=environment, cwd=ROOT, **options)
 
     def look(self) -> None:
         """Read what it noted.
@@ -212,7 +211,7 @@ class Play:
         command = [sys.executable, "-m", "tests.cluster.submitter", str(record), str(CONVERSATIONS), str(PAUSE)]
         with (self.place / "submitter.log").open("ab") as log:
             self.submitter = app.popen(
-                command, env={**os.environ, **self.environment}, cwd=_CHECKOUT, stdout=log, stderr=log
+                command, env={**os.environ, **self.environment}, cwd=ROOT, stdout=log, stderr=log
             )
         self.submitted = Reader(record)
         began = time.monotonic()

@@ -30,10 +30,10 @@ from close_engine import (
     EntryPoint,
     PendingAction,
     StageConflict,
+    is_transient,
     open_conversation,
     submit,
 )
-from close_engine.database.binding import is_transient
 from close_engine.testing import new_lead
 from tests.cluster.record import Record
 
