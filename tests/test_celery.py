@@ -400,7 +400,7 @@ def test_a_worker_that_lost_its_ear_listens_again(postgres_url: str, postgres: p
     app = new_app()
     add_tasks(app, FakeSender())
     with working(app):
-        until(lambda: query(postgres_url, LISTENING), "it listens")
+        until(lambda: log, "it listens and has said so")
         query(postgres_url, f"SELECT pg_terminate_backend(pid, 60000) FROM ({LISTENING}) listening")
         submitted()
         until(lambda: statuses() == [MessageStatus.SENT], "what came meanwhile is sent")
